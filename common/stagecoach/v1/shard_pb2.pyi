@@ -1,0 +1,220 @@
+from stagecoach.v1 import model_pb2 as _model_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class DescribeRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DescribeResponse(_message.Message):
+    __slots__ = ("protocol_version", "software_version", "shard_id", "model", "layers", "dtype", "device", "block_size", "num_blocks", "num_free_blocks", "kv_cache_bytes", "weights_bytes", "max_batch_tokens", "pid", "hostname")
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    SOFTWARE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    SHARD_ID_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    KV_CACHE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_BATCH_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    HOSTNAME_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    software_version: str
+    shard_id: str
+    model: _model_pb2.ModelDescription
+    layers: _model_pb2.LayerRange
+    dtype: _model_pb2.DType
+    device: str
+    block_size: int
+    num_blocks: int
+    num_free_blocks: int
+    kv_cache_bytes: int
+    weights_bytes: int
+    max_batch_tokens: int
+    pid: int
+    hostname: str
+    def __init__(self, protocol_version: _Optional[int] = ..., software_version: _Optional[str] = ..., shard_id: _Optional[str] = ..., model: _Optional[_Union[_model_pb2.ModelDescription, _Mapping]] = ..., layers: _Optional[_Union[_model_pb2.LayerRange, _Mapping]] = ..., dtype: _Optional[_Union[_model_pb2.DType, str]] = ..., device: _Optional[str] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., kv_cache_bytes: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., pid: _Optional[int] = ..., hostname: _Optional[str] = ...) -> None: ...
+
+class FetchFilesRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class FileChunk(_message.Message):
+    __slots__ = ("name", "data")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    data: bytes
+    def __init__(self, name: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class SessionRequest(_message.Message):
+    __slots__ = ("open",)
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    open: OpenRequest
+    def __init__(self, open: _Optional[_Union[OpenRequest, _Mapping]] = ...) -> None: ...
+
+class OpenRequest(_message.Message):
+    __slots__ = ("protocol_version", "model_fingerprint", "layers", "dtype", "lease_id", "epoch", "num_blocks", "block_size", "max_slots", "next_hop")
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    MAX_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_HOP_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    model_fingerprint: str
+    layers: _model_pb2.LayerRange
+    dtype: _model_pb2.DType
+    lease_id: int
+    epoch: int
+    num_blocks: int
+    block_size: int
+    max_slots: int
+    next_hop: str
+    def __init__(self, protocol_version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., layers: _Optional[_Union[_model_pb2.LayerRange, _Mapping]] = ..., dtype: _Optional[_Union[_model_pb2.DType, str]] = ..., lease_id: _Optional[int] = ..., epoch: _Optional[int] = ..., num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., max_slots: _Optional[int] = ..., next_hop: _Optional[str] = ...) -> None: ...
+
+class SessionResponse(_message.Message):
+    __slots__ = ("opened", "result", "fault", "load", "payload")
+    OPENED_FIELD_NUMBER: _ClassVar[int]
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    FAULT_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    opened: OpenResponse
+    result: StepResult
+    fault: Fault
+    load: LoadReport
+    payload: bytes
+    def __init__(self, opened: _Optional[_Union[OpenResponse, _Mapping]] = ..., result: _Optional[_Union[StepResult, _Mapping]] = ..., fault: _Optional[_Union[Fault, _Mapping]] = ..., load: _Optional[_Union[LoadReport, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
+
+class OpenResponse(_message.Message):
+    __slots__ = ("max_queued_steps",)
+    MAX_QUEUED_STEPS_FIELD_NUMBER: _ClassVar[int]
+    max_queued_steps: int
+    def __init__(self, max_queued_steps: _Optional[int] = ...) -> None: ...
+
+class StepResult(_message.Message):
+    __slots__ = ("epoch", "step", "outputs")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    step: int
+    outputs: _containers.RepeatedCompositeFieldContainer[OutputBlock]
+    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., outputs: _Optional[_Iterable[_Union[OutputBlock, _Mapping]]] = ...) -> None: ...
+
+class OutputBlock(_message.Message):
+    __slots__ = ("num_rows", "num_columns", "candidates", "log_sum_exp", "dtype")
+    NUM_ROWS_FIELD_NUMBER: _ClassVar[int]
+    NUM_COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    LOG_SUM_EXP_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    num_rows: int
+    num_columns: int
+    candidates: bool
+    log_sum_exp: bool
+    dtype: _model_pb2.DType
+    def __init__(self, num_rows: _Optional[int] = ..., num_columns: _Optional[int] = ..., candidates: bool = ..., log_sum_exp: bool = ..., dtype: _Optional[_Union[_model_pb2.DType, str]] = ...) -> None: ...
+
+class Fault(_message.Message):
+    __slots__ = ("epoch", "step", "error")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    step: int
+    error: _model_pb2.ErrorDetail
+    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., error: _Optional[_Union[_model_pb2.ErrorDetail, _Mapping]] = ...) -> None: ...
+
+class LoadReport(_message.Message):
+    __slots__ = ("num_steps", "num_tokens", "compute_s", "wait_s", "codec_s", "queue_depth", "num_fast_frames", "num_frames")
+    NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    CODEC_S_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_DEPTH_FIELD_NUMBER: _ClassVar[int]
+    NUM_FAST_FRAMES_FIELD_NUMBER: _ClassVar[int]
+    NUM_FRAMES_FIELD_NUMBER: _ClassVar[int]
+    num_steps: int
+    num_tokens: int
+    compute_s: float
+    wait_s: float
+    codec_s: float
+    queue_depth: int
+    num_fast_frames: int
+    num_frames: int
+    def __init__(self, num_steps: _Optional[int] = ..., num_tokens: _Optional[int] = ..., compute_s: _Optional[float] = ..., wait_s: _Optional[float] = ..., codec_s: _Optional[float] = ..., queue_depth: _Optional[int] = ..., num_fast_frames: _Optional[int] = ..., num_frames: _Optional[int] = ...) -> None: ...
+
+class MicroBatch(_message.Message):
+    __slots__ = ("header", "payload")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    header: MicroBatchHeader
+    payload: bytes
+    def __init__(self, header: _Optional[_Union[MicroBatchHeader, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
+
+class MicroBatchHeader(_message.Message):
+    __slots__ = ("lease_id", "epoch", "step", "row_slots", "row_starts", "row_num_tokens", "deltas", "outputs", "dtype")
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    ROW_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    ROW_STARTS_FIELD_NUMBER: _ClassVar[int]
+    ROW_NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DELTAS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    lease_id: int
+    epoch: int
+    step: int
+    row_slots: _containers.RepeatedScalarFieldContainer[int]
+    row_starts: _containers.RepeatedScalarFieldContainer[int]
+    row_num_tokens: _containers.RepeatedScalarFieldContainer[int]
+    deltas: _containers.RepeatedCompositeFieldContainer[BlockTableDelta]
+    outputs: _containers.RepeatedCompositeFieldContainer[OutputGroup]
+    dtype: _model_pb2.DType
+    def __init__(self, lease_id: _Optional[int] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., row_slots: _Optional[_Iterable[int]] = ..., row_starts: _Optional[_Iterable[int]] = ..., row_num_tokens: _Optional[_Iterable[int]] = ..., deltas: _Optional[_Iterable[_Union[BlockTableDelta, _Mapping]]] = ..., outputs: _Optional[_Iterable[_Union[OutputGroup, _Mapping]]] = ..., dtype: _Optional[_Union[_model_pb2.DType, str]] = ...) -> None: ...
+
+class BlockTableDelta(_message.Message):
+    __slots__ = ("slot", "first", "block_ids")
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+    slot: int
+    first: int
+    block_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, slot: _Optional[int] = ..., first: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class OutputGroup(_message.Message):
+    __slots__ = ("token_indices", "num_candidates", "log_sum_exp", "temperatures")
+    TOKEN_INDICES_FIELD_NUMBER: _ClassVar[int]
+    NUM_CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    LOG_SUM_EXP_FIELD_NUMBER: _ClassVar[int]
+    TEMPERATURES_FIELD_NUMBER: _ClassVar[int]
+    token_indices: _containers.RepeatedScalarFieldContainer[int]
+    num_candidates: int
+    log_sum_exp: bool
+    temperatures: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, token_indices: _Optional[_Iterable[int]] = ..., num_candidates: _Optional[int] = ..., log_sum_exp: bool = ..., temperatures: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class ForwardResponse(_message.Message):
+    __slots__ = ("credits",)
+    CREDITS_FIELD_NUMBER: _ClassVar[int]
+    credits: int
+    def __init__(self, credits: _Optional[int] = ...) -> None: ...

@@ -1,0 +1,64 @@
+"""Errors keep their class and their facts over the wire."""
+
+import grpc
+import pytest
+from stagecoach import errors
+from stagecoach.v1.model_pb2 import ErrorDetail
+
+
+class FailedCall(grpc.RpcError):
+    def __init__(self, code, details="it broke", metadata=()):
+        self._facts = code, details, metadata
+
+    def code(self):
+        return self._facts[0]
+
+    def details(self):
+        return self._facts[1]
+
+    def trailing_metadata(self):
+        return self._facts[2]
+
+
+def subclasses(kind):
+    return {kind}.union(*(subclasses(child) for child in kind.__subclasses__()))
+
+
+@pytest.mark.parametrize(
+    "kind", sorted(subclasses(errors.StagecoachError) - {errors.StagecoachError}, key=lambda k: k.__name__)
+)
+def test_every_error_comes_back_as_what_it_was(kind):
+    error = kind("why")
+    error.field, error.limit, error.value, error.retry_after_s = "top_p", "(0, 1]", "7", 1.5
+    again = errors.from_detail(errors.to_detail(error))
+    assert type(again) is kind
+    assert (again.field, again.limit, again.value, again.retry_after_s) == ("top_p", "(0, 1]", "7", 1.5)
+    assert str(again) == "why"
+
+
+def test_an_error_of_a_later_version_is_still_an_error():
+    error = errors.from_detail(ErrorDetail(kind="FromTheFuture", message="no"))
+    assert isinstance(error, errors.InternalError)
+    assert "FromTheFuture" in str(error)
+
+
+def test_the_detail_in_the_metadata_goes_before_the_status():
+    detail = errors.to_detail(errors.OutOfRange("too long", field="prompt", limit=10, value=11)).SerializeToString()
+    error = errors.from_rpc_error(
+        FailedCall(grpc.StatusCode.UNKNOWN, metadata=((errors.DETAIL_METADATA_KEY, detail),)), "h:1"
+    )
+    assert type(error) is errors.OutOfRange
+    assert (error.field, error.limit, error.value) == ("prompt", "10", "11")
+
+
+def test_a_status_without_detail_or_with_a_broken_one_still_says_what_and_where():
+    for metadata in ((), ((errors.DETAIL_METADATA_KEY, b"\xff\xff"),)):
+        error = errors.from_rpc_error(FailedCall(grpc.StatusCode.UNAVAILABLE, metadata=metadata), "h:1")
+        assert type(error) is errors.Unavailable
+        assert str(error) == "h:1: it broke"
+
+
+def test_a_full_cache_says_how_full():
+    error = errors.KVCacheFull(needed_blocks=9, free_blocks=4)
+    assert str(error) == "K/V cache is full: 9 blocks needed, 4 free"
+    assert error.retryable
