@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from types import UnionType
 
 from stagecoach.errors import InvalidArgument
 
@@ -48,6 +48,7 @@ class SamplingParams:
         _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
         _number("presence_penalty", self.presence_penalty, -100.0, 100.0)
         _number("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
+        _kind("logit_bias", self.logit_bias, Mapping, "a mapping of token ids to numbers")
         _length("logit_bias", len(self.logit_bias), MAX_LOGIT_BIAS, "entries")
         for token_id, bias in self.logit_bias.items():
             _integer("logit_bias", token_id, 0, 2**31 - 1)
@@ -56,16 +57,18 @@ class SamplingParams:
             _integer("seed", self.seed, 0, MAX_SEED)
         if self.max_tokens is not None:
             _integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
-        if isinstance(self.stop, str) or not all(isinstance(text, str) for text in self.stop):
-            raise InvalidArgument("stop must be a tuple of strings", field="stop", value=repr(self.stop))
+        _kind("stop", self.stop, tuple | list, "a tuple of strings")
         _length("stop", len(self.stop), MAX_STOP_STRINGS, "strings")
         for text in self.stop:
+            _kind("stop", text, str, "a tuple of strings")
             if not text:
                 raise InvalidArgument("stop: an empty string would stop at once", field="stop")
             _length("stop", len(text), MAX_STOP_LENGTH, "characters in one string")
+        _kind("stop_token_ids", self.stop_token_ids, tuple | list, "a tuple of token ids")
         _length("stop_token_ids", len(self.stop_token_ids), MAX_STOP_TOKEN_IDS, "ids")
         for token_id in self.stop_token_ids:
             _integer("stop_token_ids", token_id, 0, 2**31 - 1)
+        _kind("ignore_eos", self.ignore_eos, bool, "true or false")
         if self.logprobs is not None:
             _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         _integer("n", self.n, 1, MAX_N)
@@ -90,8 +93,9 @@ SAMPLING_FIELDS = tuple(spec.name for spec in fields(SamplingParams))
 
 
 def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or not low <= value <= high or (open_low and value == low):  # type: ignore[operator]
+    # NaN compares false, and a whole number too large for a float compares exactly.
+    good = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+    if not good or (open_low and value == low):
         limit = f"{'(' if open_low else '['}{low:g}, {high:g}]"
         raise InvalidArgument(
             f"{name} must be a number in {limit}; got {value!r}", field=name, limit=limit, value=value
@@ -104,6 +108,11 @@ def _integer(name: str, value: object, low: int, high: int) -> None:
         raise InvalidArgument(
             f"{name} must be a whole number in {limit}; got {value!r}", field=name, limit=limit, value=value
         )
+
+
+def _kind(name: str, value: object, kind: type | UnionType, what: str) -> None:
+    if not isinstance(value, kind):
+        raise InvalidArgument(f"{name} must be {what}; got {value!r}", field=name, limit=what, value=repr(value))
 
 
 def _length(name: str, count: int, limit: int, what: str) -> None:

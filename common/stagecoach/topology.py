@@ -19,7 +19,7 @@ class LayerRange:
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.end:
             raise InvalidArgument(
-                f"layer range {self.start}:{self.end} is empty or negative; give START:END with 0 <= START < END",
+                f"layers {self.start}:{self.end} is empty or negative; give START:END with 0 <= START < END",
                 field="layers",
                 value=f"{self.start}:{self.end}",
             )
@@ -42,7 +42,7 @@ class LayerRange:
 
 
 def split_evenly(num_layers: int, num_stages: int) -> list[LayerRange]:
-    """`num_stages` ranges that cover [0, num_layers), as even as can be; the last, which has the head, is never longer."""
+    """`num_stages` ranges that cover [0, num_layers), as even as can be; the last, with the head, is never longer."""
     if not 1 <= num_stages <= num_layers:
         raise InvalidArgument(
             f"{num_layers} layers cannot be split over {num_stages} stages",

@@ -2,6 +2,7 @@
 
 import pytest
 from pydantic import Field
+
 from stagecoach.config import ProcessSettings, parse_size, read_settings
 from stagecoach.errors import InvalidArgument
 

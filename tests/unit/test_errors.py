@@ -2,6 +2,7 @@
 
 import grpc
 import pytest
+
 from stagecoach import errors
 from stagecoach.v1.model_pb2 import ErrorDetail
 

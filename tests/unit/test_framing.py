@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from stagecoach.errors import InvalidArgument
 from stagecoach.framing import FrameCounter, read_frame, write_frame
 from stagecoach.v1 import shard_pb2 as pb

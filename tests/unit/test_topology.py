@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from stagecoach.errors import InvalidArgument, TopologyError
 from stagecoach.topology import LayerRange, order_stages, split_evenly
 

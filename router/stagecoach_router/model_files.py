@@ -1,0 +1,85 @@
+"""The small files of a checkpoint that a router needs: tokenizer, configuration, chat template.
+
+They may come from a folder or, over gRPC, from a shard: either way they are only bytes under names here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stagecoach.errors import CheckpointError
+
+# What is read, and the most bytes each may have. The largest tokenizers in use have some 35 MB.
+MAX_FILE_BYTES: Mapping[str, int] = {
+    "tokenizer.json": 128 << 20,
+    "tokenizer_config.json": 8 << 20,
+    "special_tokens_map.json": 1 << 20,
+    "config.json": 1 << 20,
+    "generation_config.json": 1 << 20,
+    "chat_template.jinja": 1 << 20,
+}
+
+
+class ModelFiles:
+    """A checkpoint's small files by name. Names outside MAX_FILE_BYTES are left out.
+
+    Raises CheckpointError, with the file as `field`, for one that is too large, not UTF-8 or not a JSON object.
+    """
+
+    def __init__(self, contents: Mapping[str, bytes]) -> None:
+        self._contents = {name: contents[name] for name in MAX_FILE_BYTES if name in contents}
+        for name, data in self._contents.items():
+            _check_size(name, len(data))
+
+    @classmethod
+    def from_folder(cls, folder: Path | str) -> ModelFiles:
+        """Reads the files that are there."""
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise CheckpointError(f"no folder {folder}", field="model", value=folder)
+        contents = {}
+        for name in MAX_FILE_BYTES:
+            path = folder / name
+            if path.is_file():
+                _check_size(name, path.stat().st_size)
+                contents[name] = path.read_bytes()
+        return cls(contents)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._contents
+
+    def __getitem__(self, name: str) -> bytes:
+        """The file's bytes; CheckpointError where there is none."""
+        if name not in self._contents:
+            raise CheckpointError(f"the checkpoint has no {name}", field=name)
+        return self._contents[name]
+
+    def text(self, name: str) -> str:
+        """The file as UTF-8 text."""
+        try:
+            return self[name].decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{name} is not UTF-8: {error}", field=name) from error
+
+    def json(self, name: str) -> dict[str, Any]:
+        """The file's JSON object; an empty one where the file is absent."""
+        if name not in self:
+            return {}
+        try:
+            content = json.loads(self.text(name))
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{name} is not JSON: {error}", field=name) from error
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{name} does not hold a JSON object", field=name)
+        return content
+
+
+def _check_size(name: str, num_bytes: int) -> None:
+    limit = MAX_FILE_BYTES[name]
+    if num_bytes > limit:
+        raise CheckpointError(
+            f"{name} has {num_bytes:,} bytes; at most {limit:,}", field=name, limit=limit, value=num_bytes
+        )

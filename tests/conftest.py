@@ -1,0 +1,17 @@
+"""Fixtures that more than one kind of test uses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+SMOLLM2 = Path(__file__).resolve().parents[1] / "models" / "smollm2-135m-instruct"
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The imported SmolLM2-135M-Instruct checkpoint."""
+    if not (SMOLLM2 / "config.json").is_file():
+        pytest.fail(f"{SMOLLM2} is missing: run `make model`", pytrace=False)
+    return SMOLLM2
