@@ -1,0 +1,127 @@
+"""Who comes in: what is refused at the door, who waits, and who of them gets blocks and may run. Pure."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from operator import attrgetter
+from typing import Any
+
+from stagecoach.errors import InvalidArgument, OutOfRange, Overloaded
+from stagecoach_router.kv_blocks import BlockManager
+from stagecoach_router.sequence import Sequence
+
+RETRY_AFTER_S = 1.0
+# Admission leaves a block free for each running sequence to grow into, or else the newcomer would be preempted soon;
+# but no more than this part of all blocks.
+MAX_RESERVE_FRACTION = 8
+
+by_order = attrgetter("order")
+
+
+def by_priority_then_arrival(sequence: Sequence) -> tuple[int, int]:
+    """The order in which sequences run: higher priority first, then first come, first served."""
+    return (-sequence.priority, sequence.seq_id)
+
+
+def token_limit(sequence: Sequence, *, context_length: int, capacity: int) -> int:
+    """Tokens, prompt and output, that a sequence may come to. `capacity` is the positions that all blocks hold.
+
+    Raises InvalidArgument if the prompt is empty, OutOfRange if the sequence would not fit even if it were alone.
+    """
+    num_prompt = len(sequence.prompt_tokens)
+    longest = min(context_length, capacity)
+    if not num_prompt:
+        raise InvalidArgument("the prompt is empty", field="prompt")
+    if num_prompt >= longest:
+        what = "the context length" if longest == context_length else "the K/V cache"
+        raise OutOfRange(
+            f"the prompt has {num_prompt} tokens; {what} is {longest}, and one has to be left for the output",
+            field="prompt",
+            limit=longest - 1,
+            value=num_prompt,
+        )
+    max_tokens = sequence.params.max_tokens
+    if max_tokens is None:
+        return longest
+    limit = min(num_prompt + max_tokens, context_length)
+    if limit > capacity:
+        raise OutOfRange(
+            f"prompt and max_tokens come to {limit} tokens; the K/V cache holds {capacity}",
+            field="max_tokens",
+            limit=capacity - num_prompt,
+            value=max_tokens,
+        )
+    return limit
+
+
+class WaitingLine:
+    """Sequences that do not run, in order. Each has its `order` set."""
+
+    def __init__(self, blocks: BlockManager, max_waiting: int) -> None:
+        self._blocks = blocks
+        self._max_waiting = max_waiting
+        self._line: list[Sequence] = []
+        # Who found too few blocks, and blocks.num_releases then: no use in trying again before that has risen.
+        self._blocked: Sequence | None = None
+        self._blocked_at = 0
+
+    def __len__(self) -> int:
+        return len(self._line)
+
+    def check_room(self, num_free_slots: int) -> None:
+        """Raises Overloaded if no one more may wait. Those that wait only for the next step do not count."""
+        num_starting = 0 if self._blocked is not None else num_free_slots
+        if len(self._line) >= self._max_waiting + num_starting:
+            raise Overloaded(
+                f"{len(self._line)} sequences are waiting; at most {self._max_waiting} may",
+                limit=self._max_waiting,
+                value=len(self._line),
+                retry_after_s=RETRY_AFTER_S,
+            )
+
+    def join(self, sequence: Sequence) -> None:
+        """A new sequence, or one that was preempted."""
+        insort(self._line, sequence, key=by_order)
+
+    def leave(self, sequence: Sequence) -> None:
+        """A waiting sequence that is not wanted any more."""
+        del self._line[bisect_left(self._line, sequence.order, key=by_order)]
+        if self._blocked is sequence:
+            self._blocked = None
+
+    def admit(self, num_running: int, before: Any = None) -> Sequence | None:
+        """Gives the first sequence that may start its blocks, and takes it out of the line.
+
+        None if there is none, or none ordered `before` that, or too few blocks for it: then nobody behind it may
+        take them.
+        """
+        for index, sequence in enumerate(self._line):
+            if before is not None and sequence.order > before:
+                return None
+            if _follows_leader(sequence):
+                continue
+            if not self._allocate(sequence, num_running):
+                return None
+            del self._line[index]
+            return sequence
+        return None
+
+    def _allocate(self, sequence: Sequence, num_running: int) -> bool:
+        blocks = self._blocks
+        if self._blocked is sequence and self._blocked_at == blocks.num_releases:
+            return False
+        if not blocks.allocate(sequence, reserve=min(num_running, blocks.num_blocks // MAX_RESERVE_FRACTION)):
+            self._blocked, self._blocked_at = sequence, blocks.num_releases
+            return False
+        self._blocked = None
+        sequence.num_computed = sequence.num_committed * blocks.block_size
+        if sequence.incarnation == 0:
+            sequence.num_cached = sequence.num_computed
+            blocks.count_lookup(sequence.num_tokens, sequence.num_cached)
+        return True
+
+
+def _follows_leader(sequence: Sequence) -> bool:
+    """Whether a sequence has yet to wait for its leader's prompt."""
+    leader = sequence.leader
+    return leader is not None and not leader.removed and leader.num_computed < len(leader.prompt_tokens)

@@ -1,0 +1,69 @@
+"""One completion's text: from sampled tokens to the pieces a caller gets, and when it is finished. Pure."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from stagecoach.sampling import SamplingParams
+from stagecoach_router.outputs import Sampled
+from stagecoach_router.stop_strings import StopStrings
+from stagecoach_router.tokenizer import Tokenizer
+
+
+class FinishReason(enum.Enum):
+    """Why a completion ended."""
+
+    STOP = "stop"  # an end-of-sequence token, a stop token or a stop string
+    LENGTH = "length"  # max_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one token added. The text may be empty (held back) or that of several tokens."""
+
+    index: int
+    text: str
+    token_id: int
+    sampled: Sampled
+    finish_reason: FinishReason | None
+
+
+class Completion:
+    """Follows one sequence's output. `params.max_tokens` is set."""
+
+    def __init__(
+        self, index: int, prompt_tokens: Collection[int], params: SamplingParams, tokenizer: Tokenizer
+    ) -> None:
+        assert params.max_tokens is not None, "resolved at the door"
+        self.index = index
+        self.num_tokens = 0
+        self._max_tokens = params.max_tokens
+        self._stop_ids = set(params.stop_token_ids)
+        if not params.ignore_eos:
+            self._stop_ids |= set(tokenizer.eos_token_ids)
+        self._detokenizer = tokenizer.detokenizer(list(prompt_tokens))
+        self._stop_strings = StopStrings(params.stop)
+
+    def advance(self, sampled: Sampled) -> Piece:
+        """Takes the next token. Neither a stop token nor a stop string is part of the text."""
+        self.num_tokens += 1
+        text = ""
+        reason = None
+        if sampled.token_id in self._stop_ids:
+            reason = FinishReason.STOP
+        else:
+            text, stopped = self._stop_strings.feed(self._detokenizer.feed(sampled.token_id))
+            if stopped:
+                return Piece(self.index, text, sampled.token_id, sampled, FinishReason.STOP)
+            if self.num_tokens >= self._max_tokens:
+                reason = FinishReason.LENGTH
+        if reason is not None:
+            text += self._finish()
+        return Piece(self.index, text, sampled.token_id, sampled, reason)
+
+    def _finish(self) -> str:
+        """The text that was held back."""
+        text, stopped = self._stop_strings.feed(self._detokenizer.flush())
+        return text if stopped else text + self._stop_strings.flush()

@@ -1,0 +1,298 @@
+"""The router's heart: requests in, pieces of text out, and the pipeline kept busy in between.
+
+Everything runs on one event loop, driven by events: a request, a result or a cancellation changes the scheduler's
+state, then `_pump` sends every step that has become possible. When the pipeline is lost, all sequences go back to
+waiting with their token logs, the pipeline is opened again under the next epoch, and generation goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from stagecoach import errors
+from stagecoach.v1 import shard_pb2
+from stagecoach_router.completion import Completion, Piece
+from stagecoach_router.outputs import WHOLE_ROW, Candidates, OutputWant, WholeRow, wanted_output
+from stagecoach_router.penalties import TokenCounts
+from stagecoach_router.pipeline import LostHandler, Pipeline, ResultHandler
+from stagecoach_router.request import Request
+from stagecoach_router.sampler import NeedsWholeRow, sample
+from stagecoach_router.scheduler import Plan, Row, Scheduler
+from stagecoach_router.sequence import Sequence
+from stagecoach_router.tokenizer import Tokenizer
+from stagecoach_router.wire import OutputOrder, read_outputs, write_micro_batch
+
+logger = logging.getLogger(__name__)
+
+REOPEN_FIRST_DELAY_S = 0.1
+REOPEN_MAX_DELAY_S = 2.0
+# A sequence that ran each time the pipeline was lost, and got no token in between, may be what breaks it.
+MAX_REPLAYS_WITHOUT_PROGRESS = 3
+
+# Opens the pipeline in an epoch: (epoch, on_result, on_lost).
+Connect = Callable[[int, ResultHandler, LostHandler], Awaitable[Pipeline]]
+
+
+class Generation:
+    """One request on its way. `pieces` yields Pieces, and ends with None or an error."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.pieces: asyncio.Queue[Piece | errors.StagecoachError] = asyncio.Queue()
+        self.runs: list[_Run] = []
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens whose K/V the first completion found in the prefix cache."""
+        return self.runs[0].sequence.num_cached
+
+
+@dataclass(eq=False, slots=True)
+class _Run:
+    """One sequence with everything that follows it."""
+
+    generation: Generation
+    sequence: Sequence
+    completion: Completion
+    counts: TokenCounts
+    want: OutputWant
+    needs_whole_row: bool = False  # for the next logits only
+    num_losses: int = 0  # of the pipeline, since its last token
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    plan: Plan
+    order: OutputOrder
+    number: int
+
+
+@dataclass(slots=True)
+class Counters:
+    """What the router did since it started."""
+
+    num_finished: int = 0
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    completion_tokens: int = 0
+    num_repeats: int = 0  # rows computed again because their candidates did not decide the token
+    result_bytes: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+
+class Engine:
+    """Generates for many requests over one pipeline.
+
+    `connect` opens the pipeline; `recovery_timeout_s` is how long requests wait for a lost one before they fail.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        tokenizer: Tokenizer,
+        *,
+        vocab_size: int,
+        connect: Connect,
+        recovery_timeout_s: float,
+    ) -> None:
+        self.scheduler = scheduler
+        self.counters = Counters()
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._connect = connect
+        self._recovery_timeout_s = recovery_timeout_s
+        self.pipeline: Pipeline | None = None
+        self._epoch = 0
+        self._next_step = 1
+        self._next_seq_id = 1
+        self._runs: dict[int, _Run] = {}
+        self._in_flight: deque[_Step] = deque()
+        self._lost = asyncio.Event()
+
+    async def open(self) -> None:
+        """Opens the pipeline. Raises what `connect` raises."""
+        self._epoch += 1
+        self._next_step = 1
+        self._in_flight.clear()
+        self._lost.clear()
+        self.pipeline = await self._connect(self._epoch, self._on_result, self._on_lost)
+
+    async def run(self) -> None:
+        """Brings the pipeline back whenever it is lost. Runs until cancelled."""
+        while True:
+            await self._lost.wait()
+            await self._reopen()
+
+    async def close(self) -> None:
+        """Fails what runs, and closes the pipeline."""
+        self._fail_all(errors.Unavailable("the router is stopping"))
+        if self.pipeline is not None:
+            await self.pipeline.close()
+
+    def submit(self, request: Request) -> Generation:
+        """Begins a request. Raises Overloaded or OutOfRange, and then nothing was begun."""
+        generation = Generation(request)
+        params = request.params
+        seed = params.seed if params.seed is not None else secrets.randbits(64)
+        leader: Sequence | None = None
+        try:
+            for index in range(params.n):
+                run = self._new_run(generation, index, seed, leader)
+                leader = leader or run.sequence
+                self.scheduler.add(run.sequence)
+                self._runs[run.sequence.seq_id] = run
+                generation.runs.append(run)
+        except errors.StagecoachError:
+            self.cancel(generation)
+            raise
+        self.counters.prompt_tokens += len(request.prompt_tokens)
+        self._pump()
+        return generation
+
+    def cancel(self, generation: Generation) -> None:
+        """Ends a request wherever it is; its blocks are free at once. Harmless for one that is finished."""
+        for run in generation.runs:
+            if self._runs.pop(run.sequence.seq_id, None) is not None:
+                self.scheduler.remove(run.sequence)
+        self._pump()
+
+    def _new_run(self, generation: Generation, index: int, seed: int, leader: Sequence | None) -> _Run:
+        request = generation.request
+        sequence = Sequence(
+            seq_id=self._next_seq_id,
+            prompt_tokens=request.prompt_tokens,
+            params=request.params,
+            seed=seed,
+            index=index,
+            priority=request.priority,
+            arrival_s=time.monotonic(),
+            leader=leader,
+        )
+        self._next_seq_id += 1
+        return _Run(
+            generation,
+            sequence,
+            Completion(index, request.prompt_tokens, request.params, self._tokenizer),
+            TokenCounts(request.prompt_tokens),
+            wanted_output(request.params, self._vocab_size),
+        )
+
+    def _pump(self) -> None:
+        """Sends every step that can go now."""
+        pipeline = self.pipeline
+        if pipeline is None or pipeline.lost is not None:
+            return
+        while (plan := self.scheduler.schedule()) is not None:
+            wants = {row.sequence.seq_id: self._want(row) for row in plan.rows if row.wants_logits}
+            frame, order = write_micro_batch(
+                plan, wants, lease_id=pipeline.lease_id, epoch=self._epoch, step=self._next_step
+            )
+            self._in_flight.append(_Step(plan, order, self._next_step))
+            self._next_step += 1
+            pipeline.send(frame)
+
+    def _want(self, row: Row) -> OutputWant:
+        run = self._runs[row.sequence.seq_id]
+        if run.needs_whole_row:
+            run.needs_whole_row = False
+            return WHOLE_ROW
+        return run.want
+
+    def _on_result(self, result: shard_pb2.StepResult, payload: memoryview) -> None:
+        step = self._in_flight.popleft()
+        try:
+            if result.step != step.number:
+                raise errors.ShardFault(f"step {step.number} expected, {result.step} came")
+            outputs = read_outputs(result, payload, step.order, self._vocab_size)
+            self.counters.result_bytes += len(payload)
+            current = {row.sequence.seq_id for row in self.scheduler.complete(step.plan)}
+            for row, output in outputs:
+                if row.sequence.seq_id in current:
+                    self._advance(self._runs[row.sequence.seq_id], output)
+        except errors.ShardFault as error:
+            self._on_lost(error)
+            return
+        self._pump()
+
+    def _advance(self, run: _Run, output: Candidates | WholeRow) -> None:
+        """Samples a sequence's next token and passes it on."""
+        sequence = run.sequence
+        sampled = sample(
+            output,
+            sequence.params,
+            run.counts,
+            seed=sequence.seed,
+            completion=sequence.index,
+            position=sequence.num_tokens,
+        )
+        if isinstance(sampled, NeedsWholeRow):
+            self.counters.num_repeats += 1
+            run.needs_whole_row = True
+            self.scheduler.repeat(sequence)
+            return
+        run.num_losses = 0
+        self.counters.completion_tokens += 1
+        if not sequence.output_tokens:
+            self.counters.cached_prompt_tokens += sequence.num_cached
+        run.counts.add(sampled.token_id)
+        self.scheduler.append_token(sequence, sampled.token_id)
+        piece = run.completion.advance(sampled)
+        if piece.finish_reason is not None:
+            del self._runs[sequence.seq_id]
+            self.scheduler.remove(sequence)
+            self.counters.num_finished += 1
+        run.generation.pieces.put_nowait(piece)
+
+    def _on_lost(self, error: errors.StagecoachError) -> None:
+        logger.warning("pipeline lost in epoch %d: %s", self._epoch, error)
+        if self.pipeline is not None and self.pipeline.lost is None:
+            self.pipeline.lost = error
+        self._give_up_on_suspects(error)
+        self.scheduler.preempt_all()
+        self._in_flight.clear()
+        self._lost.set()
+
+    async def _reopen(self) -> None:
+        """Opens the pipeline again; requests fail once that has taken too long, and the attempts go on."""
+        began = time.monotonic()
+        delay_s = REOPEN_FIRST_DELAY_S
+        if self.pipeline is not None:
+            await self.pipeline.close()
+        while True:
+            try:
+                await self.open()
+            except errors.StagecoachError as error:
+                logger.warning("pipeline not back yet: %s", error)
+                if time.monotonic() - began > self._recovery_timeout_s:
+                    self._fail_all(
+                        errors.Unavailable(f"the pipeline is lost: {error}", retry_after_s=REOPEN_MAX_DELAY_S)
+                    )
+                await asyncio.sleep(delay_s)
+                delay_s = min(2 * delay_s, REOPEN_MAX_DELAY_S)
+                continue
+            logger.info("pipeline back in epoch %d after %.2f s", self._epoch, time.monotonic() - began)
+            self._pump()
+            return
+
+    def _give_up_on_suspects(self, error: errors.StagecoachError) -> None:
+        running = [run for run in self._runs.values() if run.sequence.slot is not None]
+        for run in running:
+            run.num_losses += 1
+            if run.num_losses > MAX_REPLAYS_WITHOUT_PROGRESS:
+                text = f"the pipeline was lost {run.num_losses} times while it computed this request: {error}"
+                self._fail(run.generation, errors.ShardFault(text))
+
+    def _fail_all(self, error: errors.StagecoachError) -> None:
+        failed = {id(run.generation): run.generation for run in self._runs.values()}
+        for generation in failed.values():
+            self._fail(generation, error)
+
+    def _fail(self, generation: Generation, error: errors.StagecoachError) -> None:
+        self.cancel(generation)
+        generation.pieces.put_nowait(error)

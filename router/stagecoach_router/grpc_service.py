@@ -1,0 +1,237 @@
+"""The public gRPC service: messages in, the engine's pieces out. Protobuf stops here."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc.aio
+
+from stagecoach import errors
+from stagecoach.sampling import SamplingParams
+from stagecoach.v1 import inference_pb2 as pb
+from stagecoach.v1 import inference_pb2_grpc, model_pb2
+from stagecoach_router.completion import FinishReason, Piece
+from stagecoach_router.engine import Engine, Generation
+from stagecoach_router.request import Request, check_params, check_prompt, with_max_tokens
+from stagecoach_router.tokenizer import Tokenizer
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+MAX_CHAT_MESSAGES = 4096
+MAX_REQUEST_ID_LENGTH = 128
+_FINISH_REASONS = {
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+}
+
+
+class Serving:
+    """What the service serves once the pipeline has been open: the model, its tokenizer, its engine."""
+
+    def __init__(self, model: model_pb2.ModelDescription, tokenizer: Tokenizer, engine: Engine) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.engine = engine
+
+
+class InferenceService(inference_pb2_grpc.InferenceServicer):
+    """Answers Unavailable until `serving` is set; `reason` says why."""
+
+    def __init__(self) -> None:
+        self.serving: Serving | None = None
+        self.reason = "starting"
+        self._started = time.monotonic()
+
+    async def Generate(  # noqa: N802
+        self, request: pb.GenerateRequest, context: Context
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        generation: Generation | None = None
+        try:
+            serving = self._require(request.model)
+            checked = read_request(request, serving)
+            generation = serving.engine.submit(checked)
+            unfinished = checked.params.n
+            while unfinished:
+                piece = await generation.pieces.get()
+                if isinstance(piece, errors.StagecoachError):
+                    raise piece
+                unfinished -= piece.finish_reason is not None
+                yield write_piece(piece, generation, serving.tokenizer)
+        except errors.StagecoachError as error:
+            await errors.abort(context, error)
+        finally:
+            if generation is not None and self.serving is not None:
+                self.serving.engine.cancel(generation)
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:  # noqa: N802
+        try:
+            serving = self._require(request.model)
+            token_ids = _tokens(request, serving.tokenizer)
+        except errors.StagecoachError as error:
+            await errors.abort(context, error)
+        return pb.TokenizeResponse(token_ids=token_ids, context_length=serving.model.context_length)
+
+    async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:  # noqa: N802
+        return pb.ListModelsResponse(models=[] if self.serving is None else [self.serving.model])
+
+    async def GetClusterStatus(  # noqa: N802
+        self, request: pb.GetClusterStatusRequest, context: Context
+    ) -> pb.GetClusterStatusResponse:
+        uptime_s = time.monotonic() - self._started
+        if self.serving is None:
+            return pb.GetClusterStatusResponse(
+                pipelines=[pb.PipelineStatus(ready=False, reason=self.reason)], uptime_s=uptime_s
+            )
+        return write_status(self.serving, uptime_s)
+
+    def _require(self, model: str) -> Serving:
+        if self.serving is None:
+            raise errors.Unavailable(f"no pipeline yet: {self.reason}", retry_after_s=1.0)
+        if model and model != self.serving.model.name:
+            raise errors.NotFound(
+                f"model: {model!r} is not served here; {self.serving.model.name!r} is",
+                field="model",
+                limit=self.serving.model.name,
+                value=model,
+            )
+        return self.serving
+
+
+def read_request(request: pb.GenerateRequest, serving: Serving) -> Request:
+    """The request, checked against the model. Raises typed errors that name the field."""
+    params = read_params(request.sampling)
+    model = serving.model
+    if len(request.request_id) > MAX_REQUEST_ID_LENGTH:
+        raise errors.InvalidArgument(
+            "request_id: too long", field="request_id", limit=MAX_REQUEST_ID_LENGTH, value=len(request.request_id)
+        )
+    check_params(params, vocab_size=model.vocab_size)
+    prompt_tokens = tuple(_tokens(request, serving.tokenizer))
+    check_prompt(prompt_tokens, vocab_size=model.vocab_size, context_length=model.context_length)
+    blocks = serving.engine.scheduler.blocks
+    return Request(
+        request_id=request.request_id or uuid.uuid4().hex,
+        prompt_tokens=prompt_tokens,
+        params=with_max_tokens(
+            params,
+            num_prompt_tokens=len(prompt_tokens),
+            context_length=model.context_length,
+            capacity=blocks.num_blocks * blocks.block_size,
+        ),
+        priority=request.priority,
+    )
+
+
+def read_params(message: pb.SamplingParams) -> SamplingParams:
+    """The sampling parameters; absent fields get their defaults. Raises InvalidArgument."""
+
+    def optional(name: str, default: Any) -> Any:
+        return getattr(message, name) if message.HasField(name) else default
+
+    return SamplingParams(
+        temperature=optional("temperature", 1.0),
+        top_k=message.top_k,
+        top_p=optional("top_p", 1.0),
+        min_p=message.min_p,
+        repetition_penalty=optional("repetition_penalty", 1.0),
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        logit_bias=dict(message.logit_bias),
+        seed=optional("seed", None),
+        max_tokens=optional("max_tokens", None),
+        stop=tuple(message.stop),
+        stop_token_ids=tuple(message.stop_token_ids),
+        ignore_eos=message.ignore_eos,
+        logprobs=optional("logprobs", None),
+        n=optional("n", 1),
+    )
+
+
+def _tokens(request: pb.GenerateRequest | pb.TokenizeRequest, tokenizer: Tokenizer) -> list[int]:
+    kind = request.WhichOneof("input")
+    if kind == "prompt":
+        return tokenizer.encode(request.prompt)
+    if kind == "chat":
+        messages = [{"role": message.role, "content": message.content} for message in request.chat.messages]
+        if not 1 <= len(messages) <= MAX_CHAT_MESSAGES:
+            raise errors.InvalidArgument(
+                f"messages: {len(messages)}; from 1 to {MAX_CHAT_MESSAGES}",
+                field="messages",
+                limit=MAX_CHAT_MESSAGES,
+                value=len(messages),
+            )
+        return tokenizer.apply_chat_template(messages)
+    if isinstance(request, pb.GenerateRequest) and kind == "token_ids":
+        return list(request.token_ids.ids)
+    raise errors.InvalidArgument("input: give a prompt, token_ids or messages", field="input")
+
+
+def write_piece(piece: Piece, generation: Generation, tokenizer: Tokenizer) -> pb.GenerateResponse:
+    """One response of a Generate stream."""
+    request = generation.request
+    response = pb.GenerateResponse(
+        request_id=request.request_id, index=piece.index, text=piece.text, token_ids=(piece.token_id,)
+    )
+    sampled = piece.sampled
+    if sampled.logprob is not None:
+        position = response.logprobs.add()
+        position.chosen.CopyFrom(_token_logprob(piece.token_id, sampled.logprob, tokenizer))
+        position.top.extend(_token_logprob(token_id, logprob, tokenizer) for token_id, logprob in sampled.top)
+    if piece.finish_reason is not None:
+        response.finish_reason = _FINISH_REASONS[piece.finish_reason]
+        response.usage.prompt_tokens = len(request.prompt_tokens)
+        response.usage.cached_tokens = generation.runs[piece.index].sequence.num_cached
+        response.usage.completion_tokens = generation.runs[piece.index].completion.num_tokens
+    return response
+
+
+def _token_logprob(token_id: int, logprob: float, tokenizer: Tokenizer) -> pb.TokenLogprob:
+    return pb.TokenLogprob(token_id=token_id, text=tokenizer.token_text(token_id), logprob=logprob)
+
+
+def write_status(serving: Serving, uptime_s: float) -> pb.GetClusterStatusResponse:
+    """What the cluster is made of and what it did."""
+    engine = serving.engine
+    scheduler, counters = engine.scheduler, engine.counters
+    response = pb.GetClusterStatusResponse(
+        num_running=scheduler.num_running,
+        num_waiting=scheduler.num_waiting,
+        num_finished=counters.num_finished,
+        num_preemptions=scheduler.num_preemptions,
+        prompt_tokens=counters.prompt_tokens,
+        cached_prompt_tokens=counters.cached_prompt_tokens,
+        completion_tokens=counters.completion_tokens,
+        num_blocks=scheduler.blocks.num_blocks,
+        num_free_blocks=scheduler.blocks.num_free,
+        block_size=scheduler.blocks.block_size,
+        uptime_s=uptime_s,
+    )
+    pipeline = engine.pipeline
+    assert pipeline is not None, "serving begins with an open pipeline"
+    status = response.pipelines.add(
+        model=serving.model,
+        epoch=pipeline.epoch,
+        ready=pipeline.lost is None,
+        reason="" if pipeline.lost is None else str(pipeline.lost),
+    )
+    for stage in pipeline.stages:
+        description, load = stage.description, stage.load
+        status.stages.add(
+            address=stage.address,
+            layers=description.layers,
+            device=description.device,
+            dtype=description.dtype,
+            pid=description.pid,
+            hostname=description.hostname,
+            weights_bytes=description.weights_bytes,
+            kv_cache_bytes=description.kv_cache_bytes,
+            num_steps=load.num_steps,
+            compute_s=load.compute_s,
+            wait_s=load.wait_s,
+            codec_s=load.codec_s,
+            queue_depth=load.queue_depth,
+        )
+    return response

@@ -1,0 +1,74 @@
+"""A request as the engine takes it, and the checks at the door: what is wrong is found before anything is begun."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from stagecoach.errors import InvalidArgument, OutOfRange
+from stagecoach.sampling import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt, already in tokens, and what is wanted of it."""
+
+    request_id: str
+    prompt_tokens: tuple[int, ...]
+    params: SamplingParams  # max_tokens is set, and within the context length
+    priority: int = 0
+
+
+def check_prompt(token_ids: Sequence[int], *, vocab_size: int, context_length: int) -> None:
+    """Raises OutOfRange for an empty or over-long prompt, InvalidArgument for an id outside the vocabulary."""
+    limit = context_length - 1
+    if not 1 <= len(token_ids) <= limit:
+        raise OutOfRange(
+            f"prompt: {len(token_ids)} tokens; the context length of {context_length} has room for 1 to {limit}",
+            field="prompt",
+            limit=context_length,
+            value=len(token_ids),
+        )
+    highest = max(token_ids)
+    if highest >= vocab_size or min(token_ids) < 0:
+        raise InvalidArgument(
+            f"token_ids: {highest} is outside the vocabulary of {vocab_size}",
+            field="token_ids",
+            limit=vocab_size,
+            value=highest,
+        )
+
+
+def check_params(params: SamplingParams, *, vocab_size: int) -> None:
+    """Raises InvalidArgument for token ids outside the vocabulary. The rest SamplingParams has checked itself."""
+    for field, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+        highest = max(ids, default=0)
+        if highest >= vocab_size:
+            raise InvalidArgument(
+                f"{field}: {highest} is outside the vocabulary of {vocab_size}",
+                field=field,
+                limit=vocab_size,
+                value=highest,
+            )
+
+
+def with_max_tokens(
+    params: SamplingParams, *, num_prompt_tokens: int, context_length: int, capacity: int
+) -> SamplingParams:
+    """The parameters with max_tokens set: what the caller asked for, or what there is room for.
+
+    `capacity` is the positions that the K/V cache holds for one sequence. Raises OutOfRange where the caller asks for
+    more than the context length leaves.
+    """
+    left = context_length - num_prompt_tokens
+    if params.max_tokens is None:
+        return replace(params, max_tokens=max(1, min(left, capacity - num_prompt_tokens)))
+    if params.max_tokens > left:
+        raise OutOfRange(
+            f"max_tokens: {params.max_tokens} after a prompt of {num_prompt_tokens} tokens; "
+            f"{left} are left of the context length of {context_length}",
+            field="max_tokens",
+            limit=left,
+            value=params.max_tokens,
+        )
+    return params
