@@ -1,0 +1,36 @@
+"""How many K/V blocks a shard can hold."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+from stagecoach.config import parse_size
+from stagecoach.errors import ConfigError
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free memory on the device, after what is loaded."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def num_kv_blocks(budget: str | None, fraction: float, *, bytes_per_block: int, free: int) -> int:
+    """Blocks that fit into `budget` (a size), or into `fraction` of the `free` bytes. Raises ConfigError."""
+    num_bytes = int(free * fraction) if budget is None else parse_size(budget, "kv-cache-memory")
+    if num_bytes > free:
+        raise ConfigError(
+            f"kv-cache-memory: {num_bytes} bytes wanted, {free} free",
+            field="kv-cache-memory",
+            limit=free,
+            value=num_bytes,
+        )
+    if num_bytes < bytes_per_block:
+        raise ConfigError(
+            f"kv-cache-memory: one block takes {bytes_per_block} bytes, got {num_bytes}",
+            field="kv-cache-memory",
+            limit=bytes_per_block,
+            value=num_bytes,
+        )
+    return num_bytes // bytes_per_block

@@ -1,0 +1,98 @@
+"""Typed access to a checkpoint's config.json. Whatever is not as expected is refused by name, never guessed at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NoReturn
+
+from stagecoach.errors import CheckpointError
+
+
+class RawConfig:
+    """A JSON object read field by field. `null` counts as absent, as it does for transformers."""
+
+    def __init__(self, fields: Mapping[str, object], prefix: str = "") -> None:
+        self._fields = fields
+        self._prefix = prefix
+
+    def integer(self, name: str, default: int | None = None, *, minimum: int = 1) -> int:
+        """A whole number of at least `minimum`; without a default it must be there."""
+        value = self.get(name)
+        if value is None:
+            if default is None:
+                self.refuse(name, "is missing")
+            return default
+        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            self.refuse(name, f"must be a whole number of at least {minimum}", limit=minimum)
+        return value
+
+    def number(self, name: str, default: float | None = None, *, minimum: float = 0.0) -> float:
+        """A finite number above zero, of at least `minimum`; without a default it must be there."""
+        value = self.get(name)
+        if value is None:
+            if default is None:
+                self.refuse(name, "is missing")
+            return default
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+            self.refuse(name, "must be a finite number")
+        if value <= 0 or value < minimum:
+            self.refuse(name, f"must be above 0 and at least {minimum:g}", limit=minimum)
+        return float(value)
+
+    def boolean(self, name: str, default: bool) -> bool:
+        """True or false."""
+        value = self.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            self.refuse(name, "must be true or false")
+        return value
+
+    def text(self, name: str, default: str | None = None) -> str:
+        """A string; without a default it must be there."""
+        value = self.get(name)
+        if value is None and default is not None:
+            return default
+        if not isinstance(value, str):
+            self.refuse(name, "must be a string")
+        return value
+
+    def section(self, name: str) -> RawConfig | None:
+        """The object under `name`; None where it is absent or empty."""
+        value = self.get(name)
+        if value is not None and not isinstance(value, dict):
+            self.refuse(name, "must be an object")
+        return RawConfig(value, f"{self._prefix}{name}.") if value else None
+
+    def texts(self, name: str) -> list[str] | None:
+        """The list of strings under `name`; None where it is absent."""
+        value = self.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            self.refuse(name, "must be a list of strings")
+        return value
+
+    def get(self, name: str) -> object:
+        """The field as it is; None where it is absent."""
+        return self._fields.get(name)
+
+    def is_null(self, name: str) -> bool:
+        """Whether the field is there and says null, for the few where that differs from being absent."""
+        return name in self._fields and self._fields[name] is None
+
+    def names(self) -> list[str]:
+        """The fields that are there and not null."""
+        return [name for name, value in self._fields.items() if value is not None]
+
+    def refuse(self, name: str, why: str, *, limit: object = "") -> NoReturn:
+        """Raises the CheckpointError that names this field, its value and what is wrong with it."""
+        value = self.get(name)
+        shown = "" if value is None else f"; it is {str(value)[:200]!r}"
+        raise CheckpointError(
+            f"config.json: {self._prefix}{name} {why}{shown}",
+            field=f"{self._prefix}{name}",
+            limit=limit,
+            value="" if value is None else value,
+        )

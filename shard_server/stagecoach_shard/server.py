@@ -1,0 +1,117 @@
+"""A shard server's life: takes the port, loads its layers, serves them until told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from pathlib import Path
+
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from tqdm import tqdm
+
+from stagecoach import lifecycle
+from stagecoach.channel import MAX_SHARD_MESSAGE_BYTES
+from stagecoach.errors import ConfigError
+from stagecoach.shard_rpc import SERVICE_NAME, shard_handlers
+from stagecoach.topology import LayerRange
+from stagecoach_shard.checkpoint import Checkpoint
+from stagecoach_shard.gate import LoadingGate
+from stagecoach_shard.kv_cache import KVCache
+from stagecoach_shard.memory import free_bytes, num_kv_blocks
+from stagecoach_shard.service import ShardService
+from stagecoach_shard.settings import ShardSettings
+from stagecoach_shard.stage import Stage
+from stagecoach_shard.stage_runner import StageRunner
+
+STOP_GRACE_S = 1.0
+
+logger = logging.getLogger(__name__)
+
+
+async def serve(settings: ShardSettings, stop: asyncio.Event) -> None:
+    """Takes the port, loads, serves until `stop`."""
+    layers = LayerRange.parse(settings.layers)
+    server, port = lifecycle.listen(MAX_SHARD_MESSAGE_BYTES, settings.listen)
+    gate = LoadingGate()
+    handlers = shard_handlers(
+        describe=gate.describe, fetch_files=gate.fetch_files, session=gate.session, forward=gate.forward
+    )
+    server.add_generic_rpc_handlers((handlers,))
+    health = HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    await health.set(SERVICE_NAME, health_pb2.HealthCheckResponse.NOT_SERVING)
+    await server.start()
+    loading = asyncio.create_task(asyncio.to_thread(load, settings, layers))
+    stopped = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait([loading, stopped], return_when=asyncio.FIRST_COMPLETED)
+        if not loading.done():
+            logger.info("stopped while loading")
+            logging.shutdown()
+            os._exit(0)  # the loading thread cannot be interrupted, and there is nothing to clean up
+        gate.service, runner = loading.result()
+        await health.set(SERVICE_NAME, health_pb2.HealthCheckResponse.SERVING)
+        logger.info("layers %s ready on port %d", layers, port)
+        await stopped
+        logger.info("stopping")
+        gate.service.end_sessions()
+    finally:
+        stopped.cancel()
+        await server.stop(STOP_GRACE_S)
+    await asyncio.to_thread(runner.stop)
+
+
+def load(settings: ShardSettings, layers: LayerRange) -> tuple[ShardService, StageRunner]:
+    """Everything between the settings and a service that is ready; the compute thread runs."""
+    device = _device(settings.device)
+    dtype: torch.dtype = getattr(torch, settings.dtype)
+    checkpoint = Checkpoint.open(Path(settings.model))
+    with tqdm(desc=f"layers {layers}", unit="tensor", disable=None, leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        stage = Stage.load(checkpoint, layers, dtype=dtype, device=device, progress=progress)
+    bytes_per_block = KVCache.bytes_per_block(checkpoint.config, layers, block_size=settings.block_size, dtype=dtype)
+    num_blocks = num_kv_blocks(
+        settings.kv_cache_memory, settings.kv_cache_fraction, bytes_per_block=bytes_per_block, free=free_bytes(device)
+    )
+    cache = KVCache.allocate(
+        checkpoint.config, layers, num_blocks=num_blocks, block_size=settings.block_size, dtype=dtype, device=device
+    )
+    logger.info(
+        "%s layers %s on %s: weights %.0f MiB, K/V %.0f MiB in %d blocks of %d",
+        checkpoint.name,
+        layers,
+        device,
+        stage.weights_bytes / 2**20,
+        num_blocks * bytes_per_block / 2**20,
+        num_blocks,
+        settings.block_size,
+    )
+    runner = StageRunner(stage, cache, block_size=settings.block_size, num_threads=settings.threads)
+    runner.start()
+    service = ShardService(
+        checkpoint,
+        runner,
+        block_size=settings.block_size,
+        num_blocks=num_blocks,
+        kv_cache_bytes=num_blocks * bytes_per_block,
+        max_batch_tokens=settings.max_batch_tokens,
+        max_queued_steps=settings.max_queued_steps,
+    )
+    return service, runner
+
+
+def _device(name: str) -> torch.device:
+    device = torch.device(name)
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        raise ConfigError(
+            f"device: {name}: this machine has {count} CUDA devices", field="device", limit=count, value=name
+        )
+    return device

@@ -1,0 +1,336 @@
+"""The gRPC adapter of one shard: Describe, FetchFiles, Session and Forward.
+
+A session opens a lease; the lease's micro-batches arrive on a Forward stream, run on the stage's compute thread, and go
+on to the next stage, or, from the last stage, back to the router on the session.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import socket
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from stagecoach import PROTOCOL_VERSION, __version__, errors
+from stagecoach.forward_link import ForwardLink
+from stagecoach.framing import FrameCounter, read_frame, write_frame
+from stagecoach.v1 import model_pb2, shard_pb2
+from stagecoach_shard import wire
+from stagecoach_shard.checkpoint import Checkpoint
+from stagecoach_shard.lease import BlockRanges, Lease
+from stagecoach_shard.stage_runner import StageInput, StageResult, StageRunner
+
+logger = logging.getLogger(__name__)
+
+LOAD_REPORT_INTERVAL_S = 1.0
+LINK_TIMEOUT_S = 10.0
+FILE_CHUNK_BYTES = 1 << 20
+
+Context = grpc.aio.ServicerContext[Any, Any]
+# What goes back on a Forward stream: credits, at last the error that ends it, or None where the sender has ended it.
+Credits = asyncio.Queue[int | errors.StagecoachError | None]
+
+
+class LeaseSession:
+    """A lease with its way out: frames for the router, and the link to the next stage where there is one."""
+
+    def __init__(self, lease: Lease) -> None:
+        self.lease = lease
+        self.link: ForwardLink | None = None
+        self.ended = False
+        self.outbox: asyncio.Queue[bytes | None] = asyncio.Queue()
+
+    def fail(self, error: errors.StagecoachError, step: int = 0) -> None:
+        """Tells the router; the lease runs nothing more."""
+        if self.ended:
+            return
+        self.ended = True
+        logger.warning("lease %x, epoch %d: %s", self.lease.lease_id, self.lease.epoch, error)
+        fault = shard_pb2.Fault(epoch=self.lease.epoch, step=step, error=errors.to_detail(error))
+        self.outbox.put_nowait(write_frame(shard_pb2.SessionResponse(fault=fault)))
+
+
+class ShardService:
+    """Serves one stage. Lives on the event loop; the computing is the runner's."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        runner: StageRunner,
+        *,
+        block_size: int,
+        num_blocks: int,
+        kv_cache_bytes: int,
+        max_batch_tokens: int,
+        max_queued_steps: int,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._runner = runner
+        self._block_size = block_size
+        self._kv_cache_bytes = kv_cache_bytes
+        self._max_batch_tokens = max_batch_tokens
+        self._max_queued_steps = max_queued_steps
+        self._blocks = BlockRanges(num_blocks)
+        self._sessions: dict[int, LeaseSession] = {}
+        self._frames = FrameCounter()
+        self._codec_s = 0.0
+        self._shard_id = secrets.token_hex(8)
+
+    async def describe(self, request: shard_pb2.DescribeRequest, context: Context) -> shard_pb2.DescribeResponse:
+        stage = self._runner.stage
+        config = stage.config
+        return shard_pb2.DescribeResponse(
+            protocol_version=PROTOCOL_VERSION,
+            software_version=__version__,
+            shard_id=self._shard_id,
+            model=model_pb2.ModelDescription(
+                name=self._checkpoint.name,
+                family=config.family,
+                fingerprint=self._checkpoint.fingerprint,
+                num_layers=config.num_layers,
+                hidden_size=config.hidden_size,
+                vocab_size=config.vocab_size,
+                context_length=config.context_length,
+            ),
+            layers=model_pb2.LayerRange(start=stage.layers.start, end=stage.layers.end),
+            dtype=wire.DTYPES[stage.dtype],
+            device=str(stage.device),
+            block_size=self._block_size,
+            num_blocks=self._blocks.num_blocks,
+            num_free_blocks=self._blocks.num_free,
+            kv_cache_bytes=self._kv_cache_bytes,
+            weights_bytes=stage.weights_bytes,
+            max_batch_tokens=self._max_batch_tokens,
+            pid=os.getpid(),
+            hostname=socket.gethostname(),
+        )
+
+    async def fetch_files(
+        self, request: shard_pb2.FetchFilesRequest, context: Context
+    ) -> AsyncIterator[shard_pb2.FileChunk]:
+        for name, path in self._checkpoint.tokenizer_files().items():
+            data = await asyncio.to_thread(path.read_bytes)
+            for start in range(0, max(len(data), 1), FILE_CHUNK_BYTES):
+                yield shard_pb2.FileChunk(name=name, data=data[start : start + FILE_CHUNK_BYTES])
+
+    async def session(self, _: object, context: Context) -> None:
+        """Opens the lease that the first request asks for, and holds it until either side ends the stream."""
+        try:
+            request = await context.read()
+            if request is grpc.aio.EOF or request.WhichOneof("kind") != "open":
+                raise errors.InvalidArgument("the first request of a session must be `open`", field="kind")
+            session = self._open(request.open)
+        except errors.StagecoachError as error:
+            await errors.abort(context, error)
+            return
+        watcher: asyncio.Task[None] | None = None
+        reporter: asyncio.Task[None] | None = None
+        try:
+            await self._connect(session, request.open.next_hop)
+            opened = shard_pb2.OpenResponse(max_queued_steps=self._max_queued_steps)
+            await context.write(write_frame(shard_pb2.SessionResponse(opened=opened)))
+            watcher = asyncio.create_task(self._watch(session, context))
+            reporter = asyncio.create_task(self._report_load(session))
+            while (frame := await session.outbox.get()) is not None:
+                await context.write(frame)
+        except errors.StagecoachError as error:
+            await errors.abort(context, error)
+        finally:
+            for task in (watcher, reporter):
+                if task is not None:
+                    task.cancel()
+            await self._close(session)
+
+    async def forward(self, _: object, context: Context) -> None:
+        """Takes micro-batches and gives credits back as their results move on."""
+        outbox: Credits = asyncio.Queue()
+        outbox.put_nowait(self._max_queued_steps)
+        reader = asyncio.create_task(self._read_micro_batches(context, outbox))
+        try:
+            while (item := await outbox.get()) is not None:
+                if isinstance(item, errors.StagecoachError):
+                    await errors.abort(context, item)
+                await context.write(shard_pb2.ForwardResponse(credits=item))
+        finally:
+            reader.cancel()
+
+    def end_sessions(self) -> None:
+        """Tells every router that this shard stops."""
+        for session in list(self._sessions.values()):
+            session.fail(errors.Unavailable("the shard is stopping"))
+            session.outbox.put_nowait(None)
+
+    async def _read_micro_batches(self, context: Context, outbox: Credits) -> None:
+        try:
+            while isinstance(data := await context.read(), bytes):
+                self._accept(data, outbox)
+            outbox.put_nowait(None)
+        except errors.StagecoachError as error:
+            outbox.put_nowait(error)
+
+    def _open(self, request: shard_pb2.OpenRequest) -> LeaseSession:
+        self._check_open(request)
+        former = self._sessions.get(request.lease_id)
+        if former is not None:
+            if request.epoch <= former.lease.epoch:
+                raise errors.StaleEpoch(
+                    f"epoch {request.epoch}: this lease is already in epoch {former.lease.epoch}",
+                    field="epoch",
+                    limit=former.lease.epoch,
+                    value=request.epoch,
+                )
+            self._release(former)
+        first_block = self._blocks.allocate(request.num_blocks)
+        try:
+            lease = Lease(
+                request.lease_id,
+                request.epoch,
+                first_block=first_block,
+                num_blocks=request.num_blocks,
+                block_size=self._block_size,
+                max_slots=request.max_slots,
+                context_length=self._checkpoint.config.context_length,
+                max_batch_tokens=self._max_batch_tokens,
+            )
+        except errors.StagecoachError:
+            self._blocks.free(first_block)
+            raise
+        session = LeaseSession(lease)
+        self._sessions[lease.lease_id] = session
+        logger.info("lease %x opened: epoch %d, %d blocks", lease.lease_id, lease.epoch, lease.num_blocks)
+        return session
+
+    def _check_open(self, request: shard_pb2.OpenRequest) -> None:
+        stage = self._runner.stage
+        pairs = {
+            "protocol_version": (request.protocol_version, PROTOCOL_VERSION),
+            "model_fingerprint": (request.model_fingerprint, self._checkpoint.fingerprint),
+            "layers": ((request.layers.start, request.layers.end), (stage.layers.start, stage.layers.end)),
+            "dtype": (request.dtype, wire.DTYPES[stage.dtype]),
+            "block_size": (request.block_size, self._block_size),
+        }
+        for field, (theirs, ours) in pairs.items():
+            if theirs != ours:
+                raise errors.ModelMismatch(
+                    f"{field}: the router expects {theirs}, this shard has {ours}",
+                    field=field,
+                    limit=ours,
+                    value=theirs,
+                )
+        if bool(request.next_hop) == stage.is_last:
+            raise errors.InvalidArgument(
+                "next_hop must be given to every stage but the last", field="next_hop", value=request.next_hop
+            )
+
+    async def _connect(self, session: LeaseSession, next_hop: str) -> None:
+        if not next_hop:
+            return
+        session.link = ForwardLink(next_hop, on_failure=session.fail)
+        await session.link.open(LINK_TIMEOUT_S)
+
+    async def _watch(self, session: LeaseSession, context: Context) -> None:
+        """Waits for the router to end its side."""
+        while await context.read() is not grpc.aio.EOF:
+            session.fail(errors.InvalidArgument("a session is opened once", field="kind"))
+        session.outbox.put_nowait(None)
+
+    async def _report_load(self, session: LeaseSession) -> None:
+        while True:
+            session.outbox.put_nowait(write_frame(shard_pb2.SessionResponse(load=self._load_report())))
+            await asyncio.sleep(LOAD_REPORT_INTERVAL_S)
+
+    def _load_report(self) -> shard_pb2.LoadReport:
+        load = self._runner.load
+        idle_since = load.idle_since
+        idle_s = time.perf_counter() - idle_since if idle_since is not None else 0.0
+        return shard_pb2.LoadReport(
+            num_steps=load.num_steps,
+            num_tokens=load.num_tokens,
+            compute_s=load.compute_s,
+            wait_s=load.wait_s + idle_s,
+            codec_s=self._codec_s,
+            queue_depth=self._runner.queue_depth,
+            num_fast_frames=self._frames.num_fast_frames,
+            num_frames=self._frames.num_frames,
+        )
+
+    def _release(self, session: LeaseSession) -> None:
+        session.ended = True
+        if self._sessions.get(session.lease.lease_id) is session:
+            del self._sessions[session.lease.lease_id]
+            self._blocks.free(session.lease.first_block)
+        session.outbox.put_nowait(None)
+
+    async def _close(self, session: LeaseSession) -> None:
+        self._release(session)
+        if session.link is not None:
+            await session.link.close()
+        logger.info("lease %x closed: epoch %d", session.lease.lease_id, session.lease.epoch)
+
+    def _accept(self, data: bytes, credits: Credits) -> None:
+        """Checks one micro-batch and gives it to the compute thread."""
+        begin = time.perf_counter()
+        message, payload = read_frame(shard_pb2.MicroBatch, data, self._frames)
+        header = message.header
+        session = self._sessions.get(header.lease_id)
+        if session is None:
+            raise errors.StaleEpoch(
+                f"lease {header.lease_id:x} is not open here", field="lease_id", value=f"{header.lease_id:x}"
+            )
+        if session.ended:
+            return  # its router knows
+        stage = self._runner.stage
+        try:
+            rows = session.lease.accept(header)
+            step = StageInput(
+                inputs=wire.read_inputs(
+                    payload,
+                    header.dtype,
+                    num_tokens=rows.total_tokens,
+                    hidden_size=stage.config.hidden_size,
+                    dtype=None if stage.is_first else stage.dtype,
+                    vocab_size=stage.config.vocab_size,
+                ),
+                rows=rows,
+                outputs=wire.read_wanted(header.outputs, rows.total_tokens) if stage.is_last else [],
+                is_current=lambda: not session.ended,
+            )
+        except errors.StagecoachError as error:
+            session.fail(error, header.step)
+            raise
+        loop = asyncio.get_running_loop()
+
+        def done(result: StageResult | BaseException | None) -> None:
+            loop.call_soon_threadsafe(self._deliver, session, header, result, credits)
+
+        self._codec_s += time.perf_counter() - begin
+        self._runner.submit(step, done)
+
+    def _deliver(
+        self,
+        session: LeaseSession,
+        header: shard_pb2.MicroBatchHeader,
+        result: StageResult | BaseException | None,
+        credits: Credits,
+    ) -> None:
+        """Sends a finished step on. Its credit goes back upstream only when it has left."""
+        if session.ended:
+            return
+        if result is None or isinstance(result, BaseException):
+            session.fail(errors.ShardFault(f"step {header.step} failed: {result!r}"), header.step)
+            return
+        begin = time.perf_counter()
+        if isinstance(result, list):
+            session.outbox.put_nowait(wire.write_result(header.epoch, header.step, result))
+            credits.put_nowait(1)
+        else:
+            assert session.link is not None, "every stage but the last has a next hop"
+            session.link.send(wire.write_hidden_states(header, result), on_sent=lambda: credits.put_nowait(1))
+        self._codec_s += time.perf_counter() - begin

@@ -1,0 +1,29 @@
+"""The shard server's settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from stagecoach.config import ProcessSettings
+
+
+class ShardSettings(ProcessSettings):
+    """Serves a contiguous block of a model's layers."""
+
+    model: Path = Field(description="checkpoint folder: config.json and safetensors")
+    layers: str = Field(description="START:END, half-open; 0:15 is the first fifteen layers")
+    listen: str = Field("127.0.0.1:50051", description="HOST:PORT; port 0 lets the system choose")
+    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu or cuda:N")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        "bfloat16", description="of weights, K/V and hidden states"
+    )
+    kv_cache_memory: str | None = Field(None, description="for example 2G; unset: kv-cache-fraction of the free memory")
+    kv_cache_fraction: float = Field(0.3, gt=0, le=0.95, description="of the device's free memory after loading")
+    block_size: int = Field(16, ge=1, le=1024, description="positions in a K/V block; the same on all shards")
+    max_batch_tokens: int = Field(4096, ge=1, le=65536, description="most tokens in one micro-batch")
+    max_queued_steps: int = Field(8, ge=1, le=1024, description="micro-batches that may wait here")
+    threads: int = Field(1, ge=1, le=1024, description="compute threads on the CPU")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"

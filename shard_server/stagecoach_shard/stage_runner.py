@@ -1,0 +1,180 @@
+"""Runs micro-batches on one compute thread, first in, first out, and counts where its time goes. Knows no gRPC."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from stagecoach_shard.batch import Batch
+from stagecoach_shard.kv_cache import KVCache
+from stagecoach_shard.lease import Rows
+from stagecoach_shard.reduction import log_sum_exp, top_candidates
+from stagecoach_shard.stage import Stage
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class WantedOutput:
+    """Logits that somebody asked for: see OutputGroup in the contract."""
+
+    token_indices: Tensor  # int64 [n], into the micro-batch's tokens
+    num_candidates: int
+    temperatures: Tensor | None  # float32 [n] where the log-sum-exp is wanted
+
+
+@dataclass(frozen=True, slots=True)
+class StageInput:
+    """One micro-batch, as a stage needs it."""
+
+    inputs: Tensor  # int32 [num_tokens] on the first stage, else [num_tokens, hidden_size]; on the CPU
+    rows: Rows
+    outputs: Sequence[WantedOutput]
+    is_current: Callable[[], bool]  # asked just before the run: whether its lease still stands
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What one WantedOutput came to: whole rows, or candidates with the two log-sum-exps. On the CPU."""
+
+    arrays: tuple[Tensor, ...]
+    num_rows: int
+    num_columns: int
+    candidates: bool
+    log_sum_exp: bool
+
+
+# Hidden states for the next stage ([num_tokens, hidden_size]), or the last stage's outputs.
+StageResult = Tensor | list[Output]
+
+
+@dataclass(slots=True)
+class Load:
+    """What the compute thread did since it started."""
+
+    num_steps: int = 0
+    num_tokens: int = 0
+    compute_s: float = 0.0
+    wait_s: float = 0.0
+    idle_since: float | None = field(default=None, repr=False)
+
+
+class StageRunner:
+    """Owns the compute thread of one stage.
+
+    `submit` may be called from any thread; `on_done` is called on the compute thread with the result or the error,
+    or with None where the lease had ended before the run.
+    """
+
+    def __init__(self, stage: Stage, cache: KVCache, *, block_size: int, num_threads: int) -> None:
+        self.stage = stage
+        self.load = Load()
+        self._cache = cache
+        self._block_size = block_size
+        self._num_threads = num_threads
+        self._queue: queue.SimpleQueue[
+            tuple[StageInput, Callable[[StageResult | BaseException | None], None]] | None
+        ] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._loop, name="compute", daemon=True)
+
+    @property
+    def queue_depth(self) -> int:
+        """Micro-batches that have arrived and not begun."""
+        return self._queue.qsize()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the compute thread runs."""
+        return self._thread.is_alive()
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, step: StageInput, on_done: Callable[[StageResult | BaseException | None], None]) -> None:
+        self._queue.put((step, on_done))
+
+    def stop(self) -> None:
+        """Ends the thread after what is queued."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _loop(self) -> None:
+        torch.set_num_threads(self._num_threads)
+        load = self.load
+        while True:
+            begin = time.perf_counter()
+            load.idle_since = begin
+            work = self._queue.get()
+            if work is None:
+                return
+            step, on_done = work
+            start = time.perf_counter()
+            load.idle_since = None
+            load.wait_s += start - begin
+            result: StageResult | BaseException | None = None
+            try:
+                if step.is_current():
+                    result = self.run(step)
+            except Exception as error:  # a fault of this step; its lease is told, the thread lives on
+                logger.exception("step failed")
+                result = error
+            load.num_steps += 1
+            load.num_tokens += step.rows.total_tokens
+            load.compute_s += time.perf_counter() - start
+            on_done(result)
+
+    @torch.inference_mode()
+    def run(self, step: StageInput) -> StageResult:
+        """Computes one micro-batch."""
+        stage = self.stage
+        batch = Batch.build(
+            starts=step.rows.starts,
+            num_tokens=step.rows.num_tokens,
+            block_tables=step.rows.block_tables,
+            block_size=self._block_size,
+            device=stage.device,
+        )
+        hidden_states = stage.forward(step.inputs.to(stage.device, non_blocking=True), batch, self._cache)
+        if not stage.is_last:
+            return hidden_states.cpu()
+        return self._reduce(hidden_states, step.outputs)
+
+    def _reduce(self, hidden_states: Tensor, wanted: Sequence[WantedOutput]) -> list[Output]:
+        if not wanted:
+            return []
+        # One pass through the head for all groups: its weights are the largest matrix of the stage.
+        indices = torch.cat([group.token_indices for group in wanted]).to(hidden_states.device)
+        logits = self.stage.logits(hidden_states[indices])
+        outputs = []
+        first = 0
+        for group in wanted:
+            n = len(group.token_indices)
+            rows = logits[first : first + n]
+            first += n
+            outputs.append(_whole_rows(rows) if group.num_candidates == 0 else _candidates(rows, group))
+        return outputs
+
+
+def _whole_rows(logits: Tensor) -> Output:
+    return Output((logits.cpu(),), logits.shape[0], logits.shape[1], candidates=False, log_sum_exp=False)
+
+
+def _candidates(logits: Tensor, group: WantedOutput) -> Output:
+    token_ids, values = top_candidates(logits, group.num_candidates)
+    arrays = [token_ids, values]
+    if group.temperatures is not None:
+        arrays += log_sum_exp(logits, group.temperatures.to(logits.device))
+    return Output(
+        tuple(array.cpu() for array in arrays),
+        num_rows=logits.shape[0],
+        num_columns=token_ids.shape[1],
+        candidates=True,
+        log_sum_exp=group.temperatures is not None,
+    )

@@ -1,0 +1,122 @@
+"""Between the contract's messages and the shard's tensors. Sizes are checked before a tensor is made of them."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stagecoach.errors import InvalidArgument, OutOfRange
+from stagecoach.framing import write_frame
+from stagecoach.v1 import model_pb2, shard_pb2
+from stagecoach_shard.stage_runner import Output, WantedOutput
+
+DTYPES: dict[torch.dtype, model_pb2.DType] = {
+    torch.float32: model_pb2.DTYPE_FLOAT32,
+    torch.bfloat16: model_pb2.DTYPE_BFLOAT16,
+    torch.float16: model_pb2.DTYPE_FLOAT16,
+    torch.int32: model_pb2.DTYPE_INT32,
+}
+
+MAX_CANDIDATES = 4096
+
+# A received frame is `bytes`; we never write into the tensors that look into it.
+warnings.filterwarnings("ignore", message="The given buffer is not writable")
+
+
+def read_inputs(
+    payload: memoryview,
+    wire_dtype: int,
+    *,
+    num_tokens: int,
+    hidden_size: int,
+    dtype: torch.dtype | None,
+    vocab_size: int,
+) -> Tensor:
+    """The tensor in a micro-batch's payload, without a copy where its alignment allows.
+
+    `dtype` None: token ids, int32 [num_tokens]; else hidden states [num_tokens, hidden_size] of that dtype.
+    Raises InvalidArgument where dtype or size differ from that, OutOfRange for a token id outside the vocabulary.
+    """
+    expected = dtype or torch.int32
+    shape = (num_tokens,) if dtype is None else (num_tokens, hidden_size)
+    if wire_dtype != DTYPES[expected]:
+        raise InvalidArgument(
+            f"dtype: expected {expected}, got {wire_dtype}", field="dtype", limit=expected, value=wire_dtype
+        )
+    num_bytes = math.prod(shape) * expected.itemsize
+    if len(payload) != num_bytes:
+        raise InvalidArgument(
+            f"payload: {shape} of {expected} is {num_bytes} bytes, got {len(payload)}",
+            field="payload",
+            limit=num_bytes,
+            value=len(payload),
+        )
+    tensor = torch.frombuffer(payload, dtype=expected).view(shape)
+    if tensor.data_ptr() % 16:
+        tensor = tensor.clone()
+    if dtype is None and (int(tensor.min()) < 0 or int(tensor.max()) >= vocab_size):
+        raise OutOfRange("payload: a token id outside the vocabulary", field="payload", limit=vocab_size)
+    return tensor
+
+
+def read_wanted(groups: Sequence[shard_pb2.OutputGroup], num_tokens: int) -> list[WantedOutput]:
+    """The output groups of a micro-batch. Raises InvalidArgument and OutOfRange."""
+    wanted = []
+    for group in groups:
+        if not group.token_indices or max(group.token_indices) >= num_tokens:
+            raise OutOfRange(
+                "outputs.token_indices: empty, or past the micro-batch", field="outputs.token_indices", limit=num_tokens
+            )
+        if group.num_candidates > MAX_CANDIDATES:
+            raise OutOfRange(
+                f"outputs.num_candidates: at most {MAX_CANDIDATES}",
+                field="outputs.num_candidates",
+                limit=MAX_CANDIDATES,
+                value=group.num_candidates,
+            )
+        if len(group.temperatures) != (len(group.token_indices) if group.log_sum_exp else 0):
+            raise InvalidArgument(
+                "outputs.temperatures: one for each index where log_sum_exp is set, else none",
+                field="outputs.temperatures",
+            )
+        wanted.append(
+            WantedOutput(
+                token_indices=torch.tensor(group.token_indices, dtype=torch.int64),
+                num_candidates=group.num_candidates,
+                temperatures=torch.tensor(group.temperatures, dtype=torch.float32) if group.log_sum_exp else None,
+            )
+        )
+    if sum(len(group.token_indices) for group in wanted) > num_tokens:
+        raise OutOfRange("outputs: more outputs than tokens", field="outputs", limit=num_tokens)
+    return wanted
+
+
+def write_hidden_states(header: shard_pb2.MicroBatchHeader, hidden_states: Tensor) -> bytes:
+    """The frame for the next stage: the same header, our hidden states."""
+    header.dtype = DTYPES[hidden_states.dtype]
+    return write_frame(shard_pb2.MicroBatch(header=header), [tensor_bytes(hidden_states)])
+
+
+def write_result(epoch: int, step: int, outputs: Sequence[Output]) -> bytes:
+    """The frame for the router."""
+    result = shard_pb2.StepResult(epoch=epoch, step=step)
+    payload = []
+    for output in outputs:
+        result.outputs.add(
+            num_rows=output.num_rows,
+            num_columns=output.num_columns,
+            candidates=output.candidates,
+            log_sum_exp=output.log_sum_exp,
+            dtype=DTYPES[output.arrays[-1 if not output.candidates else 1].dtype],
+        )
+        payload += [tensor_bytes(array) for array in output.arrays]
+    return write_frame(shard_pb2.SessionResponse(result=result), payload)
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a CPU tensor, without a copy where it is contiguous."""
+    return tensor.contiguous().view(torch.uint8).numpy().data.cast("B")
