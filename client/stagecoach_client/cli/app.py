@@ -1,0 +1,40 @@
+"""All the commands in one."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from stagecoach import __version__
+from stagecoach_client.cli.bench import bench
+from stagecoach_client.cli.chat import chat
+from stagecoach_client.cli.demo import demo
+from stagecoach_client.cli.generate import generate
+from stagecoach_client.cli.import_checkpoint import import_checkpoint
+from stagecoach_client.cli.status import status
+from stagecoach_client.cli.up import up
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+app.command()(up)
+app.command()(chat)
+app.command()(generate)
+app.command()(status)
+app.command()(bench)
+app.command()(demo)
+app.command("import")(import_checkpoint)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"stagecoach {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def stagecoach(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Serve a language model that is too big for one machine, and talk to it."""

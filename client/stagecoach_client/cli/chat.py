@@ -1,0 +1,88 @@
+"""`stagecoach chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from stagecoach.errors import StagecoachError
+from stagecoach_client.cli import describe
+from stagecoach_client.cli.options import DEFAULT_TARGET, MaxTokens, ModelName, Seed, Target, Temperature, TopK, TopP
+
+if TYPE_CHECKING:
+    from stagecoach_client import Client, Message
+
+
+def chat(
+    target: Target = DEFAULT_TARGET,
+    model: ModelName = "",
+    system: Annotated[str | None, typer.Option(help="What the model is told to be.")] = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+) -> None:
+    """Talk to a chat model. ctrl-C stops an answer; /exit or ctrl-D leaves."""
+    from stagecoach_client import Client
+
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  # gives input() line editing and a history
+
+    options = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    options = {name: value for name, value in options.items() if value is not None}
+    with Client(target) as client:
+        names = [served.name for served in client.models()]
+        print(f"{model or ', '.join(names)} at {target}. ctrl-C stops an answer; /exit or ctrl-D leaves.")
+        _talk(Conversation(client, system, {**options, "model": model}))
+
+
+class Conversation:
+    """What was said so far. A turn that failed, or was stopped before it began, leaves no trace in it."""
+
+    def __init__(self, client: Client, system: str | None, options: dict[str, Any]) -> None:
+        self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        self._client = client
+        self._options = options
+
+    def say(self, text: str) -> None:
+        """Prints the model's answer to `text` as it comes. A KeyboardInterrupt ends the answer only."""
+        from stagecoach_client.cli.terminal import write_model_text
+
+        messages: list[Message] = [*self.messages, {"role": "user", "content": text}]
+        answer: list[str] = []
+        finish_reason = None
+        try:
+            with self._client.generate(messages=messages, stream=True, **self._options) as stream:
+                for chunk in stream:
+                    write_model_text(chunk.text)
+                    answer.append(chunk.text)
+                    finish_reason = chunk.finish_reason
+        except KeyboardInterrupt:
+            write_model_text(" [stopped]")
+        write_model_text(" [cut off: no room for more tokens]\n" if finish_reason == "length" else "\n")
+        if answer:
+            self.messages = [*messages, {"role": "assistant", "content": "".join(answer)}]
+
+
+def _talk(conversation: Conversation) -> None:
+    while True:
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print("\n/exit or ctrl-D leaves")
+            continue
+        if text == "/exit":
+            return
+        if not text:
+            continue
+        try:
+            conversation.say(text)
+        except StagecoachError as error:
+            print(f"error: {describe(error)}", file=sys.stderr)

@@ -1,0 +1,100 @@
+"""`stagecoach generate`: one prompt, one answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from stagecoach.errors import InvalidArgument
+from stagecoach_client.cli.options import DEFAULT_TARGET, MaxTokens, ModelName, Seed, Target, Temperature, TopK, TopP
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="The text to continue; - reads standard input.")] = None,
+    target: Target = DEFAULT_TARGET,
+    model: ModelName = "",
+    chat: Annotated[bool, typer.Option("--chat", help="PROMPT is a user's message to a chat model.")] = False,
+    token_ids: Annotated[str | None, typer.Option(metavar="ID,ID,...", help="Instead of PROMPT.")] = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: Annotated[float | None, typer.Option(help="Only tokens at least so likely, next to the likeliest.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: fewer repetitions.")] = None,
+    presence_penalty: Annotated[float | None, typer.Option(help="Off the logits of tokens in the output.")] = None,
+    frequency_penalty: Annotated[float | None, typer.Option(help="The same, for each time they are in it.")] = None,
+    seed: Seed = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be given again.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Do not stop where the model would.")] = False,
+    logprobs: Annotated[int | None, typer.Option(help="With --json: log-probabilities, and the N likeliest.")] = None,
+    n: Annotated[int | None, typer.Option("--n", help="So many completions.")] = None,
+    priority: Annotated[int, typer.Option(help="Larger runs first.")] = 0,
+    timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="Give up after this long.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole answer as JSON.")] = False,
+) -> None:
+    """Continue a text, or answer one message, and print it as it comes."""
+    from stagecoach_client import Client
+
+    options: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "seed": seed,
+        "stop": stop or None,
+        "logprobs": logprobs,
+        "n": n,
+        "timeout_s": timeout,
+    }
+    options = {name: value for name, value in options.items() if value is not None}
+    options |= {"model": model, "priority": priority, "ignore_eos": ignore_eos, **_input(prompt, token_ids, chat)}
+    with Client(target) as client:
+        if as_json:
+            print(json.dumps(dataclasses.asdict(client.generate(**options)), ensure_ascii=False, indent=2))
+        elif (n or 1) > 1:
+            _print_all(client.generate(**options))
+        else:
+            _print_stream(client.generate(**options, stream=True))
+
+
+def _input(prompt: str | None, token_ids: str | None, chat: bool) -> dict[str, Any]:
+    if (prompt is None) == (token_ids is None):
+        raise typer.BadParameter("give either PROMPT or --token-ids")
+    if token_ids is not None:
+        if chat:
+            raise typer.BadParameter("--chat goes with PROMPT, not with --token-ids")
+        return {"token_ids": _parse_ids(token_ids)}
+    text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
+    return {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
+
+
+def _parse_ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        message = f"token_ids must be whole numbers separated by commas; got {text!r:.80}"
+        raise InvalidArgument(message, field="token_ids", value=text) from error
+
+
+def _print_stream(stream: Any) -> None:
+    from stagecoach_client.cli.terminal import write_model_text
+
+    with stream:
+        for chunk in stream:
+            write_model_text(chunk.text)
+    write_model_text("\n")
+
+
+def _print_all(generation: Any) -> None:
+    from stagecoach_client.cli.terminal import write_model_text
+
+    for completion in generation.completions:
+        write_model_text(f"--- {completion.index} ({completion.finish_reason})\n{completion.text}\n")

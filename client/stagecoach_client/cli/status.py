@@ -1,0 +1,83 @@
+"""`stagecoach status`: who serves what, and how it goes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from stagecoach_client.cli.options import DEFAULT_TARGET, Target
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from stagecoach_client import ClusterStatus, PipelineStatus
+
+_COLUMNS = ["stage", "layers", "address", "device", "dtype", "host", "pid", "weights", "K/V", "steps", "busy", "queue"]
+_NUMBERS = {"stage", "pid", "weights", "K/V", "steps", "busy", "queue"}
+
+
+def status(
+    target: Target = DEFAULT_TARGET,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Show the pipelines, their stages, and how busy they are. Exit status 1 if none is ready."""
+    from stagecoach_client import Client
+    from stagecoach_client.cli.terminal import make_console
+
+    with Client(target) as client:
+        cluster = client.status()
+    if as_json:
+        print(json.dumps(dataclasses.asdict(cluster), ensure_ascii=False, indent=2))
+    else:
+        console = make_console()
+        for line in _headlines(target, cluster):
+            console.print(line)
+        for pipeline in cluster.pipelines:
+            console.print(_table(pipeline))
+    raise typer.Exit(0 if cluster.ready else 1)
+
+
+def _headlines(target: str, cluster: ClusterStatus) -> list[str]:
+    used_blocks = cluster.num_blocks - cluster.num_free_blocks
+    return [
+        f"router {target}: up {cluster.uptime_s:.0f} s, {cluster.num_running} running, {cluster.num_waiting} waiting, "
+        f"{cluster.num_finished} finished, {cluster.num_preemptions} preemptions",
+        f"tokens: {cluster.prompt_tokens} in prompts ({cluster.cached_prompt_tokens} of them cached), "
+        f"{cluster.completion_tokens} generated; "
+        f"K/V blocks of {cluster.block_size}: {used_blocks} of {cluster.num_blocks} in use",
+        *([] if cluster.pipelines else ["no pipelines"]),
+    ]
+
+
+def _table(pipeline: PipelineStatus) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    from stagecoach_client.cli.terminal import format_bytes, format_fraction
+
+    state = "ready" if pipeline.ready else f"not ready: {pipeline.reason or 'no reason given'}"
+    title = Text(f"{pipeline.model.name or 'model unknown'}: {state} (epoch {pipeline.epoch})")
+    title.stylize("green" if pipeline.ready else "red")
+    table = Table(title=title, title_justify="left")
+    for name in _COLUMNS:
+        table.add_column(name, justify="right" if name in _NUMBERS else "left")
+    for index, stage in enumerate(pipeline.stages):
+        cells = (
+            str(index),
+            f"{stage.first_layer}:{stage.end_layer}",
+            stage.address,
+            stage.device,
+            stage.dtype,
+            stage.hostname,
+            str(stage.pid),
+            format_bytes(stage.weights_bytes),
+            format_bytes(stage.kv_cache_bytes),
+            str(stage.num_steps),
+            format_fraction(stage.busy_fraction),
+            str(stage.queue_depth),
+        )
+        table.add_row(*map(Text, cells))
+    return table

@@ -1,0 +1,275 @@
+"""A whole cluster on this machine, in child processes: to try a model, to develop, to test, to measure."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+from stagecoach.channel import check_address, split_address
+from stagecoach.errors import CheckpointError, ConfigError, DeadlineExceeded, InvalidArgument, StagecoachError
+from stagecoach.topology import LayerRange, order_stages, split_evenly
+from stagecoach_client.child_process import ChildProcess
+from stagecoach_client.client import Client
+
+START_TIMEOUT_S = 600.0
+STOP_TIMEOUT_S = 10.0
+# Of this machine's free memory, for all shards together: each would take its own default of the same memory.
+KV_CACHE_FRACTION = 0.3
+_POLL_INTERVAL_S = 0.1
+_PROBE_TIMEOUT_S = 2.0
+_WILDCARD_HOSTS = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterProcess:
+    """One of the cluster's processes."""
+
+    name: str
+    pid: int
+    address: str
+    layers: LayerRange | None  # None: the router
+
+
+class Commands(Protocol):
+    """What the processes are started with."""
+
+    def shard(self, stage: int, layers: LayerRange, address: str) -> Sequence[str]: ...
+
+    def router(self, shard_addresses: Sequence[str], address: str) -> Sequence[str]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StagecoachCommands:
+    """The real shard server and router, of this Python installation."""
+
+    model: Path
+    device: str = "cpu"  # cpu, cuda, cuda:N; or one for each stage, separated by commas
+    dtype: str = "bfloat16"
+    kv_cache_memory: str | None = None  # of each shard, for example 2G; None: an even share of KV_CACHE_FRACTION
+    num_shards: int = 1
+    threads_per_shard: int = 1
+
+    def shard(self, stage: int, layers: LayerRange, address: str) -> Sequence[str]:
+        devices = self.device.split(",")
+        command = [sys.executable, "-m", "stagecoach_shard", "--model", str(self.model), "--layers", str(layers)]
+        command += ["--listen", address, "--device", devices[stage % len(devices)], "--dtype", self.dtype]
+        command += ["--threads", str(self.threads_per_shard)]
+        if self.kv_cache_memory is not None:
+            return [*command, "--kv-cache-memory", self.kv_cache_memory]
+        return [*command, "--kv-cache-fraction", f"{KV_CACHE_FRACTION / self.num_shards:.4f}"]
+
+    def router(self, shard_addresses: Sequence[str], address: str) -> Sequence[str]:
+        return [sys.executable, "-m", "stagecoach_router", "--shards", ",".join(shard_addresses), "--listen", address]
+
+
+class LocalCluster:
+    """Shards and a router for the checkpoint folder `model`; use it in a `with` statement.
+
+    `stages` is how many the layers are split into, evenly, or the layer ranges themselves ("0:10,10:30").
+    `threads_per_shard` defaults to an even share of the cores. `on_line(process_name, line)` gets the processes'
+    output and `on_wait(reason)` what the start waits for, the former from other threads.
+
+    Raises CheckpointError, TopologyError, InvalidArgument and ConfigError for what cannot work, ProcessDied with its
+    last output when a process ends, DeadlineExceeded when no pipeline is ready after `start_timeout_s`.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        stages: int | str | Sequence[LayerRange] = 2,
+        *,
+        listen: str = "127.0.0.1:0",
+        device: str = "cpu",
+        dtype: str = "bfloat16",
+        kv_cache_memory: str | None = None,
+        threads_per_shard: int | None = None,
+        start_timeout_s: float = START_TIMEOUT_S,
+        stop_timeout_s: float = STOP_TIMEOUT_S,
+        on_line: Callable[[str, str], None] | None = None,
+        on_wait: Callable[[str], None] | None = None,
+        commands: Commands | None = None,
+    ) -> None:
+        self.layers = split_layers(stages, read_num_layers(Path(model)))
+        threads = threads_per_shard or max(1, _num_cores() // len(self.layers))
+        self._commands = commands or StagecoachCommands(
+            Path(model), device, dtype, kv_cache_memory, len(self.layers), threads
+        )
+        self._listen = check_address(listen, "listen", listening=True)
+        self._start_timeout_s = start_timeout_s
+        self._stop_timeout_s = stop_timeout_s
+        self._on_line = on_line
+        self._on_wait = on_wait
+        self._children: list[ChildProcess] = []
+        self._processes: list[ClusterProcess] = []
+        self._stopped = threading.Event()
+
+    @property
+    def address(self) -> str:
+        """Where the router answers, HOST:PORT."""
+        return self._processes[-1].address
+
+    @property
+    def processes(self) -> tuple[ClusterProcess, ...]:
+        """The shards in the order of their layers, then the router."""
+        return tuple(self._processes)
+
+    def start(self) -> None:
+        """Returns when a pipeline is ready; after an error nothing runs."""
+        try:
+            *shard_addresses, router_address = free_addresses([*["127.0.0.1:0"] * len(self.layers), self._listen])
+            for stage, (layers, address) in enumerate(zip(self.layers, shard_addresses, strict=True)):
+                self._start(f"shard {layers}", self._commands.shard(stage, layers, address), address, layers)
+            command = self._commands.router(shard_addresses, router_address)
+            self._start("router", command, _callable(router_address), None)
+            self._wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+
+    def check(self) -> None:
+        """Raises ProcessDied if a process has ended."""
+        for child in self._children:
+            child.check()
+
+    def wait(self) -> None:
+        """Blocks until `stop` is called; raises ProcessDied when a process ends before."""
+        while not self._stopped.wait(_POLL_INTERVAL_S):
+            self.check()
+
+    def stop(self) -> None:
+        """Ends all processes: asks the router, then the shards, and kills what is left after `stop_timeout_s`."""
+        self._stopped.set()
+        children, self._children = self._children, []
+        deadline = time.monotonic() + self._stop_timeout_s
+        try:
+            for group in (children[len(self.layers) :], children[: len(self.layers)]):
+                for child in group:
+                    child.terminate()
+                for child in group:
+                    child.wait(max(0.0, deadline - time.monotonic()))
+        finally:  # also when a second ctrl-C ends the patience
+            for child in children:
+                child.kill()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _start(self, name: str, command: Sequence[str], address: str, layers: LayerRange | None) -> None:
+        child = ChildProcess(name, command, self._on_line)
+        child.start()
+        self._children.append(child)
+        self._processes.append(ClusterProcess(name, child.pid, address, layers))
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + self._start_timeout_s
+        while True:
+            self.check()
+            reason = _not_ready(self.address)
+            if reason is None:
+                return
+            if self._on_wait is not None:
+                self._on_wait(reason)
+            if time.monotonic() > deadline:
+                limit = f"{self._start_timeout_s:g} s"
+                raise DeadlineExceeded(f"no pipeline is ready after {limit}: {reason}", field="start", limit=limit)
+            time.sleep(_POLL_INTERVAL_S)
+
+
+def read_num_layers(model: Path) -> int:
+    """How many layers the checkpoint in the folder `model` has; raises CheckpointError."""
+    path = model / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        text = f"{model} is not a checkpoint folder: cannot read {path.name}: {reason}"
+        raise CheckpointError(text, field="model", value=model) from error
+    num_layers = _find_num_layers(config)
+    if num_layers is None:
+        raise CheckpointError(f"{path} does not say num_hidden_layers", field="model", value=model)
+    return num_layers
+
+
+def _find_num_layers(config: object) -> int | None:
+    """At the top, or, in a model that also takes pictures, in the part about text."""
+    for part in (config, config.get("text_config") if isinstance(config, dict) else None):
+        if isinstance(part, dict):
+            for key in ("num_hidden_layers", "n_layer"):
+                if isinstance(part.get(key), int) and part[key] > 0:
+                    return int(part[key])
+    return None
+
+
+def split_layers(stages: int | str | Sequence[LayerRange], num_layers: int) -> tuple[LayerRange, ...]:
+    """The layer ranges of a pipeline in order, from their number or from themselves ("2" or "0:10,10:30")."""
+    if isinstance(stages, str):
+        if ":" in stages:
+            stages = [LayerRange.parse(part) for part in stages.split(",")]
+        else:
+            try:
+                stages = int(stages)
+            except ValueError as error:
+                text = f"stages must be a number, or layer ranges such as 0:10,10:30; got {stages!r}"
+                raise InvalidArgument(text, field="stages", value=stages) from error
+    if isinstance(stages, int):
+        return tuple(split_evenly(num_layers, stages))
+    return tuple(stages[index] for index in order_stages(stages, num_layers))
+
+
+def free_addresses(wanted: Sequence[str]) -> list[str]:
+    """The `wanted` addresses, each port 0 made a free one. Somebody else may still take one before it is used.
+
+    Raises ConfigError for an address that cannot be listened on.
+    """
+    addresses = []
+    with contextlib.ExitStack() as held:  # all at a time, so that no two get the same port
+        for address in wanted:
+            host, port = split_address(address, "listen")
+            family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
+            try:
+                listener = held.enter_context(socket.create_server((host.strip("[]"), port), family=family))
+            except OSError as error:
+                text = f"cannot listen on {address}: {error.strerror or error}"
+                raise ConfigError(text, field="listen", value=address) from error
+            addresses.append(f"{host}:{listener.getsockname()[1]}")
+    return addresses
+
+
+def _callable(listen: str) -> str:
+    host, port = split_address(listen, "listen")
+    return f"{_WILDCARD_HOSTS.get(host, host)}:{port}"
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _not_ready(address: str) -> str | None:
+    """Why there is no ready pipeline behind `address`, or None when there is one.
+
+    Each time with a new client: one that failed to connect would wait before it tries again.
+    """
+    try:
+        with Client(address, max_retries=0, connect_timeout_s=_PROBE_TIMEOUT_S) as client:
+            status = client.status(timeout_s=_PROBE_TIMEOUT_S)
+    except StagecoachError:
+        return "the router is starting"
+    if status.ready:
+        return None
+    return next((pipeline.reason for pipeline in status.pipelines if pipeline.reason), "no pipeline yet")

@@ -1,0 +1,56 @@
+"""Whether a failed call is sent again, and when. Pure but for the clock and the dice, which come in."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+
+from stagecoach.errors import Overloaded, StagecoachError, Unavailable
+
+FIRST_DELAY_S = 0.1
+MAX_DELAY_S = 2.0
+# A server that asks for more patience than this is reported to the caller rather than waited for.
+MAX_RETRY_AFTER_S = 10.0
+_SHORTEST_TIMEOUT_S = 0.001
+
+
+class Attempts:
+    """The attempts of one call: they share its deadline, and there are at most `max_retries` after the first.
+
+    Only errors that say that nothing was begun are retried: Unavailable, and Overloaded with a hint when to come back.
+    Delays double, with jitter, so that callers who failed together do not return together.
+    """
+
+    def __init__(
+        self,
+        timeout_s: float,
+        max_retries: int,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        dice: Callable[[], float] = random.random,
+    ) -> None:
+        self._clock = clock
+        self._dice = dice
+        self._deadline = clock() + timeout_s
+        self._max_retries = max_retries
+        self._num_retries = 0
+
+    def remaining_s(self) -> float:
+        """What is left of the call's time, for the next attempt."""
+        return max(_SHORTEST_TIMEOUT_S, self._deadline - self._clock())
+
+    def delay_s(self, error: StagecoachError) -> float | None:
+        """How long to wait before the next attempt, or None when `error` is the answer."""
+        if self._num_retries >= self._max_retries:
+            return None
+        if isinstance(error, Unavailable):
+            delay_s = min(MAX_DELAY_S, FIRST_DELAY_S * 2.0**self._num_retries) * (0.5 + 0.5 * self._dice())
+        elif isinstance(error, Overloaded) and 0 < error.retry_after_s <= MAX_RETRY_AFTER_S:
+            delay_s = error.retry_after_s * (1.0 + 0.25 * self._dice())
+        else:
+            return None
+        if self._clock() + delay_s >= self._deadline:
+            return None
+        self._num_retries += 1
+        return delay_s

@@ -1,0 +1,56 @@
+"""What both clients are made from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stagecoach.channel import (
+    DEFAULT_CONNECT_TIMEOUT_S,
+    MAX_PUBLIC_MESSAGE_BYTES,
+    Options,
+    channel_options,
+    check_address,
+)
+from stagecoach.errors import InvalidArgument
+from stagecoach_client.requests import check_timeout
+from stagecoach_client.retry import Attempts
+
+DEFAULT_TARGET = "127.0.0.1:50050"
+# A generation's; long, because tokens that arrive show that it lives, and keepalive finds a server that does not.
+DEFAULT_TIMEOUT_S = 3600.0
+# What a call that only reads may take, unless the caller says less.
+READ_TIMEOUT_S = 30.0
+DEFAULT_MAX_RETRIES = 2
+MAX_RETRIES = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Where a client calls and how patient it is. Raises InvalidArgument for what cannot be."""
+
+    target: str = DEFAULT_TARGET
+    timeout_s: float = DEFAULT_TIMEOUT_S
+    connect_timeout_s: float = DEFAULT_CONNECT_TIMEOUT_S
+    max_retries: int = DEFAULT_MAX_RETRIES
+
+    def __post_init__(self) -> None:
+        check_address(self.target, "target")
+        for name, value in (("timeout_s", self.timeout_s), ("connect_timeout_s", self.connect_timeout_s)):
+            if check_timeout(value, name) is None:
+                raise InvalidArgument(f"{name} must be a number of seconds", field=name, limit="> 0", value=None)
+        count = self.max_retries
+        if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= MAX_RETRIES:
+            text = f"max_retries must be a whole number in [0, {MAX_RETRIES}]; got {count!r}"
+            raise InvalidArgument(text, field="max_retries", limit=f"[0, {MAX_RETRIES}]", value=count)
+
+    def channel_options(self) -> Options:
+        """For the channel to `target`."""
+        return channel_options(MAX_PUBLIC_MESSAGE_BYTES, connect_timeout_s=self.connect_timeout_s)
+
+    def generate_attempts(self, timeout_s: float | None) -> Attempts:
+        """For a generation; `timeout_s` is the caller's wish."""
+        return Attempts(timeout_s or self.timeout_s, self.max_retries)
+
+    def read_attempts(self, timeout_s: float | None) -> Attempts:
+        """For a call that only reads; `timeout_s` is the caller's wish."""
+        return Attempts(check_timeout(timeout_s) or min(self.timeout_s, READ_TIMEOUT_S), self.max_retries)

@@ -1,0 +1,156 @@
+"""What a router says about its models and its pipelines, and how it is read off the wire. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stagecoach.v1 import inference_pb2, model_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model that is served."""
+
+    name: str
+    family: str  # the `model_type` of the checkpoint's config.json
+    fingerprint: str
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    context_length: int  # positions of a sequence, prompt and output together
+
+
+@dataclass(frozen=True, slots=True)
+class StageStatus:
+    """One stage of a pipeline. The times are of its compute and I/O since the session with it opened, in seconds."""
+
+    address: str
+    first_layer: int
+    end_layer: int  # the first one that it does not hold
+    device: str
+    dtype: str
+    pid: int
+    hostname: str
+    weights_bytes: int
+    kv_cache_bytes: int
+    num_steps: int
+    compute_s: float
+    wait_s: float  # the compute thread stood idle
+    codec_s: float  # reading and writing frames
+    queue_depth: int
+
+    @property
+    def busy_fraction(self) -> float | None:
+        """The share of its time that the compute thread computed; None before it did anything."""
+        return busy_fraction(self.compute_s, self.wait_s)
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineStatus:
+    """A chain of shards that covers a model."""
+
+    model: Model
+    epoch: int
+    ready: bool
+    reason: str  # why it is not ready
+    stages: tuple[StageStatus, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterStatus:
+    """A router and its pipelines, now; counts are since it started."""
+
+    pipelines: tuple[PipelineStatus, ...]
+    num_running: int
+    num_waiting: int
+    num_finished: int
+    num_preemptions: int
+    prompt_tokens: int
+    cached_prompt_tokens: int
+    completion_tokens: int
+    num_blocks: int
+    num_free_blocks: int
+    block_size: int
+    uptime_s: float
+
+    @property
+    def ready(self) -> bool:
+        """Whether a pipeline can take requests."""
+        return any(pipeline.ready for pipeline in self.pipelines)
+
+
+def busy_fraction(compute_s: float, wait_s: float) -> float | None:
+    """compute / (compute + wait), or None when both are zero."""
+    total_s = compute_s + wait_s
+    return compute_s / total_s if total_s > 0 else None
+
+
+def read_model(model: model_pb2.ModelDescription) -> Model:
+    """A ModelDescription as a value."""
+    return Model(
+        name=model.name,
+        family=model.family,
+        fingerprint=model.fingerprint,
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        vocab_size=model.vocab_size,
+        context_length=model.context_length,
+    )
+
+
+def read_models(response: inference_pb2.ListModelsResponse) -> tuple[Model, ...]:
+    """A ListModelsResponse as values."""
+    return tuple(read_model(model) for model in response.models)
+
+
+def read_status(response: inference_pb2.GetClusterStatusResponse) -> ClusterStatus:
+    """A GetClusterStatusResponse as a value."""
+    return ClusterStatus(
+        pipelines=tuple(
+            PipelineStatus(
+                model=read_model(pipeline.model),
+                epoch=pipeline.epoch,
+                ready=pipeline.ready,
+                reason=pipeline.reason,
+                stages=tuple(_read_stage(stage) for stage in pipeline.stages),
+            )
+            for pipeline in response.pipelines
+        ),
+        num_running=response.num_running,
+        num_waiting=response.num_waiting,
+        num_finished=response.num_finished,
+        num_preemptions=response.num_preemptions,
+        prompt_tokens=response.prompt_tokens,
+        cached_prompt_tokens=response.cached_prompt_tokens,
+        completion_tokens=response.completion_tokens,
+        num_blocks=response.num_blocks,
+        num_free_blocks=response.num_free_blocks,
+        block_size=response.block_size,
+        uptime_s=response.uptime_s,
+    )
+
+
+def _read_stage(stage: inference_pb2.StageStatus) -> StageStatus:
+    return StageStatus(
+        address=stage.address,
+        first_layer=stage.layers.start,
+        end_layer=stage.layers.end,
+        device=stage.device,
+        dtype=_dtype_name(stage.dtype),
+        pid=stage.pid,
+        hostname=stage.hostname,
+        weights_bytes=stage.weights_bytes,
+        kv_cache_bytes=stage.kv_cache_bytes,
+        num_steps=stage.num_steps,
+        compute_s=stage.compute_s,
+        wait_s=stage.wait_s,
+        codec_s=stage.codec_s,
+        queue_depth=stage.queue_depth,
+    )
+
+
+def _dtype_name(dtype: int) -> str:
+    value = model_pb2.DType.DESCRIPTOR.values_by_number.get(dtype)
+    if value is None or dtype == model_pb2.DTYPE_UNSPECIFIED:
+        return "unknown"
+    return str(value.name).removeprefix("DTYPE_").lower()

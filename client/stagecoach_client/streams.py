@@ -1,0 +1,169 @@
+"""A generation while it runs: an iterator of chunks, which ends the call on the server when it is closed."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+
+from stagecoach.errors import Cancelled, StagecoachError, from_rpc_error
+from stagecoach.v1.inference_pb2 import GenerateResponse
+from stagecoach_client.requests import GenerateCall
+from stagecoach_client.results import Chunk, Generation, GenerationBuilder
+from stagecoach_client.retry import Attempts
+
+# Begins the call with so many seconds to its deadline, and returns gRPC's call object.
+Begin = Callable[[float], Any]
+
+
+class _Stream:
+    """What the two streams share: what has come, how it ended, and whether a failure can be retried."""
+
+    def __init__(self, begin: Begin, call: GenerateCall, attempts: Attempts, peer: str) -> None:
+        self._begin = begin
+        self._peer = peer
+        self._attempts = attempts
+        self._builder = GenerationBuilder(call.num_completions)
+        self._received = False
+        self._ended = False
+        self._error: StagecoachError | None = None
+        self._call = begin(attempts.remaining_s())
+
+    @property
+    def request_id(self) -> str:
+        """The request's name on the server; "" before the first chunk."""
+        return self._builder.request_id
+
+    def __del__(self) -> None:
+        if hasattr(self, "_call"):  # `begin` did not fail
+            self._cancel()
+
+    def _cancel(self) -> None:
+        if not self._ended:
+            self._ended = True
+            self._error = Cancelled("the stream was closed before its end")
+            self._call.cancel()
+
+    def _accept(self, response: GenerateResponse) -> Chunk:
+        self._received = True
+        try:
+            return self._builder.add(response)
+        except StagecoachError as error:
+            self._cancel()
+            self._error = error
+            raise
+
+    def _finish(self) -> None:
+        self._ended = True
+        try:
+            self._builder.build()
+        except StagecoachError as error:
+            self._error = error
+            raise
+
+    def _retry_delay_s(self, failure: grpc.RpcError) -> float:
+        """How long to wait before the call is made again; raises the typed error when it is not to be."""
+        error = from_rpc_error(failure, self._peer)
+        delay_s = None if self._received or self._ended else self._attempts.delay_s(error)
+        if delay_s is None:
+            self._ended = True
+            self._error = error
+            raise error from failure
+        return delay_s
+
+    def _begin_again(self) -> None:
+        if not self._ended:  # it may have been closed in the meantime
+            self._call = self._begin(self._attempts.remaining_s())
+
+    def _result(self) -> Generation:
+        if self._error is not None:
+            raise self._error
+        return self._builder.build()
+
+
+class GenerationStream(_Stream, Iterator[Chunk]):
+    """The chunks of a generation as they come. Errors of the server are raised where its chunks are awaited.
+
+    Use it in a `with` statement, or call `close`, to leave before the end: that cancels the request on the server.
+    """
+
+    def __next__(self) -> Chunk:
+        while not self._ended:
+            try:
+                response = next(self._call)
+            except StopIteration:
+                self._finish()
+            except grpc.RpcError as failure:
+                time.sleep(self._retry_delay_s(failure))
+                self._begin_again()
+            else:
+                return self._accept(response)
+        raise StopIteration
+
+    def collect(self) -> Generation:
+        """Reads to the end; returns everything, the chunks that were read before included."""
+        for _ in self:
+            pass
+        return self._result()
+
+    def close(self) -> None:
+        """Ends the request, if it has not ended. May be called from another thread, and more than once."""
+        self._cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class AsyncGenerationStream(_Stream, AsyncIterator[Chunk]):
+    """The chunks of a generation as they come. Errors of the server are raised where its chunks are awaited.
+
+    Use it in an `async with` statement, or call `aclose`, to leave before the end: that cancels the request on the
+    server, and so does cancelling the task that waits for a chunk.
+    """
+
+    async def __anext__(self) -> Chunk:
+        while not self._ended:
+            try:
+                # Not call.read(): it says "end" as soon as the status is there, without looking for messages.
+                response = await anext(aiter(self._call))
+            except StopAsyncIteration:
+                self._finish()
+            except grpc.RpcError as failure:
+                await asyncio.sleep(self._retry_delay_s(failure))
+                self._begin_again()
+            except asyncio.CancelledError:
+                self._cancel()
+                task = asyncio.current_task()
+                if self._error is None or (task is not None and task.cancelling()):
+                    raise
+                raise self._error from None  # not this task was cancelled, but the call: someone closed it
+            else:
+                return self._accept(response)
+        raise StopAsyncIteration
+
+    async def collect(self) -> Generation:
+        """Reads to the end; returns everything, the chunks that were read before included."""
+        async for _ in self:
+            pass
+        return self._result()
+
+    async def aclose(self) -> None:
+        """Ends the request, if it has not ended. May be called more than once."""
+        self._cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
