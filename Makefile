@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: demo test lint protos model clean
 
 demo: model  ## two shards and a router answer real prompts
-	$(BIN)/python -m benchmarks.demo --model $(MODEL)
+	$(BIN)/stagecoach demo --model $(MODEL)
 
 test: lint model  ## linters, types, import contracts, and every test
 	$(BIN)/python -m pytest

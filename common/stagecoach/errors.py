@@ -218,6 +218,8 @@ def from_rpc_error(error: grpc.RpcError, peer: str) -> StagecoachError:
     code = error.code() if hasattr(error, "code") else grpc.StatusCode.UNKNOWN
     details = error.details() if hasattr(error, "details") else str(error)
     kind = _BY_CODE.get(code, StagecoachError)
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in (details or ""):
+        kind = OutOfRange  # gRPC's own limit on a message's size: sending it again cannot help
     return kind(f"{peer}: {details or code.name}")
 
 

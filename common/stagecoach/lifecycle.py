@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 import grpc.aio
 import uvloop
 
-from stagecoach.channel import channel_options, check_address
+from stagecoach.channel import check_address, server_options
 from stagecoach.errors import ConfigError, StagecoachError
 
 logger = logging.getLogger(__name__)
@@ -41,10 +41,10 @@ def run(program: str, main: Callable[[asyncio.Event], Awaitable[None]]) -> int:
 def listen(max_message_bytes: int, address: str) -> tuple[grpc.aio.Server, int]:
     """A gRPC server, not yet started, bound to `address`, and its port (chosen by the system for port 0).
 
-    Raises ConfigError where another process has the port; gRPC by default would share it with that process.
+    Raises ConfigError where another process has the port.
     """
-    check_address(address, "listen")
-    server = grpc.aio.server(options=[*channel_options(max_message_bytes), ("grpc.so_reuseport", 0)])
+    check_address(address, "listen", listening=True)
+    server = grpc.aio.server(options=server_options(max_message_bytes))
     try:
         port = server.add_insecure_port(address)
     except RuntimeError as error:

@@ -63,3 +63,10 @@ def test_a_full_cache_says_how_full():
     error = errors.KVCacheFull(needed_blocks=9, free_blocks=4)
     assert str(error) == "K/V cache is full: 9 blocks needed, 4 free"
     assert error.retryable
+
+
+def test_a_message_that_is_too_large_is_not_worth_another_try():
+    call = FailedCall(grpc.StatusCode.RESOURCE_EXHAUSTED, "Sent message larger than max (9 vs. 4)")
+    error = errors.from_rpc_error(call, "h:1")
+    assert type(error) is errors.OutOfRange
+    assert not error.retryable

@@ -1,0 +1,92 @@
+"""A whole cluster on one event loop: real shards, a real router, real gRPC on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stagecoach.errors import Unavailable
+from stagecoach_client import AsyncClient
+from stagecoach_router import server as router
+from stagecoach_router.settings import RouterSettings
+from stagecoach_shard import server as shard
+from stagecoach_shard.settings import ShardSettings
+
+READY_TIMEOUT_S = 60.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Running:
+    """A server on this event loop."""
+
+    address: str
+    stop: asyncio.Event
+    task: asyncio.Task[None]
+
+    async def close(self) -> None:
+        self.stop.set()
+        await self.task
+
+
+def start_shard(model: Path, layers: str, **settings: Any) -> Running:
+    address = settings.pop("listen", None) or f"127.0.0.1:{free_port()}"
+    facts: dict[str, Any] = {"dtype": "float32", "kv_cache_memory": "4M"} | settings
+    stop = asyncio.Event()
+    task = asyncio.create_task(shard.serve(ShardSettings(model=model, layers=layers, listen=address, **facts), stop))
+    return Running(address, stop, task)
+
+
+def start_router(shards: Sequence[str], **settings: Any) -> Running:
+    address = settings.pop("listen", None) or f"127.0.0.1:{free_port()}"
+    stop = asyncio.Event()
+    task = asyncio.create_task(router.serve(RouterSettings(shards=",".join(shards), listen=address, **settings), stop))
+    return Running(address, stop, task)
+
+
+async def wait_until_ready(client: AsyncClient, *running: Running) -> None:
+    """Returns when the router has a pipeline; raises what ended a server that ended before."""
+    async with asyncio.timeout(READY_TIMEOUT_S):
+        while not await _is_ready(client):
+            for server in running:
+                if server.task.done():
+                    server.task.result()
+            await asyncio.sleep(0.02)
+
+
+async def _is_ready(client: AsyncClient) -> bool:
+    try:
+        return any(pipeline.ready for pipeline in (await client.status()).pipelines)
+    except Unavailable:  # it does not listen yet
+        return False
+
+
+@asynccontextmanager
+async def cluster(
+    model: Path,
+    ranges: Sequence[str] = ("0:2", "2:4"),
+    *,
+    shard_settings: dict[str, Any] | None = None,
+    **router_settings: Any,
+) -> AsyncIterator[AsyncClient]:
+    """A client of a cluster that is ready."""
+    shards = [start_shard(model, layers, **(shard_settings or {})) for layers in ranges]
+    front = start_router([server.address for server in shards], **router_settings)
+    client = AsyncClient(front.address, max_retries=0)
+    try:
+        await wait_until_ready(client, front, *shards)
+        yield client
+    finally:
+        await client.aclose()
+        for server in (front, *shards):
+            await server.close()

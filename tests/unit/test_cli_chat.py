@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Self
+
+import pytest
+
+from stagecoach.errors import Unavailable
+from stagecoach_client.cli.chat import Conversation
+from stagecoach_client.results import Chunk, FinishReason
+
+
+class FakeStream:
+    """Yields what it was given; raises what is an exception."""
+
+    def __init__(self, pieces: list[str | BaseException], finish_reason: FinishReason) -> None:
+        self._pieces = pieces
+        self._finish_reason = finish_reason
+        self.closed = False
+
+    def __iter__(self) -> Iterator[Chunk]:
+        for index, piece in enumerate(self._pieces):
+            if isinstance(piece, BaseException):
+                raise piece
+            last = index == len(self._pieces) - 1
+            yield Chunk(0, piece, (1,), (), self._finish_reason if last else None, None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.closed = True
+
+
+class FakeClient:
+    def __init__(self, *answers: list[str | BaseException], finish_reason: FinishReason = "stop") -> None:
+        self._streams = [FakeStream(answer, finish_reason) for answer in answers]
+        self.used: list[FakeStream] = []
+        self.asked: list[dict[str, Any]] = []
+
+    def generate(self, **options: Any) -> FakeStream:
+        self.asked.append(options)
+        self.used.append(self._streams.pop(0))
+        return self.used[-1]
+
+
+def roles(conversation: Conversation) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"]) for message in conversation.messages]
+
+
+def talk(client: FakeClient, system: str | None = None) -> Conversation:
+    return Conversation(client, system, {"seed": 1})  # type: ignore[arg-type]
+
+
+def test_the_conversation_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    client = FakeClient(["Hel", "lo"], ["Bye"])
+    conversation = talk(client, "Be brief.")
+    conversation.say("hi")
+    conversation.say("go")
+    assert capsys.readouterr().out == "Hello\nBye\n"
+    expected = [("system", "Be brief."), ("user", "hi"), ("assistant", "Hello"), ("user", "go"), ("assistant", "Bye")]
+    assert roles(conversation) == expected
+    assert [m["content"] for m in client.asked[1]["messages"]] == ["Be brief.", "hi", "Hello", "go"]
+    assert client.asked[0]["seed"] == 1
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(capsys: pytest.CaptureFixture[str]) -> None:
+    client = FakeClient(["Hel", KeyboardInterrupt()])
+    conversation = talk(client)
+    conversation.say("hi")
+    assert capsys.readouterr().out == "Hel [stopped]\n"
+    assert client.used[0].closed
+    assert roles(conversation) == [("user", "hi"), ("assistant", "Hel")]
+
+
+def test_ctrl_c_before_the_first_word_leaves_no_trace() -> None:
+    conversation = talk(FakeClient([KeyboardInterrupt()]))
+    conversation.say("hi")
+    assert roles(conversation) == []
+
+
+def test_a_turn_that_failed_leaves_no_trace() -> None:
+    conversation = talk(FakeClient(["Hel", Unavailable("gone")]))
+    with pytest.raises(Unavailable):
+        conversation.say("hi")
+    assert roles(conversation) == []
+
+
+def test_an_answer_that_was_cut_off_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    talk(FakeClient(["Hel"], finish_reason="length")).say("hi")
+    assert "cut off" in capsys.readouterr().out

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import pytest
+
+from stagecoach.errors import InvalidArgument, StagecoachError
+from stagecoach_client.cli import describe, run
+from stagecoach_client.cli.bench import parse_counts
+from stagecoach_client.cli.terminal import format_bytes, format_fraction, write_model_text
+
+
+def test_field_and_limit_are_said_once() -> None:
+    assert (
+        describe(InvalidArgument("top_p must be in (0, 1]", field="top_p", limit="(0, 1]")) == "top_p must be in (0, 1]"
+    )
+    assert describe(InvalidArgument("too long", field="prompt", limit=512)) == "too long (field prompt, limit 512)"
+    assert describe(StagecoachError("plain")) == "plain"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "x", "--temperature", "900"], "error: temperature must be a number in [0, 100]"),
+        (["generate", "x", "--n", "0"], "error: n must be a whole number"),
+        (["generate", "--token-ids", "1,x"], "error: token_ids must be whole numbers"),
+        (["generate", "x", "--target", "nowhere"], "error: target must be HOST:PORT"),
+        (["status", "--target", "http://x:1"], "error: target must be HOST:PORT"),
+        (["bench", "--concurrency", "0"], "error: concurrency must be a whole number in [1, "),
+        (["bench", "--concurrency", "one"], "error: concurrency must be whole numbers"),
+        (["bench", "--json", "/nonexistent/folder/x.json"], "error: cannot write /nonexistent/folder/x.json"),
+        (["up", "--model", "/nonexistent"], "error: /nonexistent is not a checkpoint folder"),
+        (["up", "--model", "/nonexistent", "--listen", "x"], "error: "),
+    ],
+)
+def test_an_error_is_one_line_and_status_1(
+    arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(arguments) == 1
+    written = capfd.readouterr().err
+    assert written.startswith(message)
+    assert written.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate"],
+        ["generate", "x", "--token-ids", "1"],
+        ["generate", "--chat", "--token-ids", "1"],
+        ["generate", "x", "--max-tokens", "many"],
+        ["nonsense"],
+        ["up"],
+        ["up", "--model", ".", "--dtype", "int3"],
+        ["import", "only-one"],
+    ],
+)
+def test_wrong_usage_is_status_2(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(arguments) == 2
+    assert "Usage" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[], ["up"], ["chat"], ["generate"], ["status"], ["bench"], ["import"]])
+def test_every_command_has_help(command: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    assert run([*command, "--help"]) == 0
+    assert "Usage: stagecoach" in capfd.readouterr().out
+
+
+def test_version(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capfd.readouterr().out.startswith("stagecoach 0.")
+
+
+def test_counts() -> None:
+    assert parse_counts("1,8, 32") == [1, 8, 32]
+
+
+def test_what_a_model_writes_is_not_changed_on_its_way_to_a_file(capfd: pytest.CaptureFixture[str]) -> None:
+    write_model_text("a\x1b[31mb\n")
+    assert capfd.readouterr().out == "a\x1b[31mb\n"
+
+
+def test_sizes_and_fractions() -> None:
+    assert [format_bytes(n) for n in (0, 1023, 1536, 2**31, 2**50)] == [
+        "0 B",
+        "1023 B",
+        "1.5 KiB",
+        "2.0 GiB",
+        "1024.0 TiB",
+    ]
+    assert [format_fraction(f) for f in (None, 0.0, 0.756)] == ["-", "0%", "76%"]

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stagecoach.errors import CheckpointError, InvalidArgument, StagecoachError, TopologyError
+from stagecoach.topology import LayerRange
+from stagecoach_client.local_cluster import StagecoachCommands, read_num_layers, split_layers
+
+
+def test_stages_are_a_number_or_ranges() -> None:
+    even = (LayerRange(0, 15), LayerRange(15, 30))
+    assert (
+        split_layers(2, 30) == split_layers("2", 30) == split_layers("15:30,0:15", 30) == split_layers(even, 30) == even
+    )
+
+
+@pytest.mark.parametrize("stages", [0, 31, "0", "two", "", "0:10,x"])
+def test_stages_that_mean_nothing_are_refused(stages: int | str) -> None:
+    with pytest.raises(InvalidArgument):
+        split_layers(stages, 30)
+
+
+@pytest.mark.parametrize("stages", ["0:10,11:30", "0:10,9:30", "0:31", "0:29"])
+def test_ranges_must_cover_the_model(stages: str) -> None:
+    with pytest.raises(TopologyError):
+        split_layers(stages, 30)
+
+
+@given(st.text(alphabet="0123456789:, -", max_size=12), st.integers(1, 40))
+def test_any_text_gives_a_cover_or_a_typed_error(text: str, num_layers: int) -> None:
+    try:
+        ranges = split_layers(text, num_layers)
+    except StagecoachError:
+        return
+    assert [layer for part in ranges for layer in range(part.start, part.end)] == list(range(num_layers))
+
+
+@pytest.mark.parametrize(
+    "config", [{"num_hidden_layers": 30}, {"text_config": {"num_hidden_layers": 30}}, {"n_layer": 30}]
+)
+def test_the_number_of_layers_is_found(tmp_path: Path, config: object) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_num_layers(tmp_path) == 30
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", "[]", "not json", '{"num_hidden_layers": "30"}', '{"num_hidden_layers": 0}', None]
+)
+def test_a_folder_without_it_is_not_a_checkpoint(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError) as caught:
+        read_num_layers(tmp_path)
+    assert caught.value.field == "model"
+
+
+def test_commands_name_everything() -> None:
+    commands = StagecoachCommands(Path("m"), device="cuda:0,cuda:1", kv_cache_memory="2G", threads_per_shard=3)
+    shard = list(commands.shard(1, LayerRange(15, 30), "127.0.0.1:7"))
+    assert shard[1:] == [
+        "-m",
+        "stagecoach_shard",
+        "--model",
+        "m",
+        "--layers",
+        "15:30",
+        "--listen",
+        "127.0.0.1:7",
+        "--device",
+        "cuda:1",
+        "--dtype",
+        "bfloat16",
+        "--threads",
+        "3",
+        "--kv-cache-memory",
+        "2G",
+    ]
+    router = list(commands.router(["a:1", "b:2"], "127.0.0.1:8"))
+    assert router[1:] == ["-m", "stagecoach_router", "--shards", "a:1,b:2", "--listen", "127.0.0.1:8"]

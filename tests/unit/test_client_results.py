@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stagecoach.errors import InternalError
+from stagecoach.v1 import inference_pb2 as pb
+from stagecoach_client.results import Chunk, GenerationBuilder, PositionLogprobs, TokenLogprob, Usage, read_chunk
+from stagecoach_client.status import busy_fraction, read_status
+
+
+def piece(index: int = 0, text: str = "", finish: int = 0, tokens: list[int] | None = None) -> pb.GenerateResponse:
+    return pb.GenerateResponse(request_id="r", index=index, text=text, token_ids=tokens or [], finish_reason=finish)
+
+
+@given(
+    st.lists(
+        st.lists(st.tuples(st.text(max_size=3), st.lists(st.integers(0, 9), max_size=3)), min_size=1),
+        min_size=1,
+        max_size=4,
+    ),
+    st.randoms(use_true_random=False),
+)
+def test_pieces_in_any_interleaving_make_the_whole(pieces: list[list[tuple[str, list[int]]]], dice: object) -> None:
+    builder = GenerationBuilder(len(pieces))
+    left = [list(own) for own in pieces]
+    while any(left):
+        index = dice.choice([i for i, own in enumerate(left) if own])  # type: ignore[attr-defined]
+        text, tokens = left[index].pop(0)
+        builder.add(piece(index, text, 0 if left[index] else pb.FINISH_REASON_STOP, tokens))
+    completions = builder.build().completions
+    assert [c.text for c in completions] == ["".join(text for text, _ in own) for own in pieces]
+    assert [list(c.token_ids) for c in completions] == [[t for _, ids in own for t in ids] for own in pieces]
+
+
+def test_a_chunk_holds_everything_of_its_response() -> None:
+    response = pb.GenerateResponse(
+        index=2,
+        text="hé",
+        token_ids=[4],
+        logprobs=[
+            pb.PositionLogprobs(
+                chosen=pb.TokenLogprob(token_id=4, text="hé", logprob=-0.5),
+                top=[pb.TokenLogprob(token_id=9, text="x", logprob=-0.25)],
+            )
+        ],
+        finish_reason=pb.FINISH_REASON_LENGTH,
+        usage=pb.Usage(prompt_tokens=3, cached_tokens=2, completion_tokens=1),
+    )
+    assert read_chunk(response) == Chunk(
+        index=2,
+        text="hé",
+        token_ids=(4,),
+        logprobs=(PositionLogprobs(TokenLogprob(4, "hé", -0.5), (TokenLogprob(9, "x", -0.25),)),),
+        finish_reason="length",
+        usage=Usage(3, 2, 1),
+    )
+
+
+@pytest.mark.parametrize(("number", "expected"), [(0, None), (1, "stop"), (2, "length"), (77, "other")])
+def test_finish_reasons(number: int, expected: str | None) -> None:
+    assert read_chunk(piece(finish=number)).finish_reason == expected
+
+
+def test_usage_counts_the_prompt_once_and_all_completions() -> None:
+    builder = GenerationBuilder(2)
+    for index, cached in ((0, 0), (1, 16)):
+        response = piece(index, "x", pb.FINISH_REASON_STOP)
+        response.usage.CopyFrom(pb.Usage(prompt_tokens=20, cached_tokens=cached, completion_tokens=7))
+        builder.add(response)
+    assert builder.build().usage == Usage(prompt_tokens=20, cached_tokens=0, completion_tokens=14)
+
+
+@pytest.mark.parametrize(
+    "responses",
+    [
+        [piece(1)],
+        [piece(0, finish=1), piece(0)],
+        [piece(0)],
+        [],
+    ],
+    ids=["unasked completion", "after the end", "no end", "nothing"],
+)
+def test_a_server_that_breaks_the_contract_is_an_error(responses: list[pb.GenerateResponse]) -> None:
+    def read() -> None:
+        builder = GenerationBuilder(1)
+        for response in responses:
+            builder.add(response)
+        builder.build()
+
+    with pytest.raises(InternalError):
+        read()
+
+
+def test_status_of_a_cluster_that_has_nothing_yet() -> None:
+    status = read_status(pb.GetClusterStatusResponse(pipelines=[pb.PipelineStatus(reason="starting")]))
+    assert not status.ready
+    assert status.pipelines[0].reason == "starting"
+    assert read_status(pb.GetClusterStatusResponse()).pipelines == ()
+
+
+def test_an_unknown_dtype_does_not_break_the_status() -> None:
+    response = pb.GetClusterStatusResponse(pipelines=[pb.PipelineStatus(stages=[pb.StageStatus(dtype=99)])])
+    assert read_status(response).pipelines[0].stages[0].dtype == "unknown"
+
+
+def test_busy_fraction() -> None:
+    assert busy_fraction(3.0, 1.0) == 0.75
+    assert busy_fraction(0.0, 0.0) is None
