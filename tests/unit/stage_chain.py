@@ -59,7 +59,7 @@ class StageChain:
         """Fills blocks with NaN: whatever is read from them without having been written shows."""
         for cache in self.caches:
             for layer in cache.layers:
-                layer[:, :, list(blocks)] = float("nan")
+                layer[list(blocks)] = float("nan")
 
     def step(self, *rows: tuple[Running, int]) -> None:
         """One micro-batch: the next so many tokens of each sequence. Their logits are added to the sequences."""

@@ -35,8 +35,8 @@ def _batch(rows: list[tuple[int, int]], block_size: int) -> tuple[Batch, int]:
 
 def _expected(batch: Batch, cache: Tensor, queries: Tensor, window: int | None) -> Tensor:
     """One query at a time, in float64."""
-    group = queries.shape[1] // cache.shape[1]
-    by_slot = cache.double().flatten(2, 3)
+    group = queries.shape[1] // cache.shape[3]
+    by_slot = cache.double().flatten(0, 1).permute(1, 2, 0, 3)
     outputs, token = [], 0
     for row, (start, end) in enumerate(zip(batch.starts.tolist(), batch.ends.tolist(), strict=True)):
         for position in range(start, end):
@@ -67,14 +67,13 @@ def test_it_equals_the_definition(
     num_heads, num_kv_heads = heads
     batch, num_blocks = _batch(rows, block_size)
     generator = torch.Generator().manual_seed(0)
-    cache = torch.randn(2, num_kv_heads, num_blocks, block_size, HEAD_DIM, generator=generator)
+    cache = torch.randn(num_blocks, block_size, 2, num_kv_heads, HEAD_DIM, generator=generator)
     queries = torch.randn(batch.total_tokens, num_heads, HEAD_DIM, generator=generator)
     new_keys, new_values = torch.randn(2, batch.total_tokens, num_kv_heads, HEAD_DIM, generator=generator)
     shape = AttentionShape(num_heads, num_kv_heads, HEAD_DIM, window)
     step = SdpaAttention().prepare(batch, shape, torch.float32)
     step.write(cache, new_keys, new_values)
-    slots = cache.flatten(2, 3)[:, :, batch.cache_slots]
-    assert torch.equal(slots, torch.stack((new_keys, new_values)).transpose(1, 2))
+    assert torch.equal(cache.flatten(0, 1)[batch.cache_slots], torch.stack((new_keys, new_values), dim=1))
     attended = step.attend(cache, queries)
     torch.testing.assert_close(attended.double(), _expected(batch, cache, queries, window), atol=1e-5, rtol=0)
 
@@ -83,7 +82,7 @@ def test_many_decodes_of_very_different_lengths_keep_their_order() -> None:
     rows = [(start, 1) for start in (900, 3, 2000, 40, 1, 700, 41, 0)]
     batch, num_blocks = _batch(rows, 16)
     generator = torch.Generator().manual_seed(0)
-    cache = torch.randn(2, 3, num_blocks, 16, HEAD_DIM, generator=generator)
+    cache = torch.randn(num_blocks, 16, 2, 3, HEAD_DIM, generator=generator)
     queries = torch.randn(8, 9, HEAD_DIM, generator=generator)
     step = SdpaAttention().prepare(batch, AttentionShape(9, 3, HEAD_DIM, None), torch.float32)
     attended = step.attend(cache, queries)
@@ -93,7 +92,7 @@ def test_many_decodes_of_very_different_lengths_keep_their_order() -> None:
 def _sdpa_calls(rows: list[tuple[int, int]]) -> tuple[int, int]:
     """How often torch's attention was called, and how often it chose its fused kernel."""
     batch, num_blocks = _batch(rows, 16)
-    cache = torch.zeros(2, 3, num_blocks, 16, 64, dtype=torch.bfloat16)
+    cache = torch.zeros(num_blocks, 16, 2, 3, 64, dtype=torch.bfloat16)
     queries = torch.zeros(batch.total_tokens, 9, 64, dtype=torch.bfloat16)
     step = SdpaAttention().prepare(batch, AttentionShape(9, 3, 64, None), torch.bfloat16)
     with torch.inference_mode(), torch.profiler.profile() as profile:

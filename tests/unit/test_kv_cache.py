@@ -28,7 +28,7 @@ def test_all_layers_lie_in_one_allocation_of_zeros() -> None:
     cache = KVCache.allocate(
         CONFIG, LAYERS, num_blocks=5, block_size=16, dtype=torch.bfloat16, device=torch.device("cpu")
     )
-    assert [tuple(layer.shape) for layer in cache.layers] == [(2, 2, 5, 16, 24)] * 3
+    assert [tuple(layer.shape) for layer in cache.layers] == [(5, 16, 2, 2, 24)] * 3
     assert len({layer.untyped_storage().data_ptr() for layer in cache.layers}) == 1
     assert cache.layers[0].untyped_storage().nbytes() == cache.total_bytes
     for index, layer in enumerate(cache.layers):

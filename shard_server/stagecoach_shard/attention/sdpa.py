@@ -1,7 +1,7 @@
 """Paged attention in plain torch, for any device: gather a row's blocks, then `scaled_dot_product_attention`.
 
-The cache of a layer is [2, num_kv_heads, num_blocks, block_size, head_dim]: keys, then values. Gathering by block id
-copies contiguous pieces and lands as [num_kv_heads, rows, positions, head_dim] with no transposition.
+The cache of a layer is [num_blocks, block_size, 2, num_kv_heads, head_dim], keys before values. A block is one piece
+of several KB, which is what a gather from cold memory wants; what it yields is passed on as strided views.
 
 Rows with one token (decodes) are attended to together, sorted by length and padded to the longest of their group; the
 query heads that share a key head become the query length, which is many times faster on CPUs than `enable_gqa`. Rows
@@ -36,7 +36,7 @@ class _Decodes:
     blocks: Tensor  # int64 [rows * num_blocks]
     num_rows: int
     keys: slice  # of the gathered positions, those that any row sees
-    mask: Tensor | None  # [1, rows, 1, keys], 0 or -inf; None: every row sees all of them
+    mask: Tensor | None  # [rows, 1, 1, keys], 0 or -inf; None: every row sees all of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class _Tile:
 
     tokens: slice  # of the micro-batch's
     keys: slice  # of the row's gathered positions
-    mask: Tensor | None  # [queries, keys], 0 or -inf; None: every query sees all of them
+    mask: Tensor  # [queries, keys], 0 or -inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +84,10 @@ class SdpaStep:
         # The rest of a block that is only begun is still its last owner's, and is read under a mask: were there a NaN
         # in it, one broken sequence would go on to break others.
         if self._batch.begun_blocks is not None:
-            cache.index_fill_(2, self._batch.begun_blocks, 0.0)
-        by_slot = cache.flatten(2, 3)  # [2, num_kv_heads, num_blocks * block_size, head_dim], a view
-        by_slot[0].index_copy_(1, self._batch.cache_slots, keys.transpose(0, 1))
-        by_slot[1].index_copy_(1, self._batch.cache_slots, values.transpose(0, 1))
+            cache.index_fill_(0, self._batch.begun_blocks, 0.0)
+        by_slot = cache.flatten(0, 1)  # [num_blocks * block_size, 2, num_kv_heads, head_dim], a view
+        by_slot[:, 0].index_copy_(0, self._batch.cache_slots, keys)
+        by_slot[:, 1].index_copy_(0, self._batch.cache_slots, values)
 
     def attend(self, cache: Tensor, queries: Tensor) -> Tensor:
         """`queries` [num_tokens, num_heads, head_dim] -> [num_tokens, num_heads * head_dim]."""
@@ -99,38 +99,30 @@ class SdpaStep:
             rows = queries.index_select(0, decodes.tokens)
             attended.index_copy_(0, decodes.tokens, self._attend_decodes(decodes, cache, rows))
         for prefill in self._prefills:
-            gathered = self._gather(cache, prefill.blocks, 1)
+            gathered = cache.index_select(0, prefill.blocks).flatten(0, 1)  # [positions, 2, num_kv_heads, head_dim]
             for tile in prefill.tiles:
-                attended[tile.tokens] = self._attend_tile(tile, gathered, queries[tile.tokens])
+                attended[tile.tokens] = self._attend_tile(tile, gathered[tile.keys], queries[tile.tokens])
         return attended
-
-    def _gather(self, cache: Tensor, blocks: Tensor, num_rows: int) -> Tensor:
-        """Keys and values: [2, num_kv_heads, num_rows, positions, head_dim]."""
-        return cache.index_select(2, blocks).view(2, cache.shape[1], num_rows, -1, cache.shape[-1])
 
     def _attend_decodes(self, decodes: _Decodes, cache: Tensor, queries: Tensor) -> Tensor:
         """`queries` [rows, num_heads, head_dim] -> [rows, num_heads * head_dim]."""
-        num_rows, num_kv_heads = decodes.num_rows, self._shape.num_kv_heads
-        keys, values = self._gather(cache, decodes.blocks, num_rows)[:, :, :, decodes.keys].unbind(0)
-        attended = functional.scaled_dot_product_attention(
-            queries.view(num_rows, num_kv_heads, -1, queries.shape[-1]).transpose(0, 1),
-            keys,
-            values,
-            attn_mask=decodes.mask,
-        )  # [num_kv_heads, rows, num_heads / num_kv_heads, head_dim]
-        return attended.transpose(0, 1).reshape(num_rows, -1)
+        num_rows, num_kv_heads, head_dim = decodes.num_rows, self._shape.num_kv_heads, self._shape.head_dim
+        gathered = cache.index_select(0, decodes.blocks).view(num_rows, -1, 2, num_kv_heads, head_dim)
+        keys, values = gathered[:, decodes.keys].permute(2, 0, 3, 1, 4)  # each [rows, num_kv_heads, keys, head_dim]
+        grouped = queries.view(num_rows, num_kv_heads, -1, head_dim)  # the heads of a group as if they were positions
+        attended = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=decodes.mask)
+        return attended.reshape(num_rows, -1)
 
     def _attend_tile(self, tile: _Tile, gathered: Tensor, queries: Tensor) -> Tensor:
-        """`queries` [n, num_heads, head_dim] -> [n, num_heads * head_dim]; `gathered` is their row's."""
-        num_queries, num_kv_heads = queries.shape[0], self._shape.num_kv_heads
-        grouped = queries.view(num_queries, num_kv_heads, -1, queries.shape[-1]).permute(1, 2, 0, 3)
-        keys, values = gathered[:, :, :, tile.keys].expand(-1, -1, grouped.shape[1], -1, -1).unbind(0)
-        attended = functional.scaled_dot_product_attention(
-            grouped,  # [num_kv_heads, num_heads / num_kv_heads, n, head_dim]
-            keys,
-            values,
-            attn_mask=tile.mask,
-        )
+        """`queries` [n, num_heads, head_dim] -> [n, num_heads * head_dim].
+
+        `gathered` [keys, 2, num_kv_heads, head_dim] is what they may see.
+        """
+        num_queries, num_kv_heads, head_dim = queries.shape[0], self._shape.num_kv_heads, self._shape.head_dim
+        grouped = queries.view(num_queries, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
+        shared = gathered.permute(1, 2, 0, 3).unsqueeze(2).expand(-1, -1, grouped.shape[1], -1, -1)
+        keys, values = shared  # each [num_kv_heads, num_heads / num_kv_heads, keys, head_dim], as are the queries
+        attended = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=tile.mask)
         return attended.permute(2, 0, 1, 3).reshape(num_queries, -1)
 
 
@@ -179,7 +171,7 @@ def _plan_group(
     if first.max() != keys.start or last.min() != keys.stop - 1:
         place = np.arange(keys.start, keys.stop)
         seen = (place >= first[:, None]) & (place <= last[:, None])
-        mask = _mask(seen, dtype, batch.device)[None, :, None, :]
+        mask = _mask(seen, dtype, batch.device)[:, None, None, :]
     everything = len(rows) == len(batch.starts)
     return _Decodes(
         tokens=None if everything else torch.from_numpy(batch.first_tokens[rows]).to(batch.device),

@@ -72,9 +72,9 @@ class ModelConfig:
         )
 
     def cache_shape(self, layer: int, *, num_blocks: int, block_size: int) -> tuple[int, ...]:
-        """The shape of one layer's K/V: keys and values by head, so that a block of a head is one contiguous piece."""
+        """The shape of one layer's K/V: a block is one contiguous piece, within it a position, its keys, its values."""
         assert 0 <= layer < self.num_layers
-        return (2, self.num_kv_heads, num_blocks, block_size, self.head_dim)
+        return (num_blocks, block_size, 2, self.num_kv_heads, self.head_dim)
 
 
 def _refuse_unsupported(raw: RawConfig) -> None:
