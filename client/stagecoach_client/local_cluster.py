@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import socket
 import sys
@@ -16,10 +15,11 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from stagecoach.channel import check_address, split_address
-from stagecoach.errors import CheckpointError, ConfigError, DeadlineExceeded, InvalidArgument, StagecoachError
-from stagecoach.topology import LayerRange, order_stages, split_evenly
+from stagecoach.errors import ConfigError, DeadlineExceeded, StagecoachError
+from stagecoach.topology import LayerRange
 from stagecoach_client.child_process import ChildProcess
 from stagecoach_client.client import Client
+from stagecoach_client.layer_split import read_shape, split_layers
 
 START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 10.0
@@ -99,7 +99,7 @@ class LocalCluster:
         on_wait: Callable[[str], None] | None = None,
         commands: Commands | None = None,
     ) -> None:
-        self.layers = split_layers(stages, read_num_layers(Path(model)))
+        self.layers = split_layers(stages, read_shape(Path(model)))
         threads = threads_per_shard or max(1, _num_cores() // len(self.layers))
         self._commands = commands or StagecoachCommands(
             Path(model), device, dtype, kv_cache_memory, len(self.layers), threads
@@ -189,47 +189,6 @@ class LocalCluster:
                 limit = f"{self._start_timeout_s:g} s"
                 raise DeadlineExceeded(f"no pipeline is ready after {limit}: {reason}", field="start", limit=limit)
             time.sleep(_POLL_INTERVAL_S)
-
-
-def read_num_layers(model: Path) -> int:
-    """How many layers the checkpoint in the folder `model` has; raises CheckpointError."""
-    path = model / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        text = f"{model} is not a checkpoint folder: cannot read {path.name}: {reason}"
-        raise CheckpointError(text, field="model", value=model) from error
-    num_layers = _find_num_layers(config)
-    if num_layers is None:
-        raise CheckpointError(f"{path} does not say num_hidden_layers", field="model", value=model)
-    return num_layers
-
-
-def _find_num_layers(config: object) -> int | None:
-    """At the top, or, in a model that also takes pictures, in the part about text."""
-    for part in (config, config.get("text_config") if isinstance(config, dict) else None):
-        if isinstance(part, dict):
-            for key in ("num_hidden_layers", "n_layer"):
-                if isinstance(part.get(key), int) and part[key] > 0:
-                    return int(part[key])
-    return None
-
-
-def split_layers(stages: int | str | Sequence[LayerRange], num_layers: int) -> tuple[LayerRange, ...]:
-    """The layer ranges of a pipeline in order, from their number or from themselves ("2" or "0:10,10:30")."""
-    if isinstance(stages, str):
-        if ":" in stages:
-            stages = [LayerRange.parse(part) for part in stages.split(",")]
-        else:
-            try:
-                stages = int(stages)
-            except ValueError as error:
-                text = f"stages must be a number, or layer ranges such as 0:10,10:30; got {stages!r}"
-                raise InvalidArgument(text, field="stages", value=stages) from error
-    if isinstance(stages, int):
-        return tuple(split_evenly(num_layers, stages))
-    return tuple(stages[index] for index in order_stages(stages, num_layers))
 
 
 def free_addresses(wanted: Sequence[str]) -> list[str]:

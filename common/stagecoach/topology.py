@@ -41,8 +41,11 @@ class LayerRange:
         return f"{self.start}:{self.end}"
 
 
-def split_evenly(num_layers: int, num_stages: int) -> list[LayerRange]:
-    """`num_stages` ranges that cover [0, num_layers), as even as can be; the last, with the head, is never longer."""
+def split_evenly(num_layers: int, num_stages: int, head_layers: int = 0) -> list[LayerRange]:
+    """`num_stages` ranges that cover [0, num_layers), as even as can be; earlier ones have the odd layers.
+
+    The last stage also computes the head, which costs as much as `head_layers` layers, and gets so many fewer.
+    """
     if not 1 <= num_stages <= num_layers:
         raise InvalidArgument(
             f"{num_layers} layers cannot be split over {num_stages} stages",
@@ -50,13 +53,11 @@ def split_evenly(num_layers: int, num_stages: int) -> list[LayerRange]:
             limit=num_layers,
             value=num_stages,
         )
-    size, extra = divmod(num_layers, num_stages)
-    ranges, start = [], 0
-    for stage in range(num_stages):
-        end = start + size + (1 if stage < extra else 0)
-        ranges.append(LayerRange(start, end))
-        start = end
-    return ranges
+    last = max(1, (num_layers + head_layers) // num_stages - head_layers) if num_stages > 1 else num_layers
+    size, extra = divmod(num_layers - last, max(1, num_stages - 1))
+    sizes = [size + (stage < extra) for stage in range(num_stages - 1)] + [last]
+    starts = [sum(sizes[:stage]) for stage in range(num_stages)]
+    return [LayerRange(start, start + size) for start, size in zip(starts, sizes, strict=True)]
 
 
 def order_stages(ranges: Sequence[LayerRange], num_layers: int) -> list[int]:

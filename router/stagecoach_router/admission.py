@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any
 
@@ -67,6 +68,9 @@ class WaitingLine:
 
     def __len__(self) -> int:
         return len(self._line)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self._line)
 
     def check_room(self, num_free_slots: int) -> None:
         """Raises Overloaded if no one more may wait. Those that wait only for the next step do not count."""

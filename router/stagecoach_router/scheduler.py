@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 from stagecoach_router.admission import WaitingLine, by_order, by_priority_then_arrival, token_limit
@@ -23,6 +24,9 @@ from stagecoach_router.sequence import Sequence
 
 # Where decodes fill whole steps, every other step keeps this part of its tokens for prefill.
 MIN_PREFILL_FRACTION = 4
+# Prefill that does not fill the lanes is spread over them, so that the stages work on it at the same time; but not in
+# chunks below this, which would cost more than the waiting they save.
+MIN_CHUNK_TOKENS = 64
 
 
 class Row(NamedTuple):
@@ -206,13 +210,23 @@ class Scheduler:
 
     def _plan_prefill(self, draft: _Draft, max_tokens: int) -> None:
         """Adds chunks of up to `max_tokens` tokens in all, first in order first."""
-        room = min(max_tokens, draft.room)
+        room = min(max_tokens, draft.room, self._chunk_limit())
         while room and (sequence := self._next_to_prefill()):
             num_tokens = min(room, sequence.num_tokens - sequence.num_computed)
             self._dispatch(sequence, num_tokens, draft)
             room -= num_tokens
             if sequence.awaiting_token:
                 del self._prefilling[0]
+
+    def _chunk_limit(self) -> int:
+        """A lane's share of the prefill at hand. Each next one is smaller, and so the wait for the last stage short."""
+        enough = self.num_lanes * self.max_batch_tokens
+        num_tokens = 0
+        for sequence in chain(self._prefilling, self._waiting):
+            num_tokens += sequence.num_tokens - sequence.num_computed
+            if num_tokens >= enough:
+                return self.max_batch_tokens
+        return max(MIN_CHUNK_TOKENS, -(-num_tokens // self.num_lanes))
 
     def _next_to_prefill(self) -> Sequence | None:
         """The first in order of those that are being prefilled and those that can be admitted; admits it."""

@@ -56,7 +56,9 @@ def expected(smollm2):
 @pytest.fixture(scope="module")
 def cluster(smollm2, expected):
     """After `expected`, so that the two do not compete for the cores."""
-    with LocalCluster(smollm2, stages=2, dtype="float32", threads_per_shard=1, kv_cache_memory="256M") as cluster:
+    with LocalCluster(
+        smollm2, stages="0:15,15:30", dtype="float32", threads_per_shard=1, kv_cache_memory="256M"
+    ) as cluster:
         yield cluster
 
 

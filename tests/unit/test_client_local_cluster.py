@@ -9,32 +9,37 @@ from hypothesis import strategies as st
 
 from stagecoach.errors import CheckpointError, InvalidArgument, StagecoachError, TopologyError
 from stagecoach.topology import LayerRange
-from stagecoach_client.local_cluster import StagecoachCommands, read_num_layers, split_layers
+from stagecoach_client.layer_split import ModelShape, read_shape, split_layers
+from stagecoach_client.local_cluster import StagecoachCommands
 
 
 def test_stages_are_a_number_or_ranges() -> None:
     even = (LayerRange(0, 15), LayerRange(15, 30))
     assert (
-        split_layers(2, 30) == split_layers("2", 30) == split_layers("15:30,0:15", 30) == split_layers(even, 30) == even
+        split_layers(2, ModelShape(30))
+        == split_layers("2", ModelShape(30))
+        == split_layers("15:30,0:15", ModelShape(30))
+        == split_layers(even, ModelShape(30))
+        == even
     )
 
 
 @pytest.mark.parametrize("stages", [0, 31, "0", "two", "", "0:10,x"])
 def test_stages_that_mean_nothing_are_refused(stages: int | str) -> None:
     with pytest.raises(InvalidArgument):
-        split_layers(stages, 30)
+        split_layers(stages, ModelShape(30))
 
 
 @pytest.mark.parametrize("stages", ["0:10,11:30", "0:10,9:30", "0:31", "0:29"])
 def test_ranges_must_cover_the_model(stages: str) -> None:
     with pytest.raises(TopologyError):
-        split_layers(stages, 30)
+        split_layers(stages, ModelShape(30))
 
 
 @given(st.text(alphabet="0123456789:, -", max_size=12), st.integers(1, 40))
 def test_any_text_gives_a_cover_or_a_typed_error(text: str, num_layers: int) -> None:
     try:
-        ranges = split_layers(text, num_layers)
+        ranges = split_layers(text, ModelShape(num_layers))
     except StagecoachError:
         return
     assert [layer for part in ranges for layer in range(part.start, part.end)] == list(range(num_layers))
@@ -45,7 +50,7 @@ def test_any_text_gives_a_cover_or_a_typed_error(text: str, num_layers: int) -> 
 )
 def test_the_number_of_layers_is_found(tmp_path: Path, config: object) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert read_num_layers(tmp_path) == 30
+    assert read_shape(tmp_path) == ModelShape(30)
 
 
 @pytest.mark.parametrize(
@@ -55,8 +60,23 @@ def test_a_folder_without_it_is_not_a_checkpoint(tmp_path: Path, text: str | Non
     if text is not None:
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(CheckpointError) as caught:
-        read_num_layers(tmp_path)
+        read_shape(tmp_path)
     assert caught.value.field == "model"
+
+
+def test_a_large_head_counts_as_layers_of_the_last_stage(tmp_path: Path) -> None:
+    smollm2 = {
+        "num_hidden_layers": 30,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "vocab_size": 49152,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(smollm2))
+    shape = read_shape(tmp_path)
+    assert shape == ModelShape(30, head_layers=4)
+    assert split_layers(2, shape) == (LayerRange(0, 17), LayerRange(17, 30))
 
 
 def test_commands_name_everything() -> None:

@@ -30,6 +30,21 @@ def test_it_computes_the_product(dtype: torch.dtype, with_bias: bool, num_tokens
 
 
 @needs_bf16_kernels
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_many_tokens_in_float32_give_what_bfloat16_gives_but_for_the_rounding(with_bias: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(96, 48, generator=generator).bfloat16()
+    bias = torch.randn(96, generator=generator).bfloat16() if with_bias else None
+    x = torch.randn(40, 48, generator=generator).bfloat16()
+    with torch.inference_mode():
+        wide, narrow = Linear(weight, bias, wide_from=40), Linear(weight, bias, wide_from=41)
+        exact = (x.double() @ weight.double().T + (0 if bias is None else bias.double())).bfloat16()
+        assert torch.equal(wide(x), exact)  # it took the wide path: rounded once
+        torch.testing.assert_close(narrow(x), exact, atol=0.1, rtol=0.02)
+        assert torch.equal(wide(x[:39]), narrow(x[:39]))  # and one token fewer does not
+
+
+@needs_bf16_kernels
 def test_a_bfloat16_weight_on_a_cpu_is_packed() -> None:
     assert Linear(torch.zeros(96, 48, dtype=torch.bfloat16)).packed
     assert not Linear(torch.zeros(96, 48)).packed

@@ -17,6 +17,17 @@ def test_an_even_split_covers_all_layers_and_differs_by_one_at_most(num_layers, 
     assert max(sizes) - min(sizes) <= 1
 
 
+@given(num_layers=st.integers(1, 200), head_layers=st.integers(0, 20), data=st.data())
+def test_a_head_takes_layers_from_the_last_stage_and_never_all(num_layers, head_layers, data):
+    num_stages = data.draw(st.integers(1, num_layers))
+    ranges = split_evenly(num_layers, num_stages, head_layers)
+    assert order_stages(ranges, num_layers) == list(range(num_stages))
+    *others, last = [len(layers) for layers in ranges]
+    assert max(others, default=0) - min(others, default=0) <= 1
+    if last > 1 and others:
+        assert abs(last + head_layers - max(others)) <= 1
+
+
 @given(num_layers=st.integers(2, 60), data=st.data())
 def test_ranges_in_any_order_are_put_in_order(num_layers, data):
     num_stages = data.draw(st.integers(1, num_layers))

@@ -46,9 +46,7 @@ class Answer:
 def demo(
     model: Annotated[Path, typer.Option(help="The checkpoint folder.")],
     stages: Annotated[str, typer.Option(metavar="N|RANGES", help="Shards to split the layers over.")] = "2",
-    dtype: Annotated[
-        DType, typer.Option(help="float32 answers the same everywhere.")
-    ] = DType.FLOAT32,
+    dtype: Annotated[DType, typer.Option(help="float32 answers the same everywhere.")] = DType.FLOAT32,
 ) -> None:
     """Show what Stagecoach does, on this machine. Exit status 1 if anything is not as it should be."""
     from stagecoach_client.cli.terminal import make_console
