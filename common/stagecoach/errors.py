@@ -16,6 +16,8 @@ from stagecoach.v1.model_pb2 import ErrorDetail
 
 # The trailing metadata entry that holds a serialised ErrorDetail.
 DETAIL_METADATA_KEY = "stagecoach-error-bin"
+# Characters. A status travels in HTTP/2 metadata, of which gRPC takes 8 KiB; some characters take twelve bytes there.
+MAX_MESSAGE_LENGTH = 300
 
 
 class StagecoachError(Exception):
@@ -36,7 +38,7 @@ class StagecoachError(Exception):
         super().__init__(message)
         self.message = message
         self.field = field
-        self.limit = str(limit)
+        self.limit = str(limit)[:200]
         self.value = str(value)[:200]
         self.retry_after_s = retry_after_s
 
@@ -184,10 +186,10 @@ _BY_CODE: dict[grpc.StatusCode, type[StagecoachError]] = {
 
 
 def to_detail(error: StagecoachError) -> ErrorDetail:
-    """The error as a message."""
+    """The error as a message. What a caller sent may be quoted in it, so its text is cut."""
     return ErrorDetail(
         kind=type(error).__name__,
-        message=error.message,
+        message=_cut(error.message),
         field=error.field,
         limit=error.limit,
         value=error.value,
@@ -220,11 +222,18 @@ def from_rpc_error(error: grpc.RpcError, peer: str) -> StagecoachError:
     kind = _BY_CODE.get(code, StagecoachError)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in (details or ""):
         kind = OutOfRange  # gRPC's own limit on a message's size: sending it again cannot help
+    if "metadata size exceeds" in (details or ""):
+        kind = InternalError  # the status itself was lost on its way
     return kind(f"{peer}: {details or code.name}")
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_MESSAGE_LENGTH else f"{text[:MAX_MESSAGE_LENGTH]}… ({len(text)} characters)"
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: StagecoachError) -> NoReturn:
     """Ends a call on the server's side with the error's status and facts."""
-    detail = to_detail(error).SerializeToString()
-    await context.abort(error.code, error.message, trailing_metadata=((DETAIL_METADATA_KEY, detail),))
+    detail = to_detail(error)
+    metadata = ((DETAIL_METADATA_KEY, detail.SerializeToString()),)
+    await context.abort(error.code, detail.message, trailing_metadata=metadata)
     raise AssertionError("abort returned")

@@ -16,6 +16,8 @@ from stagecoach.errors import InvalidArgument
 
 PAYLOAD_FIELD = 15
 _PAYLOAD_TAG = bytes([PAYLOAD_FIELD << 3 | 2])
+# At the top of a frame, where our contract has two. Each costs a turn of a Python loop.
+MAX_FIELDS = 64
 _MAX_VARINT_BYTES = 10
 
 
@@ -62,7 +64,11 @@ def read_frame(
     payload = view[:0]
     header_parts: list[memoryview] = []
     header_start = position = 0
+    num_fields = 0
     while position < len(data):
+        num_fields += 1
+        if num_fields > MAX_FIELDS:
+            raise InvalidArgument(f"frame: more than {MAX_FIELDS} fields", field="frame", limit=MAX_FIELDS)
         field_start = position
         tag, position = _read_varint(data, position)
         value_start, position = _skip_value(data, position, tag & 7)

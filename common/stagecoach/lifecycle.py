@@ -38,13 +38,15 @@ def run(program: str, main: Callable[[asyncio.Event], Awaitable[None]]) -> int:
     return 0
 
 
-def listen(max_message_bytes: int, address: str) -> tuple[grpc.aio.Server, int]:
+def listen(max_message_bytes: int, address: str, max_calls: int | None = None) -> tuple[grpc.aio.Server, int]:
     """A gRPC server, not yet started, bound to `address`, and its port (chosen by the system for port 0).
+
+    Beyond `max_calls` at a time, calls are refused with RESOURCE_EXHAUSTED.
 
     Raises ConfigError where another process has the port.
     """
     check_address(address, "listen", listening=True)
-    server = grpc.aio.server(options=server_options(max_message_bytes))
+    server = grpc.aio.server(options=server_options(max_message_bytes), maximum_concurrent_rpcs=max_calls)
     try:
         port = server.add_insecure_port(address)
     except RuntimeError as error:

@@ -104,6 +104,9 @@ class WaitingLine:
                 return None
             if _follows_leader(sequence):
                 continue
+            if sequence.leader is not None and not sequence.digests:
+                num_full = len(sequence.prompt_tokens) // self._blocks.block_size
+                sequence.digests = sequence.leader.digests[:num_full]  # of the same prompt
             if not self._allocate(sequence, num_running):
                 return None
             del self._line[index]

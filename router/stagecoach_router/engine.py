@@ -13,7 +13,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from stagecoach import errors
 from stagecoach.v1 import shard_pb2
@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 REOPEN_FIRST_DELAY_S = 0.1
 REOPEN_MAX_DELAY_S = 2.0
+# A caller that reads so much slower than its answer is generated is cut off.
+MAX_UNREAD_PIECES = 4096
 # A sequence that ran each time the pipeline was lost, and got no token in between, may be what breaks it.
 MAX_REPLAYS_WITHOUT_PROGRESS = 3
 
@@ -46,11 +48,6 @@ class Generation:
         self.request = request
         self.pieces: asyncio.Queue[Piece | errors.StagecoachError] = asyncio.Queue()
         self.runs: list[_Run] = []
-
-    @property
-    def cached_tokens(self) -> int:
-        """Prompt tokens whose K/V the first completion found in the prefix cache."""
-        return self.runs[0].sequence.num_cached
 
 
 @dataclass(eq=False, slots=True)
@@ -81,15 +78,13 @@ class Counters:
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
     completion_tokens: int = 0
-    num_repeats: int = 0  # rows computed again because their candidates did not decide the token
-    result_bytes: int = 0
-    started: float = field(default_factory=time.monotonic)
 
 
 class Engine:
     """Generates for many requests over one pipeline.
 
-    `connect` opens the pipeline; `recovery_timeout_s` is how long requests wait for a lost one before they fail.
+    `connect` opens the pipeline; `on_ready` is told when it is open and when it is lost; `max_batch_tokens` is taken
+    where all its shards take so many; `recovery_timeout_s` is how long requests wait for a lost one before they fail.
     """
 
     def __init__(
@@ -99,6 +94,8 @@ class Engine:
         *,
         vocab_size: int,
         connect: Connect,
+        on_ready: Callable[[bool], None],
+        max_batch_tokens: int,
         recovery_timeout_s: float,
     ) -> None:
         self.scheduler = scheduler
@@ -106,6 +103,8 @@ class Engine:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._connect = connect
+        self._on_ready = on_ready
+        self._max_batch_tokens = max_batch_tokens
         self._recovery_timeout_s = recovery_timeout_s
         self.pipeline: Pipeline | None = None
         self._epoch = 0
@@ -114,6 +113,7 @@ class Engine:
         self._runs: dict[int, _Run] = {}
         self._in_flight: deque[_Step] = deque()
         self._lost = asyncio.Event()
+        self._reopen_delay_s = REOPEN_FIRST_DELAY_S
 
     async def open(self) -> None:
         """Opens the pipeline. Raises what `connect` raises."""
@@ -122,6 +122,19 @@ class Engine:
         self._in_flight.clear()
         self._lost.clear()
         self.pipeline = await self._connect(self._epoch, self._on_result, self._on_lost)
+        self._fit(self.pipeline)
+        self._on_ready(self.pipeline.lost is None)
+
+    def _fit(self, pipeline: Pipeline) -> None:
+        """Takes over what the pipeline's smallest stage can hold; what was accepted and fits no more, fails."""
+        scheduler = self.scheduler
+        scheduler.max_batch_tokens = min(self._max_batch_tokens, pipeline.max_batch_tokens)
+        scheduler.blocks.reset(pipeline.num_blocks)
+        capacity = scheduler.blocks.capacity_tokens
+        for run in list(self._runs.values()):
+            if run.sequence.token_limit > capacity:
+                text = f"the pipeline came back with room for {capacity} tokens"
+                self._fail(run.generation, errors.OutOfRange(text, field="max_tokens", limit=capacity))
 
     async def run(self) -> None:
         """Brings the pipeline back whenever it is lost. Runs until cancelled."""
@@ -151,7 +164,7 @@ class Engine:
         except errors.StagecoachError:
             self.cancel(generation)
             raise
-        self.counters.prompt_tokens += len(request.prompt_tokens)
+        self.counters.prompt_tokens += len(request.prompt_tokens) * params.n
         self._pump()
         return generation
 
@@ -171,7 +184,6 @@ class Engine:
             seed=seed,
             index=index,
             priority=request.priority,
-            arrival_s=time.monotonic(),
             leader=leader,
         )
         self._next_seq_id += 1
@@ -205,38 +217,43 @@ class Engine:
         return run.want
 
     def _on_result(self, result: shard_pb2.StepResult, payload: memoryview) -> None:
+        """Raises ShardFault for a result that is not what was asked for; the pipeline is lost then."""
+        expected = (self._epoch, self._in_flight[0].number if self._in_flight else None)
+        if (result.epoch, result.step) != expected:
+            raise errors.ShardFault(f"(epoch, step) {expected} expected, {(result.epoch, result.step)} came")
         step = self._in_flight.popleft()
-        try:
-            if result.step != step.number:
-                raise errors.ShardFault(f"step {step.number} expected, {result.step} came")
-            outputs = read_outputs(result, payload, step.order, self._vocab_size)
-            self.counters.result_bytes += len(payload)
-            current = {row.sequence.seq_id for row in self.scheduler.complete(step.plan)}
-            for row, output in outputs:
-                if row.sequence.seq_id in current:
-                    self._advance(self._runs[row.sequence.seq_id], output)
-        except errors.ShardFault as error:
-            self._on_lost(error)
-            return
+        outputs = read_outputs(result, payload, step.order, self._vocab_size)
+        current = {row.sequence.seq_id for row in self.scheduler.complete(step.plan)}
+        for row, output in outputs:
+            run = self._runs.get(row.sequence.seq_id)
+            if run is not None and row.sequence.seq_id in current:
+                self._advance(run, output)
         self._pump()
 
     def _advance(self, run: _Run, output: Candidates | WholeRow) -> None:
         """Samples a sequence's next token and passes it on."""
         sequence = run.sequence
-        sampled = sample(
-            output,
-            sequence.params,
-            run.counts,
-            seed=sequence.seed,
-            completion=sequence.index,
-            position=sequence.num_tokens,
-        )
+        if run.generation.pieces.qsize() >= MAX_UNREAD_PIECES:
+            self._fail(run.generation, errors.Overloaded("the answer is not being read", limit=MAX_UNREAD_PIECES))
+            return
+        try:
+            sampled = sample(
+                output,
+                sequence.params,
+                run.counts,
+                seed=sequence.seed,
+                completion=sequence.index,
+                position=sequence.num_tokens,
+            )
+        except errors.ShardFault as error:  # no number among this row's logits: its own fault, and nobody else's
+            self._fail(run.generation, error)
+            return
         if isinstance(sampled, NeedsWholeRow):
-            self.counters.num_repeats += 1
             run.needs_whole_row = True
             self.scheduler.repeat(sequence)
             return
         run.num_losses = 0
+        self._reopen_delay_s = REOPEN_FIRST_DELAY_S
         self.counters.completion_tokens += 1
         if not sequence.output_tokens:
             self.counters.cached_prompt_tokens += sequence.num_cached
@@ -251,6 +268,7 @@ class Engine:
 
     def _on_lost(self, error: errors.StagecoachError) -> None:
         logger.warning("pipeline lost in epoch %d: %s", self._epoch, error)
+        self._on_ready(False)
         if self.pipeline is not None and self.pipeline.lost is None:
             self.pipeline.lost = error
         self._give_up_on_suspects(error)
@@ -261,10 +279,11 @@ class Engine:
     async def _reopen(self) -> None:
         """Opens the pipeline again; requests fail once that has taken too long, and the attempts go on."""
         began = time.monotonic()
-        delay_s = REOPEN_FIRST_DELAY_S
         if self.pipeline is not None:
             await self.pipeline.close()
         while True:
+            await asyncio.sleep(self._reopen_delay_s)  # also when it opens well, and breaks with its first step
+            self._reopen_delay_s = min(2 * self._reopen_delay_s, REOPEN_MAX_DELAY_S)
             try:
                 await self.open()
             except errors.StagecoachError as error:
@@ -273,8 +292,6 @@ class Engine:
                     self._fail_all(
                         errors.Unavailable(f"the pipeline is lost: {error}", retry_after_s=REOPEN_MAX_DELAY_S)
                     )
-                await asyncio.sleep(delay_s)
-                delay_s = min(2 * delay_s, REOPEN_MAX_DELAY_S)
                 continue
             logger.info("pipeline back in epoch %d after %.2f s", self._epoch, time.monotonic() - began)
             self._pump()

@@ -119,9 +119,13 @@ class BlockManager:
         sequence.num_committed = 0
         self.num_releases += 1
 
-    def reset(self) -> None:
-        """The shards' memory is gone: forgets what all blocks hold. No sequence may hold any."""
+    def reset(self, num_blocks: int | None = None) -> None:
+        """The shards' memory is gone: forgets what all blocks hold. No sequence may hold any.
+
+        `num_blocks`: how many there are from now on; None: as many as before.
+        """
         assert self.num_free == self.num_blocks, f"{self.num_blocks - self.num_free} blocks are held"
+        self.num_blocks = self.num_blocks if num_blocks is None else num_blocks
         self._forget_everything()
         self.num_releases += 1
 

@@ -74,6 +74,16 @@ async def discover(addresses: Sequence[str]) -> list[Stage]:
     return [stages[index] for index in order]
 
 
+def check_same_pipeline(before: Stage, now: Stage) -> None:
+    """Raises ModelMismatch where the shards that came back do not hold what the sequences were computed with."""
+    for name in ("fingerprint", "vocab_size", "context_length"):
+        ours, theirs = getattr(before.description.model, name), getattr(now.description.model, name)
+        _check_same(f"model.{name}", now, theirs, ours, "this pipeline")
+    for name in ("dtype", "block_size"):
+        ours, theirs = getattr(before.description, name), getattr(now.description, name)
+        _check_same(name, now, theirs, ours, "this pipeline")
+
+
 async def fetch_files(address: str) -> dict[str, bytes]:
     """The tokenizer and configuration files of a shard's checkpoint."""
     files: dict[str, bytearray] = {}
@@ -104,6 +114,8 @@ class Pipeline:
     ) -> None:
         self.stages = stages
         self.epoch = epoch
+        self.num_blocks = 0
+        self.max_batch_tokens = min(stage.description.max_batch_tokens for stage in stages)
         self.lease_id = lease_id
         self.lost: errors.StagecoachError | None = None
         self._on_result = on_result
@@ -113,6 +125,7 @@ class Pipeline:
 
     async def open(self, *, num_blocks: int, max_slots: int) -> None:
         """Opens a session with every stage, then the stream into the first. Raises the first stage's typed error."""
+        self.num_blocks = num_blocks
         try:
             await asyncio.gather(
                 *(self._open_session(index, num_blocks, max_slots) for index in range(len(self.stages)))
@@ -173,7 +186,7 @@ class Pipeline:
             while isinstance(data := await call.read(), bytes):
                 message, payload = read_frame(shard_pb2.SessionResponse, data)
                 kind = message.WhichOneof("kind")
-                if kind == "result" and self.lost is None and message.result.epoch == self.epoch:
+                if kind == "result" and self.lost is None:
                     self._on_result(message.result, payload)
                 elif kind == "load":
                     stage.load = message.load
@@ -186,6 +199,9 @@ class Pipeline:
             error = errors.from_rpc_error(rpc_error, stage.address)
         except errors.StagecoachError as typed:
             error = typed
+        except Exception as unforeseen:  # a bug, here or there: without this the streams would wait for ever
+            logger.exception("reading from %s", stage.address)
+            error = errors.ShardFault(f"stage {stage.layers} at {stage.address}: {unforeseen!r}")
         self._lose(error)
 
     def _lose(self, error: errors.StagecoachError) -> None:
@@ -199,6 +215,8 @@ async def _describe(address: str) -> Stage:
         try:
             description = await ShardStub(channel).describe(shard_pb2.DescribeRequest(), timeout=DESCRIBE_TIMEOUT_S)
         except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise errors.Unavailable(f"{address}: no answer to Describe in {DESCRIBE_TIMEOUT_S:g} s") from error
             raise errors.from_rpc_error(error, address) from error
     return Stage(address, description)
 

@@ -58,12 +58,13 @@ class Plan:
 
 
 class _Draft:
-    """A plan that is being made."""
+    """A plan that is being made. `room`: tokens that still fit; `logit_room`: rows that may still want logits."""
 
-    __slots__ = ("deltas", "room", "rows", "victims")
+    __slots__ = ("deltas", "logit_room", "room", "rows", "victims")
 
-    def __init__(self, max_batch_tokens: int) -> None:
+    def __init__(self, max_batch_tokens: int, max_logit_rows: int) -> None:
         self.room = max_batch_tokens
+        self.logit_room = max_logit_rows
         self.rows: dict[Sequence, Row] = {}
         self.deltas: list[BlockDelta] = []
         self.victims: list[Sequence] | None = None  # who may be preempted, first in order first; made when needed
@@ -73,7 +74,8 @@ class Scheduler:
     """Sequences in, plans out.
 
     max_batch_tokens: tokens of one step. max_running: slots. max_waiting: sequences beyond those that can start right
-    away. num_lanes: steps in flight. context_length: tokens of one sequence, prompt and output. order_key: sorts
+    away. num_lanes: steps in flight. max_logit_rows: rows of one step that want logits (whole rows of a vocabulary are
+    large); None: as many as run. context_length: tokens of one sequence, prompt and output. order_key: sorts
     first what is to be admitted first and preempted last; taken once for each sequence, ties go by seq_id.
     """
 
@@ -86,6 +88,7 @@ class Scheduler:
         max_waiting: int,
         num_lanes: int,
         context_length: int,
+        max_logit_rows: int | None = None,
         order_key: Callable[[Sequence], Any] = by_priority_then_arrival,
     ) -> None:
         assert min(max_batch_tokens, max_running, num_lanes, context_length) >= 1
@@ -96,6 +99,7 @@ class Scheduler:
         self.max_waiting = max_waiting
         self.num_lanes = num_lanes
         self.context_length = context_length
+        self.max_logit_rows = max_logit_rows or max_running
         self.num_preemptions = 0  # for want of blocks; preempt_all does not count
         self._order_key = order_key
         self._waiting = WaitingLine(blocks, max_waiting)
@@ -141,7 +145,7 @@ class Scheduler:
         """The next step. None: nothing can be computed before a step completes or a token is appended."""
         if len(self._in_flight) >= self.num_lanes:
             return None
-        draft = _Draft(self.max_batch_tokens)
+        draft = _Draft(self.max_batch_tokens, self.max_logit_rows)
         if self._prefill_is_due:
             num_decodes = min(len(self._ready), self._lane_share())
             least = max(1, self.max_batch_tokens // MIN_PREFILL_FRACTION)
@@ -211,7 +215,7 @@ class Scheduler:
     def _plan_prefill(self, draft: _Draft, max_tokens: int) -> None:
         """Adds chunks of up to `max_tokens` tokens in all, first in order first."""
         room = min(max_tokens, draft.room, self._chunk_limit())
-        while room and (sequence := self._next_to_prefill()):
+        while room and draft.logit_room and (sequence := self._next_to_prefill()):
             num_tokens = min(room, sequence.num_tokens - sequence.num_computed)
             self._dispatch(sequence, num_tokens, draft)
             room -= num_tokens
@@ -249,7 +253,7 @@ class Scheduler:
 
     def _plan_decodes(self, draft: _Draft) -> None:
         """Adds ready sequences, longest ready first. One that gets no block stalls: it keeps its place and blocks."""
-        num_left = min(draft.room, self._lane_share())
+        num_left = min(draft.room, draft.logit_room, self._lane_share())
         stalled = None  # one at most: what needs a block after it and is earlier in order preempts it
         while num_left and self._ready:
             sequence, _ = self._ready.popitem(last=False)
@@ -324,3 +328,4 @@ class Scheduler:
             sequence.num_sent_blocks = len(sequence.block_ids)
         draft.rows[sequence] = Row(sequence, slot, start, num_tokens, wants_logits, sequence.incarnation)
         draft.room -= num_tokens
+        draft.logit_room -= wants_logits

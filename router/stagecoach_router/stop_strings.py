@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 
 
@@ -16,7 +17,7 @@ class StopStrings:
     """
 
     def __init__(self, stop: tuple[str, ...]) -> None:
-        self._automaton = _Automaton(stop) if stop else None
+        self._automaton = _automaton(stop) if stop else None
         self._state = 0
         self._held = ""
         self._stopped = False
@@ -46,6 +47,12 @@ class StopStrings:
         """The text ends here: what was held back, as it did not become a stop string."""
         held, self._held, self._state = self._held, "", 0
         return held
+
+
+@functools.lru_cache(maxsize=32)
+def _automaton(strings: tuple[str, ...]) -> _Automaton:
+    """Completions of one request share it; it may take a megabyte."""
+    return _Automaton(strings)
 
 
 class _Automaton:

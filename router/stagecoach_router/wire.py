@@ -77,6 +77,8 @@ def read_outputs(
             outputs += [(row, WholeRow(logits[index])) for index, row in enumerate(rows)]
             continue
         ids = reader.take(_INT32, len(rows) * columns).reshape(len(rows), columns)
+        if ids.min() < 0 or ids.max() >= vocab_size:
+            raise ShardFault(f"step {result.step}: a token id past the vocabulary", field="payload", limit=vocab_size)
         logits = reader.logits(block.dtype, len(rows) * columns).reshape(len(rows), columns)
         plain = scaled = None
         if block.log_sum_exp:

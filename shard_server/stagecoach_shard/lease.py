@@ -45,8 +45,10 @@ class BlockRanges:
 
     @property
     def num_free(self) -> int:
-        """Blocks that no lease has."""
-        return self.num_blocks - sum(self._used.values())
+        """The most blocks that a lease can have now: the largest range that is free."""
+        starts = [0, *(first + num for first, num in sorted(self._used.items()))]
+        ends = [*sorted(self._used), self.num_blocks]
+        return max(end - start for start, end in zip(starts, ends, strict=True))
 
     def allocate(self, num_blocks: int) -> int:
         """The first block of a range of `num_blocks`. Raises KVCacheFull."""

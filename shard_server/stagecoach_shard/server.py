@@ -8,13 +8,12 @@ import os
 from pathlib import Path
 
 import torch
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
 from tqdm import tqdm
 
 from stagecoach import lifecycle
 from stagecoach.channel import MAX_SHARD_MESSAGE_BYTES
-from stagecoach.errors import ConfigError
+from stagecoach.errors import ConfigError, InternalError
+from stagecoach.health import Health
 from stagecoach.shard_rpc import SERVICE_NAME, shard_handlers
 from stagecoach.topology import LayerRange
 from stagecoach_shard.checkpoint import Checkpoint
@@ -27,6 +26,8 @@ from stagecoach_shard.stage import Stage
 from stagecoach_shard.stage_runner import StageRunner
 
 STOP_GRACE_S = 1.0
+ALIVE_CHECK_INTERVAL_S = 1.0
+STOP_COMPUTING_TIMEOUT_S = 10.0
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +41,7 @@ async def serve(settings: ShardSettings, stop: asyncio.Event) -> None:
         describe=gate.describe, fetch_files=gate.fetch_files, session=gate.session, forward=gate.forward
     )
     server.add_generic_rpc_handlers((handlers,))
-    health = HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    await health.set(SERVICE_NAME, health_pb2.HealthCheckResponse.NOT_SERVING)
+    health = Health(server, SERVICE_NAME)
     await server.start()
     loading = asyncio.create_task(asyncio.to_thread(load, settings, layers))
     stopped = asyncio.create_task(stop.wait())
@@ -53,15 +52,32 @@ async def serve(settings: ShardSettings, stop: asyncio.Event) -> None:
             logging.shutdown()
             os._exit(0)  # the loading thread cannot be interrupted, and there is nothing to clean up
         gate.service, runner = loading.result()
-        await health.set(SERVICE_NAME, health_pb2.HealthCheckResponse.SERVING)
+        health.set_ready(True)
         logger.info("layers %s ready on port %d", layers, port)
-        await stopped
+        ended = asyncio.create_task(_end_of(runner))
+        await asyncio.wait([stopped, ended], return_when=asyncio.FIRST_COMPLETED)
         logger.info("stopping")
         gate.service.end_sessions()
+        if ended.done():
+            raise InternalError("the compute thread has ended")
+        ended.cancel()
     finally:
+        health.set_ready(False)
         stopped.cancel()
         await server.stop(STOP_GRACE_S)
-    await asyncio.to_thread(runner.stop)
+    try:
+        async with asyncio.timeout(STOP_COMPUTING_TIMEOUT_S):
+            await asyncio.to_thread(runner.stop)
+    except TimeoutError:
+        logger.error("a step has not ended in %g s", STOP_COMPUTING_TIMEOUT_S)
+        logging.shutdown()
+        os._exit(1)  # a thread that hangs in a kernel cannot be ended
+
+
+async def _end_of(runner: StageRunner) -> None:
+    """Returns when the compute thread has ended, which only a bug makes it do."""
+    while runner.alive:  # noqa: ASYNC110  # a thread has no event to wait for
+        await asyncio.sleep(ALIVE_CHECK_INTERVAL_S)
 
 
 def load(settings: ShardSettings, layers: LayerRange) -> tuple[ShardService, StageRunner]:

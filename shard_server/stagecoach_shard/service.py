@@ -12,7 +12,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -45,7 +45,9 @@ class LeaseSession:
         self.lease = lease
         self.link: ForwardLink | None = None
         self.ended = False
-        self.outbox: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self.num_queued = 0  # micro-batches whose credit has not gone back
+        # Frames with what to call when gRPC has taken them; None ends the session.
+        self.outbox: asyncio.Queue[tuple[bytes, Callable[[], None] | None] | None] = asyncio.Queue()
 
     def fail(self, error: errors.StagecoachError, step: int = 0) -> None:
         """Tells the router; the lease runs nothing more."""
@@ -54,7 +56,7 @@ class LeaseSession:
         self.ended = True
         logger.warning("lease %x, epoch %d: %s", self.lease.lease_id, self.lease.epoch, error)
         fault = shard_pb2.Fault(epoch=self.lease.epoch, step=step, error=errors.to_detail(error))
-        self.outbox.put_nowait(write_frame(shard_pb2.SessionResponse(fault=fault)))
+        self.outbox.put_nowait((write_frame(shard_pb2.SessionResponse(fault=fault)), None))
 
 
 class ShardService:
@@ -134,12 +136,14 @@ class ShardService:
         reporter: asyncio.Task[None] | None = None
         try:
             await self._connect(session, request.open.next_hop)
-            opened = shard_pb2.OpenResponse(max_queued_steps=self._max_queued_steps)
-            await context.write(write_frame(shard_pb2.SessionResponse(opened=opened)))
+            await context.write(write_frame(shard_pb2.SessionResponse(opened=shard_pb2.OpenResponse())))
             watcher = asyncio.create_task(self._watch(session, context))
             reporter = asyncio.create_task(self._report_load(session))
-            while (frame := await session.outbox.get()) is not None:
+            while (item := await session.outbox.get()) is not None:
+                frame, on_sent = item
                 await context.write(frame)
+                if on_sent is not None:
+                    on_sent()
         except errors.StagecoachError as error:
             await errors.abort(context, error)
         finally:
@@ -174,6 +178,9 @@ class ShardService:
             outbox.put_nowait(None)
         except errors.StagecoachError as error:
             outbox.put_nowait(error)
+        except Exception as error:  # a bug: without this the sender would wait for ever
+            logger.exception("reading micro-batches")
+            outbox.put_nowait(errors.InternalError(f"the shard cannot read micro-batches: {error!r}"))
 
     def _open(self, request: shard_pb2.OpenRequest) -> LeaseSession:
         self._check_open(request)
@@ -243,7 +250,7 @@ class ShardService:
 
     async def _report_load(self, session: LeaseSession) -> None:
         while True:
-            session.outbox.put_nowait(write_frame(shard_pb2.SessionResponse(load=self._load_report())))
+            session.outbox.put_nowait((write_frame(shard_pb2.SessionResponse(load=self._load_report())), None))
             await asyncio.sleep(LOAD_REPORT_INTERVAL_S)
 
     def _load_report(self) -> shard_pb2.LoadReport:
@@ -284,10 +291,31 @@ class ShardService:
             raise errors.StaleEpoch(
                 f"lease {header.lease_id:x} is not open here", field="lease_id", value=f"{header.lease_id:x}"
             )
+        if header.epoch != session.lease.epoch:  # a late one of an earlier epoch: no fault of the present one
+            raise errors.StaleEpoch(
+                f"epoch {header.epoch}: this lease is in epoch {session.lease.epoch}",
+                field="epoch",
+                limit=session.lease.epoch,
+                value=header.epoch,
+            )
         if session.ended:
             return  # its router knows
         stage = self._runner.stage
         try:
+            if header.first_layer != stage.layers.start:
+                raise errors.InvalidArgument(
+                    f"first_layer: the payload goes into layer {header.first_layer}, this stage is {stage.layers}",
+                    field="first_layer",
+                    limit=stage.layers.start,
+                    value=header.first_layer,
+                )
+            if session.num_queued >= self._max_queued_steps:
+                raise errors.InvalidArgument(
+                    "a micro-batch without credit",
+                    field="credits",
+                    limit=self._max_queued_steps,
+                    value=session.num_queued,
+                )
             rows = session.lease.accept(header)
             step = StageInput(
                 inputs=wire.read_inputs(
@@ -306,9 +334,14 @@ class ShardService:
             session.fail(error, header.step)
             raise
         loop = asyncio.get_running_loop()
+        session.num_queued += 1
+
+        def give_credit_back() -> None:
+            session.num_queued -= 1
+            credits.put_nowait(1)
 
         def done(result: StageResult | BaseException | None) -> None:
-            loop.call_soon_threadsafe(self._deliver, session, header, result, credits)
+            loop.call_soon_threadsafe(self._deliver, session, header, result, give_credit_back)
 
         self._codec_s += time.perf_counter() - begin
         self._runner.submit(step, done)
@@ -318,7 +351,7 @@ class ShardService:
         session: LeaseSession,
         header: shard_pb2.MicroBatchHeader,
         result: StageResult | BaseException | None,
-        credits: Credits,
+        on_sent: Callable[[], None],
     ) -> None:
         """Sends a finished step on. Its credit goes back upstream only when it has left."""
         if session.ended:
@@ -328,9 +361,9 @@ class ShardService:
             return
         begin = time.perf_counter()
         if isinstance(result, list):
-            session.outbox.put_nowait(wire.write_result(header.epoch, header.step, result))
-            credits.put_nowait(1)
+            session.outbox.put_nowait((wire.write_result(header.epoch, header.step, result), on_sent))
         else:
             assert session.link is not None, "every stage but the last has a next hop"
-            session.link.send(wire.write_hidden_states(header, result), on_sent=lambda: credits.put_nowait(1))
+            header.first_layer = self._runner.stage.layers.end
+            session.link.send(wire.write_hidden_states(header, result), on_sent)
         self._codec_s += time.perf_counter() - begin

@@ -2,11 +2,15 @@
 
 import asyncio
 
+import grpc.aio
 import pytest
 import torch
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from stagecoach import errors
 from stagecoach_client import AsyncClient
+from stagecoach_router.server import SERVICE_NAME
 from tests.cluster import start_router, start_shard, wait_until_ready
 from tests.integration.test_generate import greedy, random_prompts, reference_tokens
 
@@ -69,6 +73,42 @@ async def test_requests_fail_with_a_reason_when_a_shard_does_not_come_back(tiny_
     await shards[0].close()
 
 
+async def test_health_says_what_is(tiny_model):
+    shard = start_shard(tiny_model, "0:4")
+    router = start_router([shard.address])
+    async with (
+        AsyncClient(router.address, max_retries=0) as client,
+        grpc.aio.insecure_channel(router.address) as to_router,
+        grpc.aio.insecure_channel(shard.address) as to_shard,
+    ):
+        watches = {
+            "liveness": HealthStub(to_router).Watch(HealthCheckRequest(service="liveness"), wait_for_ready=True),
+            "router": HealthStub(to_router).Watch(HealthCheckRequest(), wait_for_ready=True),
+            "service": HealthStub(to_router).Watch(HealthCheckRequest(service=SERVICE_NAME), wait_for_ready=True),
+            "shard": HealthStub(to_shard).Watch(HealthCheckRequest(), wait_for_ready=True),
+        }
+        async with asyncio.timeout(RESTART_TIMEOUT_S):
+            for watch in watches.values():
+                await status_becomes(watch, HealthCheckResponse.SERVING)
+            assert (await client.status()).ready
+            await shard.close()
+            for name in ("router", "service"):
+                await status_becomes(watches[name], HealthCheckResponse.NOT_SERVING)
+            alive = await HealthStub(to_router).Check(HealthCheckRequest(service="liveness"))
+            assert alive.status == HealthCheckResponse.SERVING
+            shard = start_shard(tiny_model, "0:4", listen=shard.address)
+            await status_becomes(watches["router"], HealthCheckResponse.SERVING)
+    await router.close()
+    await shard.close()
+
+
+async def status_becomes(watch, status):
+    async for response in watch:
+        if response.status == status:
+            return
+    raise AssertionError("the watch ended")
+
+
 async def test_a_router_that_stops_ends_its_streams_with_a_reason(tiny_model):
     shard = start_shard(tiny_model, "0:4")
     router = start_router([shard.address])
@@ -83,22 +123,83 @@ async def test_a_router_that_stops_ends_its_streams_with_a_reason(tiny_model):
     await shard.close()
 
 
-async def test_a_shard_that_computes_nonsense_is_a_fault_and_not_a_token(tiny_model, monkeypatch):
+async def test_a_row_without_numbers_is_a_fault_of_its_request_and_of_no_other(tiny_model, reference, monkeypatch):
+    """What one request's numbers come to must not cost the others their pipeline."""
     from stagecoach_shard.stage import Stage
 
-    async def ask():
-        shard = start_shard(tiny_model, "0:4")
-        router = start_router([shard.address], recovery_timeout_s=0.3)
-        async with AsyncClient(router.address, max_retries=0) as client:
-            await wait_until_ready(client, router, shard)
-            monkeypatch.setattr(Stage, "logits", lambda self, hidden: torch.full((len(hidden), 260), float("nan")))
-            try:
-                return await client.generate(token_ids=[1, 2, 3], **greedy(4))
-            finally:
-                monkeypatch.undo()
-                await router.close()
-                await shard.close()
+    logits = Stage.logits
 
-    with pytest.raises(errors.ShardFault, match="lost 4 times"):
+    def first_row_is_broken(self, hidden_states):
+        rows = logits(self, hidden_states)
+        if len(rows) == 2:
+            rows[0] = float("nan")
+        return rows
+
+    prompts = random_prompts(2, 5)
+    shard = start_shard(tiny_model, "0:4")
+    router = start_router([shard.address], lanes=1)
+    async with AsyncClient(router.address, max_retries=0) as client:
+        await wait_until_ready(client, router, shard)
+        monkeypatch.setattr(Stage, "logits", first_row_is_broken)
+        answers = await asyncio.gather(
+            *(client.generate(token_ids=prompt, **greedy(30)) for prompt in prompts), return_exceptions=True
+        )
+        monkeypatch.undo()
+        assert sorted(type(answer).__name__ for answer in answers) == ["Generation", "ShardFault"]
+        [(prompt, answer)] = [
+            (prompt, answer)
+            for prompt, answer in zip(prompts, answers, strict=True)
+            if not isinstance(answer, errors.ShardFault)
+        ]
+        assert answer.completions[0].token_ids == reference_tokens(reference, prompt, 30)
+        status = await client.status()
+        assert status.pipelines[0].epoch == 1
+        assert status.num_free_blocks == status.num_blocks
+    await router.close()
+    await shard.close()
+
+
+async def test_a_request_that_breaks_the_pipeline_each_time_is_given_up(tiny_model, monkeypatch):
+    from stagecoach_shard.stage import Stage
+
+    def crash(self, *_):
+        raise RuntimeError("out of memory, say")
+
+    shard = start_shard(tiny_model, "0:4")
+    router = start_router([shard.address])
+    async with AsyncClient(router.address, max_retries=0) as client:
+        await wait_until_ready(client, router, shard)
+        monkeypatch.setattr(Stage, "forward", crash)
+        with pytest.raises(errors.ShardFault, match="lost 4 times"):
+            async with asyncio.timeout(RESTART_TIMEOUT_S):
+                await client.generate(token_ids=[1, 2, 3], **greedy(4))
+        monkeypatch.undo()
         async with asyncio.timeout(RESTART_TIMEOUT_S):
-            await ask()
+            answer = await client.generate(token_ids=[1, 2, 3], **greedy(4))
+        assert answer.usage.completion_tokens == 4
+    await router.close()
+    await shard.close()
+
+
+async def test_a_pipeline_that_comes_back_smaller_serves_what_still_fits(tiny_model, reference):
+    shard = start_shard(tiny_model, "0:4", kv_cache_memory="1M", max_batch_tokens=256)
+    router = start_router([shard.address], recovery_timeout_s=20.0)
+    prompt = random_prompts(1, 25)[0]
+    async with AsyncClient(router.address, max_retries=0) as client:
+        await wait_until_ready(client, router, shard)
+        before = (await client.status()).num_blocks
+        small = await client.generate(token_ids=prompt, stream=True, **greedy(60))
+        large = await client.generate(token_ids=prompt, stream=True, **greedy(400))
+        await anext(small)
+        await anext(large)
+        await shard.close()
+        shard = start_shard(tiny_model, "0:4", kv_cache_memory="100K", max_batch_tokens=16, listen=shard.address)
+        async with asyncio.timeout(RESTART_TIMEOUT_S):
+            answer = await small.collect()
+            with pytest.raises(errors.OutOfRange, match="came back with room for"):
+                await large.collect()
+        assert answer.completions[0].token_ids == reference_tokens(reference, prompt, 60)
+        status = await client.status()
+        assert status.num_free_blocks == status.num_blocks < before
+    await router.close()
+    await shard.close()

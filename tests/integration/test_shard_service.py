@@ -198,6 +198,7 @@ BAD_MICRO_BATCHES = {
     "unknown lease": (micro_batch([1, 2], lease_id=5), errors.StaleEpoch),
     "stale epoch": (micro_batch([1, 2], epoch=0), errors.StaleEpoch),
     "gap in the steps": (micro_batch([1, 2], step=2), errors.StaleEpoch),
+    "meant for another stage": (micro_batch([1, 2], first_layer=2), errors.InvalidArgument),
     "payload too short": (micro_batch([1, 2], payload=b"123"), errors.InvalidArgument),
     "payload of another dtype": (micro_batch([1, 2], dtype=model_pb2.DTYPE_FLOAT32), errors.InvalidArgument),
     "token outside the vocabulary": (micro_batch([1, 260]), errors.OutOfRange),
@@ -231,6 +232,37 @@ async def test_a_bad_micro_batch_ends_its_stream_and_no_other_lease(tiny_model, 
         await good.write(micro_batch([1, 2], lease_id=88))
         result, _ = await read_kind(other, "result")
         assert result.step == 1
+
+
+async def test_a_late_micro_batch_of_an_earlier_epoch_does_not_harm_the_present_one(tiny_model):
+    async with running_shard(tiny_model) as (stub, description):
+        await open_session(stub, description)
+        late = stub.forward()
+        await late.write(micro_batch([1, 2]))
+        session = await open_session(stub, description, epoch=2)
+        await late.write(micro_batch([1, 2], step=2))
+        assert type(await refusal(late)) is errors.StaleEpoch
+        present = stub.forward()
+        await present.write(micro_batch([1, 2], epoch=2))
+        result, _ = await read_kind(session, "result")
+        assert (result.epoch, result.step) == (2, 1)
+
+
+async def test_a_sender_that_ignores_its_credits_is_cut_off(tiny_model):
+    async with running_shard(tiny_model, max_queued_steps=2) as (stub, description):
+        session = await open_session(stub, description)
+        forward = stub.forward()
+        frames = [micro_batch([token % 250], step=step, start=0) for step, token in enumerate(range(200), start=1)]
+
+        async def send():
+            for frame in frames:
+                await forward.write(frame)
+
+        sending = asyncio.create_task(send())
+        fault, _ = await read_kind(session, "fault")
+        assert fault.error.field == "credits"
+        sending.cancel()
+        await asyncio.gather(sending, return_exceptions=True)
 
 
 async def test_a_fault_reaches_the_router_on_its_session(tiny_model):

@@ -70,3 +70,10 @@ def test_a_message_that_is_too_large_is_not_worth_another_try():
     error = errors.from_rpc_error(call, "h:1")
     assert type(error) is errors.OutOfRange
     assert not error.retryable
+
+
+def test_a_long_message_is_cut_so_that_the_status_arrives():
+    detail = errors.to_detail(errors.NotFound("x" * 20_000, field="model", value="y" * 20_000))
+    assert detail.ByteSize() < 1500
+    assert "20000 characters" in detail.message
+    assert type(errors.from_detail(detail)) is errors.NotFound

@@ -110,3 +110,8 @@ def test_a_frame_cut_inside_its_payload_is_refused(message, payload, cut):
     data = write_frame(message, [payload])
     with pytest.raises(InvalidArgument):
         read_frame(pb.MicroBatch, data[: -min(cut, len(payload))])
+
+
+def test_a_frame_of_very_many_fields_is_refused():
+    with pytest.raises(InvalidArgument, match="more than 64 fields"):
+        read_frame(pb.MicroBatch, b"\xa0\x06\x00" * 65)

@@ -212,5 +212,4 @@ def test_log_slices_across_prompt_and_output():
     assert list(sequence.tokens(1, 3)) == [2, 3]
     assert list(sequence.tokens(2, 4)) == [3, 4]
     assert list(sequence.tokens(3, 5)) == [4, 5]
-    assert [sequence.token_at(position) for position in range(5)] == [1, 2, 3, 4, 5]
     assert sequence.num_tokens == 5

@@ -102,10 +102,8 @@ class SessionResponse(_message.Message):
     def __init__(self, opened: _Optional[_Union[OpenResponse, _Mapping]] = ..., result: _Optional[_Union[StepResult, _Mapping]] = ..., fault: _Optional[_Union[Fault, _Mapping]] = ..., load: _Optional[_Union[LoadReport, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class OpenResponse(_message.Message):
-    __slots__ = ("max_queued_steps",)
-    MAX_QUEUED_STEPS_FIELD_NUMBER: _ClassVar[int]
-    max_queued_steps: int
-    def __init__(self, max_queued_steps: _Optional[int] = ...) -> None: ...
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class StepResult(_message.Message):
     __slots__ = ("epoch", "step", "outputs")
@@ -170,7 +168,7 @@ class MicroBatch(_message.Message):
     def __init__(self, header: _Optional[_Union[MicroBatchHeader, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class MicroBatchHeader(_message.Message):
-    __slots__ = ("lease_id", "epoch", "step", "row_slots", "row_starts", "row_num_tokens", "deltas", "outputs", "dtype")
+    __slots__ = ("lease_id", "epoch", "step", "row_slots", "row_starts", "row_num_tokens", "deltas", "outputs", "dtype", "first_layer")
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -180,6 +178,7 @@ class MicroBatchHeader(_message.Message):
     DELTAS_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
+    FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
     lease_id: int
     epoch: int
     step: int
@@ -189,7 +188,8 @@ class MicroBatchHeader(_message.Message):
     deltas: _containers.RepeatedCompositeFieldContainer[BlockTableDelta]
     outputs: _containers.RepeatedCompositeFieldContainer[OutputGroup]
     dtype: _model_pb2.DType
-    def __init__(self, lease_id: _Optional[int] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., row_slots: _Optional[_Iterable[int]] = ..., row_starts: _Optional[_Iterable[int]] = ..., row_num_tokens: _Optional[_Iterable[int]] = ..., deltas: _Optional[_Iterable[_Union[BlockTableDelta, _Mapping]]] = ..., outputs: _Optional[_Iterable[_Union[OutputGroup, _Mapping]]] = ..., dtype: _Optional[_Union[_model_pb2.DType, str]] = ...) -> None: ...
+    first_layer: int
+    def __init__(self, lease_id: _Optional[int] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., row_slots: _Optional[_Iterable[int]] = ..., row_starts: _Optional[_Iterable[int]] = ..., row_num_tokens: _Optional[_Iterable[int]] = ..., deltas: _Optional[_Iterable[_Union[BlockTableDelta, _Mapping]]] = ..., outputs: _Optional[_Iterable[_Union[OutputGroup, _Mapping]]] = ..., dtype: _Optional[_Union[_model_pb2.DType, str]] = ..., first_layer: _Optional[int] = ...) -> None: ...
 
 class BlockTableDelta(_message.Message):
     __slots__ = ("slot", "first", "block_ids")
