@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
+import random
 import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -20,10 +23,19 @@ from stagecoach_shard.settings import ShardSettings
 READY_TIMEOUT_S = 60.0
 
 
+# Below the range out of which systems give ports to whoever asks for any one, and to outgoing connections: so nobody
+# gets one of these by chance between our look at it and its use. A new start for each run, as several may run at once.
+_PORTS = itertools.count(random.SystemRandom().randrange(20_000, 30_000))
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody listens on, and that this function gives only once."""
+    for port in _PORTS:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("the count has no end")
 
 
 @dataclass

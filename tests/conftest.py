@@ -5,8 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 SMOLLM2 = Path(__file__).resolve().parents[1] / "models" / "smollm2-135m-instruct"
+
+# How long an example takes is the machine's affair, and that of who else uses it.
+settings.register_profile("stagecoach", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("stagecoach")
 
 
 @pytest.fixture(scope="session")

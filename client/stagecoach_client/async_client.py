@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack, overload
 
@@ -14,9 +15,9 @@ from stagecoach.v1.inference_pb2 import GetClusterStatusRequest, ListModelsReque
 from stagecoach.v1.inference_pb2_grpc import InferenceStub
 from stagecoach_client.requests import GenerateOptions, Messages, generate_call, tokenize_request
 from stagecoach_client.results import Generation, Tokenization, read_tokenization
-from stagecoach_client.settings import DEFAULT_MAX_RETRIES, DEFAULT_TARGET, DEFAULT_TIMEOUT_S, Settings
+from stagecoach_client.settings import DEFAULT_MAX_RETRIES, DEFAULT_TARGET, DEFAULT_TIMEOUT_S, Settings, peer_name
 from stagecoach_client.status import ClusterStatus, Model, read_models, read_status
-from stagecoach_client.streams import AsyncGenerationStream
+from stagecoach_client.streams import AsyncGenerationStream, wait_for_event
 
 
 class AsyncClient:
@@ -38,7 +39,9 @@ class AsyncClient:
         self._channel = channel
         self._own_channel: grpc.aio.Channel | None = None
         self._stub: Any = None
-        self._closed = False
+        self._peer = peer_name(target, channel)
+        self._closed = asyncio.Event()
+        self._streams: weakref.WeakSet[AsyncGenerationStream] = weakref.WeakSet()  # to end them with us
 
     @overload
     async def generate(
@@ -66,8 +69,9 @@ class AsyncClient:
             lambda timeout_s: stub.Generate(call.request, timeout=timeout_s, wait_for_ready=False),
             call,
             self._settings.generate_attempts(call.timeout_s),
-            self._settings.target,
+            self._peer,
         )
+        self._streams.add(chunks)
         if stream:
             return chunks
         async with chunks:
@@ -94,8 +98,10 @@ class AsyncClient:
         return read_status(await self._read("GetClusterStatus", GetClusterStatusRequest(), timeout_s))
 
     async def aclose(self) -> None:
-        """Ends the calls that run, and the connection."""
-        self._closed = True
+        """Ends the calls that run or wait for their next attempt, and the connection."""
+        self._closed.set()
+        for stream in list(self._streams):
+            await stream.aclose()
         if self._own_channel is not None:
             await self._own_channel.close()
 
@@ -109,7 +115,7 @@ class AsyncClient:
 
     def _connected(self) -> Any:
         """The stub. A channel of grpc.aio belongs to the loop it is made in, so it is made here and not earlier."""
-        if self._closed:
+        if self._closed.is_set():
             raise RuntimeError("this client has been closed")
         if self._stub is None:
             if self._channel is None:
@@ -125,7 +131,7 @@ class AsyncClient:
             try:
                 return await getattr(stub, method)(request, timeout=attempts.remaining_s(), wait_for_ready=False)
             except grpc.RpcError as failure:
-                error = from_rpc_error(failure, self._settings.target)
+                error = from_rpc_error(failure, self._peer)
                 delay_s = attempts.delay_s(error)
                 if delay_s is None:
                     raise error from failure
@@ -134,4 +140,6 @@ class AsyncClient:
                 if task is not None and task.cancelling():
                     raise
                 raise Cancelled("the client was closed during the call") from None
-            await asyncio.sleep(delay_s)
+            await wait_for_event(self._closed, delay_s)
+            if self._closed.is_set():
+                raise Cancelled("the client was closed during the call")

@@ -66,7 +66,7 @@ class ChildProcess:
         if status is None:
             return
         self._reader.join(_READER_JOIN_TIMEOUT_S)  # its last words
-        text = f"{self.name} (pid {self.pid}) {_describe(status)}"
+        text = f"{self.name} (pid {self.pid}) {describe_exit(status)}"
         lines = "".join(f"\n  {line}" for line in self._last_lines)
         raise ProcessDied(f"{text}; its last lines:{lines}" if lines else text, field=self.name, value=status)
 
@@ -128,7 +128,8 @@ class ChildProcess:
             self._on_line(self.name, line)
 
 
-def _describe(status: int) -> str:
+def describe_exit(status: int) -> str:
+    """As the end of a sentence; `status` is minus the signal's number where a signal ended the process."""
     if status >= 0:
         return f"ended with status {status}"
     return f"was ended by {signal.Signals(-status).name}"

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import time
+import threading
+import weakref
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack, overload
 
 import grpc
 
 from stagecoach.channel import DEFAULT_CONNECT_TIMEOUT_S
-from stagecoach.errors import from_rpc_error
+from stagecoach.errors import Cancelled, from_rpc_error
 from stagecoach.v1.inference_pb2 import GetClusterStatusRequest, ListModelsRequest
 from stagecoach.v1.inference_pb2_grpc import InferenceStub
 from stagecoach_client.requests import GenerateOptions, Messages, generate_call, tokenize_request
 from stagecoach_client.results import Generation, Tokenization, read_tokenization
 from stagecoach_client.retry import Attempts
-from stagecoach_client.settings import DEFAULT_MAX_RETRIES, DEFAULT_TARGET, DEFAULT_TIMEOUT_S, Settings
+from stagecoach_client.settings import DEFAULT_MAX_RETRIES, DEFAULT_TARGET, DEFAULT_TIMEOUT_S, Settings, peer_name
 from stagecoach_client.status import ClusterStatus, Model, read_models, read_status
 from stagecoach_client.streams import GenerationStream
 
@@ -24,11 +25,13 @@ class Client:
     """Calls a router. May be shared between threads; close it, or use it in a `with` statement.
 
     `target` is HOST:PORT. `timeout_s` is the deadline of a generation, its retries included; calls that only read take
-    at most 30 s. An address where nobody answers is Unavailable after `connect_timeout_s` at the latest. A call is
-    retried, at most `max_retries` times, only if nothing has come back and the error says that nothing was begun.
+    at most 30 s. An address where nobody answers is Unavailable after `connect_timeout_s`, and the waits between the
+    attempts, 1.5 s with the default. A call is retried, at most `max_retries` times, only if nothing has come back and
+    the server was not there or had no room; a generation may then be computed twice. With the default, a cluster that
+    is starting gets some 15 s.
 
     A `channel` that is passed in (to add TLS or interceptors, or to test) is used as it is, and stays the caller's to
-    close.
+    close; without a `target`, errors name no address.
     """
 
     def __init__(
@@ -43,7 +46,10 @@ class Client:
         self._settings = Settings(target, timeout_s, connect_timeout_s, max_retries)
         self._own_channel = grpc.insecure_channel(target, self._settings.channel_options()) if channel is None else None
         self._stub = InferenceStub(channel or self._own_channel)  # type: ignore[no-untyped-call]
-        self._closed = False
+        self._peer = peer_name(target, channel)
+        self._closed = threading.Event()
+        self._lock = threading.Lock()
+        self._streams: weakref.WeakSet[GenerationStream] = weakref.WeakSet()  # to end them with us
 
     @overload
     def generate(
@@ -65,7 +71,7 @@ class Client:
         Sampling: temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias,
         seed, max_tokens, stop (a string or several), stop_token_ids, ignore_eos, logprobs, n; their meaning, limits and
         defaults are SamplingParams'. Besides them: model ("" for the only one), request_id (chosen by the server where
-        empty), priority (larger runs first) and timeout_s (the client's where None).
+        empty), priority (larger runs first) and timeout_s (the client's where None). None is as good as not given.
 
         Returns the whole Generation, or, when `stream`, an iterator of Chunks. Raises InvalidArgument before anything
         is sent, and the errors of the server: when `stream`, where the chunks are read.
@@ -77,8 +83,10 @@ class Client:
             lambda timeout_s: self._stub.Generate(call.request, timeout=timeout_s, wait_for_ready=False),
             call,
             attempts,
-            self._settings.target,
+            self._peer,
         )
+        with self._lock:
+            self._streams.add(chunks)
         if stream:
             return chunks
         with chunks:
@@ -105,8 +113,12 @@ class Client:
         return read_status(self._read(self._stub.GetClusterStatus, GetClusterStatusRequest(), timeout_s))
 
     def close(self) -> None:
-        """Ends the calls that run, and the connection."""
-        self._closed = True
+        """Ends the calls that run or wait for their next attempt, and the connection."""
+        self._closed.set()
+        with self._lock:
+            streams = list(self._streams)
+        for stream in streams:
+            stream.close()
         if self._own_channel is not None:
             self._own_channel.close()
 
@@ -125,12 +137,13 @@ class Client:
             try:
                 return method(request, timeout=attempts.remaining_s(), wait_for_ready=False)
             except grpc.RpcError as failure:
-                error = from_rpc_error(failure, self._settings.target)
+                error = from_rpc_error(failure, self._peer)
                 delay_s = attempts.delay_s(error)
                 if delay_s is None:
                     raise error from failure
-            time.sleep(delay_s)
+            if self._closed.wait(delay_s):
+                raise Cancelled("the client was closed during the call")
 
     def _check_open(self) -> None:
-        if self._closed:
+        if self._closed.is_set():
             raise RuntimeError("this client has been closed")

@@ -17,7 +17,7 @@ from typing import Protocol, Self
 from stagecoach.channel import check_address, split_address
 from stagecoach.errors import ConfigError, DeadlineExceeded, StagecoachError
 from stagecoach.topology import LayerRange
-from stagecoach_client.child_process import ChildProcess
+from stagecoach_client.child_process import ChildProcess, ProcessDied, describe_exit
 from stagecoach_client.client import Client
 from stagecoach_client.layer_split import read_shape, split_layers
 
@@ -25,6 +25,9 @@ START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 10.0
 # Of this machine's free memory, for all shards together: each would take its own default of the same memory.
 KV_CACHE_FRACTION = 0.3
+# Between the choice of a free port and its use somebody else may take it; then all ports are chosen anew.
+NUM_START_ATTEMPTS = 3
+_PORT_IS_TAKEN = "cannot listen on"  # what our servers say then
 _POLL_INTERVAL_S = 0.1
 _PROBE_TIMEOUT_S = 2.0
 _WILDCARD_HOSTS = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}
@@ -38,6 +41,22 @@ class ClusterProcess:
     pid: int
     address: str
     layers: LayerRange | None  # None: the router
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessExit:
+    """How one of the cluster's processes ended."""
+
+    name: str
+    status: int  # minus the signal's number where a signal ended it
+    killed: bool  # by us, because it had not ended in time
+
+    @property
+    def clean(self) -> bool:
+        return self.status == 0 and not self.killed
+
+    def __str__(self) -> str:
+        return f"{self.name} " + ("did not stop in time and was killed" if self.killed else describe_exit(self.status))
 
 
 class Commands(Protocol):
@@ -98,6 +117,7 @@ class LocalCluster:
         on_line: Callable[[str, str], None] | None = None,
         on_wait: Callable[[str], None] | None = None,
         commands: Commands | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.layers = split_layers(stages, read_shape(Path(model)))
         threads = threads_per_shard or max(1, _num_cores() // len(self.layers))
@@ -109,32 +129,40 @@ class LocalCluster:
         self._stop_timeout_s = stop_timeout_s
         self._on_line = on_line
         self._on_wait = on_wait
+        self._clock = clock
         self._children: list[ChildProcess] = []
         self._processes: list[ClusterProcess] = []
+        self._exits: list[ProcessExit] = []
         self._stopped = threading.Event()
 
     @property
     def address(self) -> str:
-        """Where the router answers, HOST:PORT."""
-        return self._processes[-1].address
+        """Where the router answers, HOST:PORT. RuntimeError where it was not started."""
+        for process in self._processes:
+            if process.layers is None:
+                return process.address
+        raise RuntimeError("the cluster has not been started")
 
     @property
     def processes(self) -> tuple[ClusterProcess, ...]:
         """The shards in the order of their layers, then the router."""
         return tuple(self._processes)
 
+    @property
+    def exits(self) -> tuple[ProcessExit, ...]:
+        """How the processes ended, in their order; empty while they run."""
+        return tuple(self._exits)
+
     def start(self) -> None:
         """Returns when a pipeline is ready; after an error nothing runs."""
-        try:
-            *shard_addresses, router_address = free_addresses([*["127.0.0.1:0"] * len(self.layers), self._listen])
-            for stage, (layers, address) in enumerate(zip(self.layers, shard_addresses, strict=True)):
-                self._start(f"shard {layers}", self._commands.shard(stage, layers, address), address, layers)
-            command = self._commands.router(shard_addresses, router_address)
-            self._start("router", command, _callable(router_address), None)
-            self._wait_until_ready()
-        except BaseException:
-            self.stop()
-            raise
+        for attempts_left in reversed(range(NUM_START_ATTEMPTS)):
+            try:
+                self._start_all()
+                return
+            except BaseException as error:
+                self._end_all()
+                if not (attempts_left and isinstance(error, ProcessDied) and _PORT_IS_TAKEN in error.message):
+                    raise
 
     def check(self) -> None:
         """Raises ProcessDied if a process has ended."""
@@ -147,19 +175,12 @@ class LocalCluster:
             self.check()
 
     def stop(self) -> None:
-        """Ends all processes: asks the router, then the shards, and kills what is left after `stop_timeout_s`."""
+        """Ends all processes: asks the router, then the shards, and kills what is left after `stop_timeout_s`.
+
+        `exits` says how each of them took it.
+        """
         self._stopped.set()
-        children, self._children = self._children, []
-        deadline = time.monotonic() + self._stop_timeout_s
-        try:
-            for group in (children[len(self.layers) :], children[: len(self.layers)]):
-                for child in group:
-                    child.terminate()
-                for child in group:
-                    child.wait(max(0.0, deadline - time.monotonic()))
-        finally:  # also when a second ctrl-C ends the patience
-            for child in children:
-                child.kill()
+        self._end_all()
 
     def __enter__(self) -> Self:
         self.start()
@@ -170,6 +191,29 @@ class LocalCluster:
     ) -> None:
         self.stop()
 
+    def _start_all(self) -> None:
+        self._processes, self._exits = [], []
+        *shard_addresses, router_address = free_addresses([*["127.0.0.1:0"] * len(self.layers), self._listen])
+        for stage, (layers, address) in enumerate(zip(self.layers, shard_addresses, strict=True)):
+            self._start(f"shard {layers}", self._commands.shard(stage, layers, address), address, layers)
+        command = self._commands.router(shard_addresses, router_address)
+        self._start("router", command, _callable(router_address), None)
+        self._wait_until_ready()
+
+    def _end_all(self) -> None:
+        if not self._children:
+            return
+        children, self._children = self._children, []
+        deadline = self._clock() + self._stop_timeout_s
+        try:
+            for group in (children[len(self.layers) :], children[: len(self.layers)]):
+                for child in group:
+                    child.terminate()
+                for child in group:
+                    child.wait(max(0.0, deadline - self._clock()))
+        finally:  # also when a second ctrl-C ends the patience
+            self._exits = [_end(child) for child in children]
+
     def _start(self, name: str, command: Sequence[str], address: str, layers: LayerRange | None) -> None:
         child = ChildProcess(name, command, self._on_line)
         child.start()
@@ -177,7 +221,7 @@ class LocalCluster:
         self._processes.append(ClusterProcess(name, child.pid, address, layers))
 
     def _wait_until_ready(self) -> None:
-        deadline = time.monotonic() + self._start_timeout_s
+        deadline = self._clock() + self._start_timeout_s
         while True:
             self.check()
             reason = _not_ready(self.address)
@@ -185,10 +229,18 @@ class LocalCluster:
                 return
             if self._on_wait is not None:
                 self._on_wait(reason)
-            if time.monotonic() > deadline:
+            if self._clock() > deadline:
                 limit = f"{self._start_timeout_s:g} s"
                 raise DeadlineExceeded(f"no pipeline is ready after {limit}: {reason}", field="start", limit=limit)
             time.sleep(_POLL_INTERVAL_S)
+
+
+def _end(child: ChildProcess) -> ProcessExit:
+    late = child.exit_status is None
+    child.kill()
+    status = child.exit_status
+    assert status is not None
+    return ProcessExit(child.name, status, killed=late)
 
 
 def free_addresses(wanted: Sequence[str]) -> list[str]:

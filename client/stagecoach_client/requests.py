@@ -29,29 +29,32 @@ Messages = Sequence[Message] | Sequence[Mapping[str, str]]
 
 
 class GenerateOptions(TypedDict, total=False):
-    """What `generate` takes besides `prompt` and `stream`. The sampling fields are those of stagecoach.sampling."""
+    """What `generate` takes besides `prompt` and `stream`. None is the same as leaving it out.
+
+    The sampling fields are those of stagecoach.sampling.
+    """
 
     token_ids: Sequence[int] | None
     messages: Messages | None
-    model: str
-    request_id: str
-    priority: int
+    model: str | None
+    request_id: str | None
+    priority: int | None
     timeout_s: float | None
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repetition_penalty: float
-    presence_penalty: float
-    frequency_penalty: float
-    logit_bias: Mapping[int, float]
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float] | None
     seed: int | None
     max_tokens: int | None
-    stop: str | Sequence[str]
-    stop_token_ids: Sequence[int]
-    ignore_eos: bool
+    stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
+    ignore_eos: bool | None
     logprobs: int | None
-    n: int
+    n: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +74,13 @@ def generate_call(prompt: str | None, options: GenerateOptions) -> GenerateCall:
     unknown = sorted(options.keys() - GenerateOptions.__annotations__.keys())
     if unknown:
         raise TypeError(f"generate() got an unexpected keyword argument {unknown[0]!r}")
-    request = GenerateRequest(model=_string("model", options.get("model", "")))
+    given = {name: value for name, value in options.items() if value is not None}
+    request = GenerateRequest(model=_string("model", given.get("model", "")))
     _set_input(request, prompt, options.get("token_ids"), options.get("messages"))
-    sampling = sampling_params(options)
+    sampling = sampling_params(given)
     request.sampling.CopyFrom(sampling_to_proto(sampling))
-    request.request_id = _string("request_id", options.get("request_id", ""), max_length=MAX_REQUEST_ID_LENGTH)
-    request.priority = _priority(options.get("priority", 0))
+    request.request_id = _string("request_id", given.get("request_id", ""), max_length=MAX_REQUEST_ID_LENGTH)
+    request.priority = _priority(given.get("priority", 0))
     _check_size(request)
     return GenerateCall(request, sampling.n, check_timeout(options.get("timeout_s")))
 

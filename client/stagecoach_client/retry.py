@@ -10,7 +10,7 @@ from stagecoach.errors import Overloaded, StagecoachError, Unavailable
 
 FIRST_DELAY_S = 0.1
 MAX_DELAY_S = 2.0
-# A server that asks for more patience than this is reported to the caller rather than waited for.
+# The longest wait that a server's hint can lead to; one that asks for more is reported to the caller instead.
 MAX_RETRY_AFTER_S = 10.0
 _SHORTEST_TIMEOUT_S = 0.001
 
@@ -18,8 +18,9 @@ _SHORTEST_TIMEOUT_S = 0.001
 class Attempts:
     """The attempts of one call: they share its deadline, and there are at most `max_retries` after the first.
 
-    Only errors that say that nothing was begun are retried: Unavailable, and Overloaded with a hint when to come back.
-    Delays double, with jitter, so that callers who failed together do not return together.
+    Retried are Unavailable, and Overloaded with a hint when to come back; the caller sees to it that nothing has come
+    back before. A connection may break when the server has begun, so a generation may be computed twice. Delays double,
+    from the server's hint where there is one, with jitter, so that callers who failed together do not return together.
     """
 
     def __init__(
@@ -42,12 +43,16 @@ class Attempts:
 
     def delay_s(self, error: StagecoachError) -> float | None:
         """How long to wait before the next attempt, or None when `error` is the answer."""
-        if self._num_retries >= self._max_retries:
+        hint_s = error.retry_after_s
+        if self._num_retries >= self._max_retries or hint_s > MAX_RETRY_AFTER_S:
             return None
+        factor = 2.0**self._num_retries
+        hinted_s = min(MAX_RETRY_AFTER_S, max(0.0, hint_s) * factor) * (1.0 + 0.25 * self._dice())
         if isinstance(error, Unavailable):
-            delay_s = min(MAX_DELAY_S, FIRST_DELAY_S * 2.0**self._num_retries) * (0.5 + 0.5 * self._dice())
-        elif isinstance(error, Overloaded) and 0 < error.retry_after_s <= MAX_RETRY_AFTER_S:
-            delay_s = error.retry_after_s * (1.0 + 0.25 * self._dice())
+            backoff_s = min(MAX_DELAY_S, FIRST_DELAY_S * factor) * (0.5 + 0.5 * self._dice())
+            delay_s = max(backoff_s, hinted_s)
+        elif isinstance(error, Overloaded) and hint_s > 0:
+            delay_s = hinted_s
         else:
             return None
         if self._clock() + delay_s >= self._deadline:

@@ -20,8 +20,15 @@ DEFAULT_TARGET = "127.0.0.1:50050"
 DEFAULT_TIMEOUT_S = 3600.0
 # What a call that only reads may take, unless the caller says less.
 READ_TIMEOUT_S = 30.0
-DEFAULT_MAX_RETRIES = 2
+# 1.5 s of waiting for an address where nobody answers, 15 s for a router that says "no pipeline yet, come back in 1 s":
+# enough for a small model to load.
+DEFAULT_MAX_RETRIES = 4
 MAX_RETRIES = 100
+
+
+def peer_name(target: str, channel: object | None) -> str:
+    """What errors call the other side. A channel that was passed in leads where it leads, not to the default target."""
+    return "the given channel" if channel is not None and target == DEFAULT_TARGET else target
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import time
+import contextlib
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from types import TracebackType
 from typing import Any, Self
@@ -68,7 +69,9 @@ class _Stream:
     def _retry_delay_s(self, failure: grpc.RpcError) -> float:
         """How long to wait before the call is made again; raises the typed error when it is not to be."""
         error = from_rpc_error(failure, self._peer)
-        delay_s = None if self._received or self._ended else self._attempts.delay_s(error)
+        if self._error is not None:  # it was closed meanwhile, which is why it failed, or might as well be
+            raise self._error from failure
+        delay_s = None if self._received else self._attempts.delay_s(error)
         if delay_s is None:
             self._ended = True
             self._error = error
@@ -76,13 +79,21 @@ class _Stream:
         return delay_s
 
     def _begin_again(self) -> None:
-        if not self._ended:  # it may have been closed in the meantime
-            self._call = self._begin(self._attempts.remaining_s())
+        if self._error is not None:  # it was closed in the meantime
+            raise self._error
+        self._call = self._begin(self._attempts.remaining_s())
 
     def _result(self) -> Generation:
         if self._error is not None:
             raise self._error
         return self._builder.build()
+
+
+async def wait_for_event(event: asyncio.Event, timeout_s: float) -> None:
+    """Returns when the event is set, after `timeout_s` at the latest."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
 
 
 class GenerationStream(_Stream, Iterator[Chunk]):
@@ -91,6 +102,10 @@ class GenerationStream(_Stream, Iterator[Chunk]):
     Use it in a `with` statement, or call `close`, to leave before the end: that cancels the request on the server.
     """
 
+    def __init__(self, begin: Begin, call: GenerateCall, attempts: Attempts, peer: str) -> None:
+        self._closed = threading.Event()
+        super().__init__(begin, call, attempts, peer)
+
     def __next__(self) -> Chunk:
         while not self._ended:
             try:
@@ -98,7 +113,7 @@ class GenerationStream(_Stream, Iterator[Chunk]):
             except StopIteration:
                 self._finish()
             except grpc.RpcError as failure:
-                time.sleep(self._retry_delay_s(failure))
+                self._closed.wait(self._retry_delay_s(failure))
                 self._begin_again()
             else:
                 return self._accept(response)
@@ -113,6 +128,7 @@ class GenerationStream(_Stream, Iterator[Chunk]):
     def close(self) -> None:
         """Ends the request, if it has not ended. May be called from another thread, and more than once."""
         self._cancel()
+        self._closed.set()
 
     def __enter__(self) -> Self:
         return self
@@ -130,6 +146,10 @@ class AsyncGenerationStream(_Stream, AsyncIterator[Chunk]):
     server, and so does cancelling the task that waits for a chunk.
     """
 
+    def __init__(self, begin: Begin, call: GenerateCall, attempts: Attempts, peer: str) -> None:
+        self._closed = asyncio.Event()
+        super().__init__(begin, call, attempts, peer)
+
     async def __anext__(self) -> Chunk:
         while not self._ended:
             try:
@@ -138,7 +158,7 @@ class AsyncGenerationStream(_Stream, AsyncIterator[Chunk]):
             except StopAsyncIteration:
                 self._finish()
             except grpc.RpcError as failure:
-                await asyncio.sleep(self._retry_delay_s(failure))
+                await wait_for_event(self._closed, self._retry_delay_s(failure))
                 self._begin_again()
             except asyncio.CancelledError:
                 self._cancel()
@@ -159,6 +179,7 @@ class AsyncGenerationStream(_Stream, AsyncIterator[Chunk]):
     async def aclose(self) -> None:
         """Ends the request, if it has not ended. May be called more than once."""
         self._cancel()
+        self._closed.set()
 
     async def __aenter__(self) -> Self:
         return self

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-
-from stagecoach.config import read_settings
-from stagecoach.telemetry import configure_logging
-from stagecoach_shard.settings import ShardSettings
+from collections.abc import Iterator
 
 PROGRAM = "stagecoach-shard"
 
 
 def main() -> None:
     """Reads the settings first: a mistake in them, or --help, need not wait for what is slow to import."""
+    with _the_extra():
+        from stagecoach.config import read_settings
+        from stagecoach.telemetry import configure_logging
+        from stagecoach_shard.settings import ShardSettings
     settings = read_settings(ShardSettings, PROGRAM, sys.argv[1:], "STAGECOACH_SHARD_")
     configure_logging(settings.log_level)
-    import torch
+    with _the_extra():
+        import torch
 
-    from stagecoach import lifecycle
-    from stagecoach_shard.server import serve
-
+        from stagecoach import lifecycle
+        from stagecoach_shard.server import serve
     torch.set_num_threads(settings.threads)
     sys.exit(lifecycle.run(PROGRAM, lambda stop: serve(settings, stop)))
+
+
+@contextlib.contextmanager
+def _the_extra() -> Iterator[None]:
+    """The bare install has this command, too, but not what it needs."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        sys.exit(f"{PROGRAM}: error: {error.name} is missing: install Stagecoach with its [shard] extra")
 
 
 if __name__ == "__main__":

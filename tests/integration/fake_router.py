@@ -39,6 +39,15 @@ def words(request: pb.GenerateRequest) -> Iterator[pb.GenerateResponse]:
         )
 
 
+def saying(text: str) -> Answer:
+    """`text` instead, in one piece."""
+
+    def answer(request: pb.GenerateRequest) -> Iterator[pb.GenerateResponse]:
+        yield pb.GenerateResponse(text=text, token_ids=[1], finish_reason=pb.FINISH_REASON_STOP)
+
+    return answer
+
+
 def counting(request: pb.GenerateRequest) -> Iterator[pb.GenerateResponse]:
     """As many tokens as max_tokens says; the first alone, the others two by two."""
     left = request.sampling.max_tokens
@@ -80,11 +89,12 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer):
         self.requests: list[Any] = []
         self.timeouts_s: list[float] = []
         self.begun = threading.Event()
+        self.failed = threading.Event()
         self.caller_left = threading.Event()
         self.ready = True
 
     def Generate(self, request: pb.GenerateRequest, context: Any) -> Iterator[pb.GenerateResponse]:
-        self._begin(request, context)
+        self._begin(request, context, stays=self.stay_open)
         try:
             yield from self.answer(request)
         except StagecoachError as error:
@@ -92,7 +102,7 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer):
         self._stay()
 
     def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
-        self._begin(request, context)
+        self._begin(request, context, stays=self.stay_open)
         self._stay()
         return pb.TokenizeResponse(token_ids=[1, 2, 3], context_length=512)
 
@@ -110,16 +120,17 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer):
             pipelines=[pipeline], num_running=2, num_blocks=64, num_free_blocks=60, block_size=16, uptime_s=12.5
         )
 
-    def _begin(self, request: Any, context: Any) -> None:
+    def _begin(self, request: Any, context: Any, *, stays: bool = False) -> None:
         self.requests.append(request)
         self.timeouts_s.append(context.time_remaining())
         self.begun.set()
-        if self.stay_open:  # then it is not this side that ends the call
+        if stays:  # then it is not this side that ends the call
             assert context.add_callback(self.caller_left.set)
         if self.failures:
             self._fail(self.failures.popleft(), context)
 
     def _fail(self, failure: StagecoachError | grpc.StatusCode, context: Any) -> None:
+        self.failed.set()
         if isinstance(failure, grpc.StatusCode):
             context.abort(failure, "no detail")
         else:

@@ -71,6 +71,7 @@ async def test_dropping_a_stream_cancels_it_on_the_server(client: AsyncClient, r
 
 @pytest.mark.parametrize("whole", [True, False])
 async def test_cancelling_the_task_cancels_the_call(client: AsyncClient, router: FakeRouter, whole: bool) -> None:
+    await client.models()  # connects
     router.stay_open = True
 
     async def call() -> None:
@@ -127,12 +128,34 @@ async def test_errors_keep_their_class_and_facts(client: AsyncClient, router: Fa
     assert (caught.value.field, caught.value.value) == ("model", "huge")
 
 
-async def test_what_was_not_begun_is_tried_again(client: AsyncClient, router: FakeRouter) -> None:
+async def test_what_was_refused_is_tried_again(client: AsyncClient, router: FakeRouter) -> None:
     router.failures += [sdk.Unavailable("starting"), sdk.Overloaded("full", retry_after_s=0.01)]
     assert (await client.generate("x")).text == "Hello, world"
     router.failures += [sdk.Unavailable("starting")]
     assert (await client.tokenize("x")).context_length == 512
     assert len(router.requests) == 5
+
+
+@pytest.mark.parametrize("method", ["generate", "tokenize"])
+async def test_closing_ends_the_wait_for_the_next_attempt(client: AsyncClient, router: FakeRouter, method: str) -> None:
+    router.failures.append(sdk.Unavailable("starting", retry_after_s=10.0))
+    caller = asyncio.create_task(getattr(client, method)("x"))
+    assert await asyncio.to_thread(router.failed.wait, 10)
+    await asyncio.wait([caller], timeout=0.2)  # the failure reaches it, and it begins to wait
+    await client.aclose()
+    with pytest.raises(sdk.Cancelled):
+        async with asyncio.timeout(9.5):
+            await caller
+    assert len(router.requests) == 1
+
+
+async def test_errors_of_a_given_channel_do_not_name_the_default_target() -> None:
+    async with grpc.aio.insecure_channel("127.0.0.1:1") as channel:
+        client = AsyncClient(channel=channel, max_retries=0)
+        for call in (client.models, lambda: client.generate("x")):
+            with pytest.raises(sdk.Unavailable) as caught:
+                await call()
+            assert caught.value.message.startswith("the given channel: ")
 
 
 async def test_other_failures_are_not_tried_again(client: AsyncClient, router: FakeRouter) -> None:
@@ -143,6 +166,7 @@ async def test_other_failures_are_not_tried_again(client: AsyncClient, router: F
 
 
 async def test_the_deadline_ends_a_call(client: AsyncClient, router: FakeRouter) -> None:
+    await client.models()  # connects
     router.stay_open = True
     with pytest.raises(sdk.DeadlineExceeded):
         await client.generate("x", timeout_s=0.2)

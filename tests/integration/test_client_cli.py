@@ -8,14 +8,16 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 import pytest
 
-from stagecoach.errors import OutOfRange
+from stagecoach.errors import OutOfRange, ShardFault
+from stagecoach.v1 import inference_pb2 as pb
 from stagecoach_client.cli import run
-from tests.integration.fake_router import FakeRouter, counting, serving
+from tests.integration.fake_router import FakeRouter, counting, serving, words
 
 COMMAND = [sys.executable, "-c", "from stagecoach_client.cli import main; main()"]
 
@@ -58,6 +60,27 @@ def test_generate_reads_standard_input(router: FakeRouter, target: str, monkeypa
     monkeypatch.setattr("sys.stdin", io.StringIO("two\nlines\n"))
     assert run(["generate", "-", "--chat", "--target", target]) == 0
     assert router.requests[0].chat.messages[0].content == "two\nlines"
+
+
+def test_standard_input_that_is_not_text_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9 x"), encoding="utf-8"))
+    assert run(["generate", "-"]) == 1
+    assert capfd.readouterr().err.startswith("error: standard input is not utf-8: ")
+
+
+def test_an_error_after_some_text_begins_a_line(
+    router: FakeRouter, target: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def broken(request: pb.GenerateRequest) -> Iterator[pb.GenerateResponse]:
+        yield next(words(request))
+        raise ShardFault("stage 1")
+
+    router.answer = broken
+    assert run(["generate", "x", "--target", target]) == 1
+    shown = capfd.readouterr()
+    assert (shown.out, shown.err) == ("Hello\n", "error: stage 1\n")
 
 
 def test_generate_takes_token_ids_and_prints_json(
@@ -183,7 +206,7 @@ def test_ctrl_c_stops_the_answer_but_not_the_chat(router: FakeRouter, target: st
         [sys.executable, "-u", *COMMAND[1:], "chat", "--target", target],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    with chat:
+    with ended(chat):
         assert chat.stdin is not None
         assert chat.stdout is not None
         chat.stdin.write("hi\n")
@@ -202,7 +225,7 @@ def test_ctrl_c_ends_generate_with_130(router: FakeRouter, target: str) -> None:
     generate = subprocess.Popen(
         [*COMMAND, "generate", "x", "--target", target], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    with generate:
+    with ended(generate):
         assert generate.stdout is not None
         while "world" not in (shown := read_word(generate.stdout)):
             assert shown
@@ -210,6 +233,16 @@ def test_ctrl_c_ends_generate_with_130(router: FakeRouter, target: str) -> None:
         _, errors = generate.communicate(timeout=20)
     assert (generate.returncode, errors) == (130, "")
     assert router.caller_left.wait(10)
+
+
+@contextmanager
+def ended(process: subprocess.Popen[str]) -> Iterator[None]:
+    """At the end it is, however the test went."""
+    with process:
+        try:
+            yield
+        finally:
+            process.kill()
 
 
 def read_word(stream: IO[str]) -> str:

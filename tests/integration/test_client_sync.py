@@ -12,8 +12,10 @@ import grpc
 import pytest
 
 import stagecoach_client as sdk
+from stagecoach.channel import DEFAULT_CONNECT_TIMEOUT_S
 from stagecoach.v1 import inference_pb2 as pb
 from stagecoach_client import Client
+from stagecoach_client.settings import DEFAULT_MAX_RETRIES
 from tests.integration.fake_router import FakeRouter, counting, serving, words
 
 
@@ -107,7 +109,7 @@ def test_a_status_without_detail_gets_the_class_of_its_code(router: FakeRouter, 
 
 
 @pytest.mark.parametrize("failure", [sdk.Unavailable("starting"), sdk.Overloaded("full", retry_after_s=0.1)])
-def test_what_was_not_begun_is_tried_again(router: FakeRouter, client: Client, failure: sdk.StagecoachError) -> None:
+def test_what_was_refused_is_tried_again(router: FakeRouter, client: Client, failure: sdk.StagecoachError) -> None:
     router.failures += [failure, failure]
     assert client.generate("x", timeout_s=5).text == "Hello, world"
     assert len(router.requests) == 3
@@ -115,10 +117,43 @@ def test_what_was_not_begun_is_tried_again(router: FakeRouter, client: Client, f
 
 
 def test_retries_end(router: FakeRouter, client: Client) -> None:
-    router.failures += [sdk.Unavailable("starting")] * 5
+    router.failures += [sdk.Unavailable("starting")] * (DEFAULT_MAX_RETRIES + 2)
     with pytest.raises(sdk.Unavailable):
         client.status()
-    assert len(router.requests) == 3
+    assert len(router.requests) == DEFAULT_MAX_RETRIES + 1
+
+
+def test_a_server_that_says_when_to_come_back_is_not_asked_before(router: FakeRouter, client: Client) -> None:
+    router.failures.append(sdk.Unavailable("no pipeline yet", retry_after_s=0.3))
+    assert client.generate("x", timeout_s=5).text == "Hello, world"
+    assert router.timeouts_s[1] < router.timeouts_s[0] - 0.25
+
+
+@pytest.mark.parametrize(("method", "what"), [("generate", "stream"), ("generate", "client"), ("models", "client")])
+def test_closing_from_another_thread_ends_the_wait_for_the_next_attempt(
+    router: FakeRouter, client: Client, method: str, what: str
+) -> None:
+    router.failures.append(sdk.Unavailable("starting", retry_after_s=10.0))
+    caught: list[BaseException] = []
+    stream = client.generate("x", stream=True) if method == "generate" else None
+
+    def call() -> None:
+        try:
+            client.models() if stream is None else next(stream)
+        except sdk.StagecoachError as error:
+            caught.append(error)
+
+    caller = threading.Thread(target=call)
+    began = time.monotonic()
+    caller.start()
+    assert router.failed.wait(10)
+    caller.join(0.2)  # the failure reaches it, and it begins to wait
+    assert caller.is_alive()
+    (stream or client).close() if what == "stream" else client.close()
+    caller.join(20)
+    assert time.monotonic() - began < 9.5
+    assert [type(error) for error in caught] == [sdk.Cancelled]
+    assert len(router.requests) == 1
 
 
 @pytest.mark.parametrize("failure", [sdk.Overloaded("full"), sdk.ShardFault("stage 1"), sdk.InternalError("bug")])
@@ -152,6 +187,7 @@ def test_an_answer_that_stops_short_is_an_error(client: Client, router: FakeRout
 
 
 def test_the_deadline_ends_a_call(client: Client, router: FakeRouter) -> None:
+    client.models()  # connects
     router.stay_open = True
     with pytest.raises(sdk.DeadlineExceeded):
         client.generate("x", timeout_s=0.2)
@@ -183,9 +219,9 @@ def test_an_address_where_nobody_listens_is_unavailable_at_once() -> None:
         unused.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{unused.getsockname()[1]}"
         began = time.monotonic()
-        with Client(address) as client, pytest.raises(sdk.Unavailable, match=address):
+        with Client(address, max_retries=0) as client, pytest.raises(sdk.Unavailable, match=address):
             client.generate("x")
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < DEFAULT_CONNECT_TIMEOUT_S
 
 
 def test_an_address_that_does_not_answer_is_unavailable_after_the_connect_timeout() -> None:
@@ -225,6 +261,30 @@ def test_a_channel_that_came_in_is_left_open(router: FakeRouter) -> None:
             assert client.models()
         with Client(channel=channel) as client:
             assert client.models()
+
+
+def test_closing_the_client_of_a_given_channel_ends_its_calls_alone(router: FakeRouter) -> None:
+    router.stay_open = True
+    with serving(router) as address, grpc.insecure_channel(address) as channel:
+        client, other = Client(channel=channel), Client(channel=channel)
+        with client.generate("x", stream=True) as stream, other.generate("y", stream=True) as left_alone:
+            assert next(stream).text == next(left_alone).text == "Hello"
+            client.close()
+            with pytest.raises(sdk.Cancelled):
+                stream.collect()
+            assert next(left_alone).text == ", world"
+
+
+@pytest.mark.parametrize(
+    ("target", "name"), [({}, "the given channel: "), ({"target": "router.example:1"}, "router.example:1: ")]
+)
+def test_errors_of_a_given_channel_do_not_name_the_default_target(target: dict[str, str], name: str) -> None:
+    with grpc.insecure_channel("127.0.0.1:1") as channel:
+        client = Client(**target, channel=channel, max_retries=0)
+        for call in (client.models, lambda: client.generate("x")):
+            with pytest.raises(sdk.Unavailable) as caught:
+                call()
+            assert caught.value.message.startswith(name)
 
 
 def test_a_client_can_be_shared_between_threads(client: Client) -> None:

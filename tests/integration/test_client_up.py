@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import select
@@ -12,28 +13,36 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 
 from stagecoach.errors import ConfigError, DeadlineExceeded
 from stagecoach.topology import LayerRange
 from stagecoach_client import Client
 from stagecoach_client.child_process import ProcessDied
-from stagecoach_client.local_cluster import LocalCluster, free_addresses
+from stagecoach_client.cli.demo import run_demo
+from stagecoach_client.local_cluster import NUM_START_ATTEMPTS, LocalCluster, ProcessExit, free_addresses
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="watches processes by pidfd, which is Linux's")
+
 SHARD = """
 import signal, sys, time
 print("loaded", *sys.argv[1:], flush=True)
-signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop"))
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(print("told to stop")))
 time.sleep(100)
 """
 ROUTER = f"""
 import signal, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 sys.path.insert(0, {str(ROOT)!r})
-from tests.integration.fake_router import FakeRouter, serving
+from tests.integration.fake_router import FakeRouter, saying, serving
 router = FakeRouter()
 router.ready = "--not-ready" not in sys.argv
+if "--says" in sys.argv:
+    router.answer = saying(sys.argv[sys.argv.index("--says") + 1])
 with serving(router, sys.argv[sys.argv.index("--listen") + 1]):
     print("serving", flush=True)
     signal.sigwait([signal.SIGTERM])
@@ -103,23 +112,104 @@ def test_a_process_that_dies_later_ends_the_wait(model: Path) -> None:
 
 
 def test_a_cluster_that_never_gets_ready_says_what_it_waited_for(model: Path) -> None:
-    reasons: list[str] = []
+    now_s = 0.0
+
+    def hear(reason: str) -> None:  # time stands still until the router, on however busy a machine, says why
+        nonlocal now_s
+        now_s += 100.0 if reason == "layers 10:20 are missing" else 0.0
+
     commands = FakeCommands(router_options=["--not-ready"])
-    cluster = LocalCluster(model, 1, start_timeout_s=1.5, on_wait=reasons.append, commands=commands)
-    with pytest.raises(DeadlineExceeded, match="layers 10:20 are missing"):
+    cluster = LocalCluster(model, 1, start_timeout_s=99.0, on_wait=hear, clock=lambda: now_s, commands=commands)
+    with pytest.raises(DeadlineExceeded, match="after 99 s: layers 10:20 are missing"):
         cluster.start()
-    assert reasons[-1] == "layers 10:20 are missing"
     assert all(gone(process.pid) for process in cluster.processes)
 
 
 def test_a_process_that_will_not_stop_is_killed(model: Path) -> None:
-    deaf = SHARD.replace('lambda *_: sys.exit("told to stop")', "signal.SIG_IGN")
-    cluster = LocalCluster(model, 1, stop_timeout_s=0.3, commands=FakeCommands(shard=deaf))
+    deaf = SHARD.replace('lambda *_: sys.exit(print("told to stop"))', "signal.SIG_IGN")
+    cluster = LocalCluster(model, 1, stop_timeout_s=1.0, commands=FakeCommands(shard=deaf))
     cluster.start()
     began = time.monotonic()
     cluster.stop()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30  # the shard would take 100
     assert all(gone(process.pid) for process in cluster.processes)
+    (shard, _) = cluster.exits
+    assert (shard.name, shard.status, shard.killed, shard.clean) == ("shard 0:30", -signal.SIGKILL, True, False)
+
+
+def test_how_each_process_ended_is_kept(model: Path) -> None:
+    failing = SHARD.replace('print("told to stop")', "7")
+    with LocalCluster(model, 1, commands=FakeCommands(shard=failing)) as cluster:
+        assert cluster.exits == ()
+    assert cluster.exits == (ProcessExit("shard 0:30", 7, killed=False), ProcessExit("router", 0, killed=False))
+    cluster.stop()
+    assert len(cluster.exits) == 2
+
+
+def test_a_cluster_has_no_address_before_its_start(model: Path) -> None:
+    with pytest.raises(RuntimeError, match="has not been started"):
+        _ = LocalCluster(model, 1, commands=FakeCommands()).address
+
+
+def losing_its_port(marker: Path, times: int) -> str:
+    """A shard that finds its port taken, the first `times` times."""
+    return (
+        f"import pathlib, sys; log = pathlib.Path({str(marker)!r}); log.open('a').write(sys.argv[2] + chr(10))\n"
+        f"if len(log.read_text().split()) <= {times}: sys.exit('error: listen: cannot listen on ' + sys.argv[2])\n"
+    ) + SHARD
+
+
+def test_a_port_that_somebody_else_took_is_replaced(model: Path, tmp_path: Path) -> None:
+    commands = FakeCommands(shard=losing_its_port(tmp_path / "log", 1))
+    with LocalCluster(model, 1, commands=commands) as cluster:
+        first, second = (tmp_path / "log").read_text().split()
+        assert first != second == cluster.processes[0].address
+        assert len(cluster.processes) == 2
+        cluster.check()
+    assert all(ended.clean for ended in cluster.exits)
+
+
+def test_ports_that_are_always_taken_end_the_start(model: Path, tmp_path: Path) -> None:
+    cluster = LocalCluster(model, 1, commands=FakeCommands(shard=losing_its_port(tmp_path / "log", 99)))
+    with pytest.raises(ProcessDied, match="cannot listen on"):
+        cluster.start()
+    assert len((tmp_path / "log").read_text().split()) == NUM_START_ATTEMPTS
+    assert all(gone(process.pid) for process in cluster.processes)
+
+
+class Demo:
+    """`run_demo` on a cluster of stand-ins."""
+
+    def __init__(self, model: Path, **commands: Any) -> None:
+        self._output = io.StringIO()
+        console = Console(file=self._output, width=160)
+        cluster = LocalCluster(model, 1, stop_timeout_s=1.0, commands=FakeCommands(**commands))
+        self.faults = run_demo(cluster, console, console.status("starting"))
+
+    @property
+    def shown(self) -> str:
+        return self._output.getvalue()
+
+
+def test_a_demo_shows_answers_and_processes_and_has_no_faults(model: Path) -> None:
+    demo = Demo(model, router_options=["--says", "It is Paris."])
+    assert demo.faults == []
+    for index in range(4):
+        assert f"[{index}] It is Paris.\n" in demo.shown
+    assert "shard 0:30" in demo.shown
+    assert "all 2 processes stopped when told to, with status 0" in demo.shown
+
+
+def test_a_demo_with_a_wrong_answer_has_a_fault(model: Path) -> None:
+    (fault,) = Demo(model).faults
+    assert "does not say Paris: 'Hello, world'" in fault
+
+
+def test_a_demo_whose_process_does_not_stop_has_a_fault(model: Path) -> None:
+    deaf = SHARD.replace('lambda *_: sys.exit(print("told to stop"))', "signal.SIG_IGN")
+    demo = Demo(model, shard=deaf, router_options=["--says", "It is Paris."])
+    assert demo.faults == ["shard 0:30 did not stop in time and was killed"]
+    assert "stopped when told to" not in demo.shown
 
 
 def test_a_port_in_use_is_an_error_before_anything_starts(model: Path) -> None:
@@ -140,27 +230,44 @@ def test_free_addresses_differ() -> None:
     assert len(set(addresses)) == 20
 
 
+COMMAND = (sys.executable, "-c", "from stagecoach_client.cli import main; main()")
+
+
 @pytest.fixture
-def up(model: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """`stagecoach up`, with stand-ins in the place of the packages that it starts."""
+def environment(tmp_path: Path) -> dict[str, str]:
+    """For a command: stand-ins in the place of the packages that it starts."""
     for package, code in (("stagecoach_shard", SHARD), ("stagecoach_router", ROUTER)):
         folder = tmp_path / "stand_ins" / package
         folder.mkdir(parents=True)
         (folder / "__init__.py").touch()
         (folder / "__main__.py").write_text(code)
+    return {**os.environ, "PYTHONPATH": str(tmp_path / "stand_ins"), "PYTHONUNBUFFERED": "1"}
+
+
+@pytest.fixture
+def up(model: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
-        [
-            *(sys.executable, "-c", "from stagecoach_client.cli import main; main()"),
-            *("up", "--model", str(model), "--stages", "2", "--listen", "127.0.0.1:0", "--dtype", "float32"),
-        ],
-        env={**os.environ, "PYTHONPATH": str(tmp_path / "stand_ins"), "PYTHONUNBUFFERED": "1"},
+        [*COMMAND, "up", "--model", str(model), "--listen", "127.0.0.1:0", "--dtype", "float32"],
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     with process:
-        yield process
-        process.kill()
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_the_demo_command_ends_with_1_and_says_why(model: Path, environment: dict[str, str]) -> None:
+    ended = subprocess.run(
+        [*COMMAND, "demo", "--model", str(model)], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("error: the answer to 'What is the capital of France?' does not say Paris")
+    assert ended.stderr.count("\n") == 1
+    assert "[3] Hello, world\n" in ended.stdout
 
 
 def read_until(process: subprocess.Popen[str], text: str) -> str:
@@ -201,7 +308,6 @@ def test_up_says_which_process_died_and_stops_the_rest(up: subprocess.Popen[str]
     assert all(gone(pid) for pid in children)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's watch is Linux's")
 def test_nothing_outlives_an_up_that_was_killed(up: subprocess.Popen[str]) -> None:
     children = pids(read_until(up, "ctrl-C"))
     up.kill()

@@ -4,7 +4,6 @@ import asyncio
 
 import grpc.aio
 import pytest
-import torch
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 

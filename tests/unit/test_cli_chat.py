@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from typing import Any, Self
 
 import pytest
 
-from stagecoach.errors import Unavailable
-from stagecoach_client.cli.chat import Conversation
+from stagecoach.errors import InvalidArgument, OutOfRange, Unavailable
+from stagecoach_client.cli.chat import Conversation, converse
 from stagecoach_client.results import Chunk, FinishReason
 
 
@@ -79,11 +80,41 @@ def test_ctrl_c_before_the_first_word_leaves_no_trace() -> None:
     assert roles(conversation) == []
 
 
-def test_a_turn_that_failed_leaves_no_trace() -> None:
+def test_a_turn_that_failed_leaves_no_trace_and_ends_its_line(capsys: pytest.CaptureFixture[str]) -> None:
     conversation = talk(FakeClient(["Hel", Unavailable("gone")]))
     with pytest.raises(Unavailable):
         conversation.say("hi")
     assert roles(conversation) == []
+    assert capsys.readouterr().out == "Hel\n"
+
+
+def test_a_conversation_that_has_outgrown_the_context_can_be_left_for_a_new_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = FakeClient(["Hello"], [OutOfRange("too long")], ["Again"])
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\nmore\n/new\nhi\n"))
+    converse(talk(client, "Be brief."))
+    shown = capsys.readouterr()
+    assert shown.err == "error: too long; /new forgets the conversation and begins another\n"
+    assert [[m["content"] for m in asked["messages"]] for asked in client.asked] == [
+        ["Be brief.", "hi"],
+        ["Be brief.", "hi", "Hello", "more"],
+        ["Be brief.", "hi"],
+    ]
+
+
+def test_a_first_message_that_is_too_long_is_not_the_conversations_fault(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n"))
+    converse(talk(FakeClient([OutOfRange("too long")])))
+    assert capsys.readouterr().err == "error: too long\n"
+
+
+def test_input_that_is_not_text_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8"))
+    with pytest.raises(InvalidArgument, match="standard input is not utf-8"):
+        converse(talk(FakeClient()))
 
 
 def test_an_answer_that_was_cut_off_says_so(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 
 from stagecoach.errors import InvalidArgument, StagecoachError
@@ -58,7 +61,7 @@ def test_wrong_usage_is_status_2(arguments: list[str], capfd: pytest.CaptureFixt
     assert "Usage" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], ["up"], ["chat"], ["generate"], ["status"], ["bench"], ["import"]])
+@pytest.mark.parametrize("command", [[], ["up"], ["chat"], ["generate"], ["status"], ["bench"], ["demo"], ["import"]])
 def test_every_command_has_help(command: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     assert run([*command, "--help"]) == 0
     assert "Usage: stagecoach" in capfd.readouterr().out
@@ -67,6 +70,32 @@ def test_every_command_has_help(command: list[str], capfd: pytest.CaptureFixture
 def test_version(capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["--version"]) == 0
     assert capfd.readouterr().out.startswith("stagecoach 0.")
+
+
+@pytest.mark.parametrize(
+    ("command", "missing", "extra"),
+    [
+        (["up", "--model", "."], "torch", "[router] and [shard] extras"),
+        (["demo", "--model", "."], "jinja2", "[router] and [shard] extras"),
+        (["import", "a.gguf", "b"], "gguf", "[import] extra"),
+    ],
+)
+def test_a_command_without_its_extra_says_what_to_install(
+    command: list[str], missing: str, extra: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert run(command) == 1
+    expected = f"error: stagecoach {command[0]} needs {missing}: install Stagecoach with its {extra}\n"
+    assert capfd.readouterr().err == expected
+
+
+def test_a_bench_that_fails_leaves_no_file_behind(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    new, old = tmp_path / "new.json", tmp_path / "old.json"
+    old.write_text("kept")
+    for file in (new, old):
+        assert run(["bench", "--target", "127.0.0.1:1", "--json", str(file)]) == 1
+    assert not new.exists()
+    assert old.read_text() == "kept"
 
 
 def test_counts() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 # grpcio itself depends on typing_extensions.
 SCRIPT = """
 import sys
@@ -43,8 +45,27 @@ def test_the_hook_does_refuse() -> None:
 def test_the_command_says_what_to_install() -> None:
     result = run("from stagecoach_client.cli import main; main()")
     assert result.returncode == 1
-    assert "pip install 'stagecoach[cli]'" in result.stderr
+    assert result.stderr.startswith("error: the stagecoach command needs ")
+    assert "install Stagecoach with its [cli] extra" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "missing"),
+    [
+        ("router", [], "pydantic"),
+        ("router", ["--shards", "127.0.0.1:1"], "tokenizers"),
+        ("shard", [], "pydantic"),
+        ("shard", ["--model", "m", "--layers", "0:1"], "torch"),
+    ],
+)
+def test_a_server_without_its_extra_says_what_to_install(program: str, arguments: list[str], missing: str) -> None:
+    code = f"import sys; sys.modules[{missing!r}] = None; sys.argv[1:] = {arguments!r}\n"
+    code += f"from stagecoach_{program}.__main__ import main; main()"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 1
+    expected = f"error: {missing} is missing: install Stagecoach with its [{program}] extra\n"
+    assert result.stderr == f"stagecoach-{program}: {expected}"
 
 
 def test_the_command_starts_without_what_is_slow_to_import() -> None:

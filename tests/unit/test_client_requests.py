@@ -31,6 +31,11 @@ def test_defaults_are_those_of_the_sampling_parameters() -> None:
     assert generate_call("x", {}).request.sampling == sampling_to_proto(SamplingParams())
 
 
+@pytest.mark.parametrize("name", sorted(GenerateOptions.__annotations__))
+def test_none_is_the_same_as_not_given(name: str) -> None:
+    assert generate_call("x", {name: None}) == generate_call("x", {})  # type: ignore[misc]
+
+
 sampling = st.builds(
     SamplingParams,
     temperature=st.floats(0, 100),
@@ -120,7 +125,7 @@ def test_each_kind_of_input_arrives_as_itself() -> None:
         ("priority", {"prompt": "x", "priority": 2**31}),
         ("priority", {"prompt": "x", "priority": True}),
         ("request_id", {"prompt": "x", "request_id": "r" * 129}),
-        ("model", {"prompt": "x", "model": None}),
+        ("model", {"prompt": "x", "model": 5}),
         ("timeout_s", {"prompt": "x", "timeout_s": 0}),
         ("timeout_s", {"prompt": "x", "timeout_s": math.inf}),
         ("input", {"prompt": "x" * (MAX_PUBLIC_MESSAGE_BYTES + 1)}),

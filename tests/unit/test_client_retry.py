@@ -16,7 +16,7 @@ from stagecoach.errors import (
     Unavailable,
 )
 from stagecoach_client.retry import MAX_DELAY_S, MAX_RETRY_AFTER_S, Attempts
-from stagecoach_client.settings import Settings
+from stagecoach_client.settings import DEFAULT_MAX_RETRIES, Settings
 
 
 @dataclass
@@ -54,10 +54,26 @@ def test_a_full_server_is_asked_again_when_it_said_and_not_before() -> None:
     assert 3.0 <= delay_s <= 3.75
 
 
+def test_the_servers_hint_outweighs_a_shorter_delay_and_doubles() -> None:
+    call = attempts(max_retries=5, dice=0.0)
+    delays_s = [call.delay_s(Unavailable("no pipeline yet", retry_after_s=1.0)) for _ in range(5)]
+    assert delays_s == [1.0, 2.0, 4.0, 8.0, MAX_RETRY_AFTER_S]
+    assert attempts().delay_s(Unavailable("x", retry_after_s=0.01)) == 0.1
+
+
+def test_a_cluster_that_is_starting_gets_ten_seconds_with_the_defaults() -> None:
+    call = attempts(max_retries=DEFAULT_MAX_RETRIES, dice=0.0)
+    waited_s = 0.0
+    while (delay_s := call.delay_s(Unavailable("no pipeline yet", retry_after_s=1.0))) is not None:
+        waited_s += delay_s
+    assert waited_s > 10
+
+
 @pytest.mark.parametrize(
     "error",
     [
         Overloaded("full"),
+        Unavailable("later", retry_after_s=MAX_RETRY_AFTER_S + 1),
         Overloaded("full", retry_after_s=MAX_RETRY_AFTER_S + 1),
         ShardFault("x"),
         InternalError("x"),

@@ -14,7 +14,7 @@ def main() -> None:
         import rich  # noqa: F401
         import typer  # noqa: F401
     except ImportError as error:
-        sys.exit(f"error: the stagecoach command needs {error.name}: pip install 'stagecoach[cli]'")
+        sys.exit(f"error: the stagecoach command needs {error.name}: install Stagecoach with its [cli] extra")
     sys.exit(run(sys.argv[1:]))
 
 

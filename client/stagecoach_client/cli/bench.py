@@ -109,10 +109,13 @@ def _choose(models: tuple[Model, ...], name: str, target: str) -> Model:
 
 
 def _check_writable(path: Path) -> None:
-    """Before minutes of measuring rather than after."""
+    """Before minutes of measuring rather than after. A file that was not there is not there afterwards either."""
     try:
+        existed = path.exists()
         with path.open("a", encoding="utf-8"):
             pass
+        if not existed:
+            path.unlink()
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}", field="json", value=path) from error
 

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stagecoach.errors import StagecoachError
+from stagecoach.errors import InvalidArgument, OutOfRange, StagecoachError
 from stagecoach_client.cli import describe
 from stagecoach_client.cli.options import DEFAULT_TARGET, MaxTokens, ModelName, Seed, Target, Temperature, TopK, TopP
 
 if TYPE_CHECKING:
     from stagecoach_client import Client, Message
+
+_KEYS = "ctrl-C stops an answer; /new forgets the conversation; /exit or ctrl-D leaves."
 
 
 def chat(
@@ -26,7 +28,7 @@ def chat(
     top_p: TopP = None,
     seed: Seed = None,
 ) -> None:
-    """Talk to a chat model. ctrl-C stops an answer; /exit or ctrl-D leaves."""
+    """Talk to a chat model. ctrl-C stops an answer; /new forgets the conversation; /exit or ctrl-D leaves."""
     from stagecoach_client import Client
 
     with contextlib.suppress(ImportError):
@@ -36,17 +38,26 @@ def chat(
     options = {name: value for name, value in options.items() if value is not None}
     with Client(target) as client:
         names = [served.name for served in client.models()]
-        print(f"{model or ', '.join(names)} at {target}. ctrl-C stops an answer; /exit or ctrl-D leaves.")
-        _talk(Conversation(client, system, {**options, "model": model}))
+        print(f"{model or ', '.join(names)} at {target}. {_KEYS}")
+        converse(Conversation(client, system, {**options, "model": model}))
 
 
 class Conversation:
     """What was said so far. A turn that failed, or was stopped before it began, leaves no trace in it."""
 
     def __init__(self, client: Client, system: str | None, options: dict[str, Any]) -> None:
-        self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        self._beginning: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        self.messages = self._beginning
         self._client = client
         self._options = options
+
+    @property
+    def is_new(self) -> bool:
+        return self.messages == self._beginning
+
+    def forget(self) -> None:
+        """Goes back to the beginning."""
+        self.messages = self._beginning
 
     def say(self, text: str) -> None:
         """Prints the model's answer to `text` as it comes. A KeyboardInterrupt ends the answer only."""
@@ -63,12 +74,17 @@ class Conversation:
                     finish_reason = chunk.finish_reason
         except KeyboardInterrupt:
             write_model_text(" [stopped]")
+        except StagecoachError:
+            if answer:  # what comes next is not part of it
+                write_model_text("\n")
+            raise
         write_model_text(" [cut off: no room for more tokens]\n" if finish_reason == "length" else "\n")
         if answer:
             self.messages = [*messages, {"role": "assistant", "content": "".join(answer)}]
 
 
-def _talk(conversation: Conversation) -> None:
+def converse(conversation: Conversation) -> None:
+    """Reads lines and says them, until standard input ends."""
     while True:
         try:
             text = input("> ").strip()
@@ -78,11 +94,19 @@ def _talk(conversation: Conversation) -> None:
         except KeyboardInterrupt:
             print("\n/exit or ctrl-D leaves")
             continue
+        except UnicodeDecodeError as error:
+            message = f"standard input is not {error.encoding}: {error.reason} at byte {error.start}"
+            raise InvalidArgument(message, field="input", value=error.start) from error
         if text == "/exit":
             return
+        if text == "/new":
+            conversation.forget()
+            continue
         if not text:
             continue
         try:
             conversation.say(text)
         except StagecoachError as error:
-            print(f"error: {describe(error)}", file=sys.stderr)
+            outgrown = isinstance(error, OutOfRange) and not conversation.is_new
+            hint = "; /new forgets the conversation and begins another" if outgrown else ""
+            print(f"error: {describe(error)}{hint}", file=sys.stderr)

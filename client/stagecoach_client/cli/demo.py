@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from stagecoach.errors import StagecoachError
+from stagecoach_client.cli import extras
 from stagecoach_client.cli.options import DType
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.status import Status
     from rich.table import Table
 
     from stagecoach_client import AsyncClient, ClusterStatus
-    from stagecoach_client.local_cluster import LocalCluster
+    from stagecoach_client.local_cluster import LocalCluster, ProcessExit
 
 # The first is the one whose answer is known; it is asked greedily, so the answer is the same every time.
 QUESTION = "What is the capital of France?"
@@ -29,6 +35,9 @@ OTHER_QUESTIONS = (
 )
 MAX_TOKENS = 80
 SEED = 7
+_COLOURS = ("cyan", "green", "yellow", "magenta")
+# A sentence ends in a mark and a space, but not after a digit: "1. The Danube" is one piece.
+_END_OF_PIECE = re.compile(r"(?<=[^\d\s][.!?])\s+|\n")
 
 
 @dataclass(slots=True)
@@ -40,7 +49,7 @@ class Answer:
     text: str = ""
     num_tokens: int = 0
     first_token_s: float | None = None
-    printed: int = field(default=0, repr=False)  # characters of `text` that are on the screen
+    num_printed: int = field(default=0, repr=False)  # characters of `text` that are on the screen
 
 
 def demo(
@@ -52,23 +61,46 @@ def demo(
     from stagecoach_client.cli.terminal import make_console
     from stagecoach_client.local_cluster import LocalCluster
 
+    extras.require("demo", extras.CLUSTER, "[router] and [shard] extras")
     console = make_console()
-    with console.status("starting") as progress:
-        cluster = LocalCluster(
-            model, stages, dtype=dtype.value, on_wait=lambda reason: progress.update(f"starting: {reason}")
-        )
-        with cluster:
-            progress.stop()
-            began = time.monotonic()
-            answers, status = asyncio.run(_ask_all(cluster.address, console))
-            elapsed_s = time.monotonic() - began
-            cluster.check()
-            console.print(_table(cluster, status))
-    _print_summary(console, answers, elapsed_s)
-    if EXPECTED not in answers[0].text:
-        console.print(f"the answer to {QUESTION!r} does not say {EXPECTED}: {answers[0].text!r}")
+    progress = console.status("starting")
+    cluster = LocalCluster(
+        model, stages, dtype=dtype.value, on_wait=lambda reason: progress.update(f"starting: {reason}")
+    )
+    faults = run_demo(cluster, console, progress)
+    for fault in faults:
+        print(f"error: {fault}", file=sys.stderr)
+    if faults:
         raise typer.Exit(1)
-    console.print("all processes have stopped")
+
+
+def run_demo(cluster: LocalCluster, console: Console, progress: Status) -> list[str]:
+    """Starts the cluster, asks it, shows what came and stops it. Returns what was not as it should be."""
+    with progress, cluster:
+        progress.stop()
+        began = time.monotonic()
+        try:
+            answers, status = asyncio.run(_ask_all(cluster.address, console))
+        except StagecoachError:
+            cluster.check()  # the death of a process says more than what it did to a caller
+            raise
+        elapsed_s = time.monotonic() - began
+        cluster.check()
+        console.print(_table(cluster, status))
+    _print_summary(console, answers, elapsed_s)
+    faults = find_faults(answers, cluster.exits)
+    if not faults:
+        console.print(f"all {len(cluster.exits)} processes stopped when told to, with status 0")
+    return faults
+
+
+def find_faults(answers: Sequence[Answer], exits: Sequence[ProcessExit]) -> list[str]:
+    """What is wrong with the answers, and with how the processes ended."""
+    faults = [str(ended) for ended in exits if not ended.clean]
+    first = answers[0]
+    if EXPECTED not in first.text:
+        faults.insert(0, f"the answer to {first.question!r} does not say {EXPECTED}: {first.text!r}")
+    return faults
 
 
 async def _ask_all(target: str, console: Console) -> tuple[list[Answer], ClusterStatus]:
@@ -76,7 +108,7 @@ async def _ask_all(target: str, console: Console) -> tuple[list[Answer], Cluster
 
     answers = [Answer(QUESTION, 0.0), *(Answer(question, 0.7) for question in OTHER_QUESTIONS)]
     for index, answer in enumerate(answers):
-        console.print(f"[{index}] asked: {answer.question}")
+        _print_line(console, index, f"asked: {answer.question}")
     async with AsyncClient(target) as client:
         await asyncio.gather(*(_ask(client, index, answer, console) for index, answer in enumerate(answers)))
         return answers, await client.status()
@@ -89,21 +121,32 @@ async def _ask(client: AsyncClient, index: int, answer: Answer, console: Console
         messages=messages, stream=True, temperature=answer.temperature, max_tokens=MAX_TOKENS, seed=SEED
     )
     async for chunk in stream:
-        answer.first_token_s = answer.first_token_s or time.monotonic() - began
+        if answer.first_token_s is None:
+            answer.first_token_s = time.monotonic() - began
         answer.text += chunk.text
         answer.num_tokens += len(chunk.token_ids)
-        _print_lines(index, answer, console, last=chunk.finish_reason is not None)
+        pieces, length = finished_pieces(answer.text[answer.num_printed :], last=chunk.finish_reason is not None)
+        answer.num_printed += length
+        for piece in pieces:
+            _print_line(console, index, piece)
 
 
-def _print_lines(index: int, answer: Answer, console: Console, *, last: bool) -> None:
-    """Prints what is new in whole lines or sentences: answers come at the same time, and share the screen."""
-    new = answer.text[answer.printed :]
-    ends = [new.rfind(mark) + len(mark) for mark in ("\n", ". ") if mark in new]
-    end = len(new) if last else max(ends, default=0)
-    for line in new[:end].splitlines():
-        if line.strip():
-            console.print(f"[{index}] {line.strip()}", soft_wrap=True)
-    answer.printed += end
+def finished_pieces(text: str, *, last: bool) -> tuple[list[str], int]:
+    """The whole sentences and lines at the start of `text`, each line by itself, and how many characters they are.
+
+    Answers come at the same time and share the screen, so less is not printed, except of one that has ended (`last`).
+    """
+    end = len(text) if last else max((match.end() for match in _END_OF_PIECE.finditer(text)), default=0)
+    return [line.strip() for line in text[:end].splitlines() if line.strip()], end
+
+
+def _print_line(console: Console, index: int, text: str) -> None:
+    from rich.text import Text
+
+    from stagecoach_client.cli.terminal import without_control
+
+    prefix = (f"[{index}] ", _COLOURS[index % len(_COLOURS)])
+    console.print(Text.assemble(prefix, without_control(text)), soft_wrap=True)
 
 
 def _table(cluster: LocalCluster, status: ClusterStatus) -> Table:

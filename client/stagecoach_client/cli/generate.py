@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from stagecoach.errors import InvalidArgument
+from stagecoach.errors import InvalidArgument, StagecoachError
 from stagecoach_client.cli.options import DEFAULT_TARGET, MaxTokens, ModelName, Seed, Target, Temperature, TopK, TopP
 
 
@@ -72,8 +72,16 @@ def _input(prompt: str | None, token_ids: str | None, chat: bool) -> dict[str, A
         if chat:
             raise typer.BadParameter("--chat goes with PROMPT, not with --token-ids")
         return {"token_ids": _parse_ids(token_ids)}
-    text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
+    text = _read_stdin() if prompt == "-" else prompt
     return {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        message = f"standard input is not {error.encoding}: {error.reason} at byte {error.start}"
+        raise InvalidArgument(message, field="prompt", value=error.start) from error
 
 
 def _parse_ids(text: str) -> list[int]:
@@ -87,9 +95,16 @@ def _parse_ids(text: str) -> list[int]:
 def _print_stream(stream: Any) -> None:
     from stagecoach_client.cli.terminal import write_model_text
 
+    any_text = False
     with stream:
-        for chunk in stream:
-            write_model_text(chunk.text)
+        try:
+            for chunk in stream:
+                write_model_text(chunk.text)
+                any_text = any_text or bool(chunk.text)
+        except (StagecoachError, KeyboardInterrupt):
+            if any_text:  # what comes next is not part of the answer
+                write_model_text("\n")
+            raise
     write_model_text("\n")
 
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from typing import Annotated
 
 import typer
 
-from stagecoach.errors import ConfigError
-
-# Looked for, not imported: the client knows nothing of the shard server, and torch takes seconds to import.
-_NEEDED_PACKAGES = ("stagecoach_shard", "torch", "safetensors", "gguf", "tokenizers")
+from stagecoach_client.cli import extras
 
 
 def import_checkpoint(
@@ -20,10 +16,7 @@ def import_checkpoint(
     target: Annotated[str, typer.Argument(help="The folder to make.")],
 ) -> None:
     """Turn a GGUF file into a checkpoint folder that shards can load."""
-    missing = [name for name in _NEEDED_PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        text = f"stagecoach import needs {', '.join(missing)}: pip install 'stagecoach[import]'"
-        raise ConfigError(text, field="import", value=missing[0])
+    extras.require("import", extras.IMPORT, "[import] extra")
     child = subprocess.Popen([sys.executable, "-m", "stagecoach_shard.gguf_import", source, target])
     raise typer.Exit(_wait(child))
 

@@ -25,8 +25,13 @@ def make_console() -> Console:
 
 def write_model_text(text: str) -> None:
     """Writes what a model wrote, at once. A terminal does not get the control sequences that may be in it."""
-    sys.stdout.write(_CONTROL.sub("", text) if sys.stdout.isatty() else text)
+    sys.stdout.write(without_control(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
+
+
+def without_control(text: str) -> str:
+    """The text less its control characters, but for tabs and line ends."""
+    return _CONTROL.sub("", text)
 
 
 def format_bytes(count: int) -> str:

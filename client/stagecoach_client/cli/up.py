@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from stagecoach_client.cli import extras
 from stagecoach_client.cli.options import DEFAULT_TARGET, DType
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def up(
     from stagecoach_client.cli.terminal import make_console
     from stagecoach_client.local_cluster import LocalCluster
 
+    extras.require("up", extras.CLUSTER, "[router] and [shard] extras")
     console = make_console()
     log = _Log(console)
     with console.status("starting") as progress:
