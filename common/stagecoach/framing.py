@@ -1,9 +1,12 @@
 """Reads and writes the messages that carry a big buffer without protobuf copying the buffer.
 
 `MicroBatch` and `SessionResponse` end in `bytes payload = 15`, the field with the highest number. A frame is written as
-the protobuf serialisation of everything before it, followed by the payload's tag, its length and its bytes: exactly
-what protobuf itself would write, so any language can speak it. On receipt the payload is a view into the received
-bytes. One copy is made on the way out (gRPC wants one `bytes`), none on the way in.
+the protobuf serialisation of everything before it, followed by the payload's tag, its length and its bytes: what
+protobuf itself would write, so any language can speak it. On receipt the payload is a view into the received bytes.
+One copy is made on the way out (gRPC wants one `bytes`), none on the way in.
+
+For the view to be of use as a tensor the payload begins at a multiple of 16 bytes. Where the header's size does not
+make it so, a payload of a few zeros goes before, which to protobuf means nothing: of two values the last one counts.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from typing import Protocol, Self, TypeVar
 from stagecoach.errors import InvalidArgument
 
 PAYLOAD_FIELD = 15
+PAYLOAD_ALIGNMENT = 16  # bytes, from the frame's beginning; an allocator aligns that no less
 _PAYLOAD_TAG = bytes([PAYLOAD_FIELD << 3 | 2])
 # At the top of a frame, where our contract has two. Each costs a turn of a Python loop.
 MAX_FIELDS = 64
@@ -40,6 +44,10 @@ class FrameCounter:
     num_frames: int = 0
     num_fast_frames: int = 0
 
+    def payload_was_copied(self) -> None:
+        """The frame read last was none of the fast ones after all: its reader had to copy the payload."""
+        self.num_fast_frames -= 1
+
 
 def write_frame(message: _Message, payload: Sequence[memoryview | bytes] = ()) -> bytes:
     """The wire form of `message` with the buffers of `payload`, back to back, as its field 15.
@@ -49,7 +57,8 @@ def write_frame(message: _Message, payload: Sequence[memoryview | bytes] = ()) -
     length = sum(len(buffer) for buffer in payload)
     if length == 0:
         return message.SerializeToString()
-    return b"".join((message.SerializeToString(), _PAYLOAD_TAG, _varint(length), *payload))
+    header, prefix = message.SerializeToString(), _PAYLOAD_TAG + _varint(length)
+    return b"".join((header, _padding(-(len(header) + len(prefix)) % PAYLOAD_ALIGNMENT), prefix, *payload))
 
 
 def read_frame(
@@ -84,6 +93,14 @@ def read_frame(
         return message_type.FromString(b"".join(header_parts)), payload
     except Exception as error:  # protobuf's DecodeError is not the only one it raises
         raise InvalidArgument(f"frame: not a {message_type.__name__}: {error}", field="frame") from error
+
+
+def _padding(num_bytes: int) -> bytes:
+    """A payload field that takes `num_bytes` modulo the alignment: tag, length and zeros are two bytes at the least."""
+    if num_bytes == 0:
+        return b""
+    num_zeros = num_bytes - 2 if num_bytes > 1 else num_bytes - 2 + PAYLOAD_ALIGNMENT
+    return _PAYLOAD_TAG + _varint(num_zeros) + bytes(num_zeros)
 
 
 def _varint(value: int) -> bytes:

@@ -17,19 +17,18 @@ def free_bytes(device: torch.device) -> int:
 
 
 def num_kv_blocks(budget: str | None, fraction: float, *, bytes_per_block: int, free: int) -> int:
-    """Blocks that fit into `budget` (a size), or into `fraction` of the `free` bytes. Raises ConfigError."""
-    num_bytes = int(free * fraction) if budget is None else parse_size(budget, "kv-cache-memory")
+    """Blocks that fit into `budget` (a size), or, where that is None, into `fraction` of the `free` bytes.
+
+    Raises ConfigError for more than is free and for less than one block, InvalidArgument for a budget that is no size.
+    """
+    field = "kv-cache-fraction" if budget is None else "kv-cache-memory"
+    num_bytes = int(free * fraction) if budget is None else parse_size(budget, field)
     if num_bytes > free:
-        raise ConfigError(
-            f"kv-cache-memory: {num_bytes} bytes wanted, {free} free",
-            field="kv-cache-memory",
-            limit=free,
-            value=num_bytes,
-        )
+        raise ConfigError(f"{field}: {num_bytes} bytes wanted, {free} free", field=field, limit=free, value=num_bytes)
     if num_bytes < bytes_per_block:
         raise ConfigError(
-            f"kv-cache-memory: one block takes {bytes_per_block} bytes, got {num_bytes}",
-            field="kv-cache-memory",
+            f"{field}: one block takes {bytes_per_block} bytes, got {num_bytes}",
+            field=field,
             limit=bytes_per_block,
             value=num_bytes,
         )

@@ -317,15 +317,18 @@ class ShardService:
                     value=session.num_queued,
                 )
             rows = session.lease.accept(header)
+            inputs, copied = wire.read_inputs(
+                payload,
+                header.dtype,
+                num_tokens=rows.total_tokens,
+                hidden_size=stage.config.hidden_size,
+                dtype=None if stage.is_first else stage.dtype,
+                vocab_size=stage.config.vocab_size,
+            )
+            if copied:
+                self._frames.payload_was_copied()
             step = StageInput(
-                inputs=wire.read_inputs(
-                    payload,
-                    header.dtype,
-                    num_tokens=rows.total_tokens,
-                    hidden_size=stage.config.hidden_size,
-                    dtype=None if stage.is_first else stage.dtype,
-                    vocab_size=stage.config.vocab_size,
-                ),
+                inputs=inputs,
                 rows=rows,
                 outputs=wire.read_wanted(header.outputs, rows.total_tokens) if stage.is_last else [],
                 is_current=lambda: not session.ended,

@@ -135,7 +135,7 @@ class Stage:
         assert len(cache.layers) == len(self._layers)
         assert cache.block_size == batch.block_size
         self._check(inputs, batch, cache)
-        hidden_states = inputs.to(self.device)
+        hidden_states = inputs.to(self.device, non_blocking=True)
         if self._embedding is not None:
             hidden_states = functional.embedding(hidden_states.long(), self._embedding)
         rotation = Rotation.at(batch.positions, self._inverse_frequencies, self.dtype)

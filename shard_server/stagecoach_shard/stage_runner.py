@@ -57,7 +57,7 @@ StageResult = Tensor | list[Output]
 
 @dataclass(slots=True)
 class Load:
-    """What the compute thread did since it started."""
+    """What the compute thread did since it started. Steps are those that were computed to their end."""
 
     num_steps: int = 0
     num_tokens: int = 0
@@ -70,7 +70,7 @@ class StageRunner:
     """Owns the compute thread of one stage.
 
     `submit` may be called from any thread; `on_done` is called on the compute thread with the result or the error,
-    or with None where the lease had ended before the run.
+    or with None where the lease had ended before the run. Every step that is submitted before `stop` is answered.
     """
 
     def __init__(self, stage: Stage, cache: KVCache, *, block_size: int, num_threads: int) -> None:
@@ -79,9 +79,11 @@ class StageRunner:
         self._cache = cache
         self._block_size = block_size
         self._num_threads = num_threads
-        self._queue: queue.SimpleQueue[
-            tuple[StageInput, Callable[[StageResult | BaseException | None], None]] | None
-        ] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[StageInput, Callable[[StageResult | Exception | None], None]] | None] = (
+            queue.SimpleQueue()
+        )
+        self._busy_since: float | None = None
+        self._failure: torch.AcceleratorError | None = None
         self._thread = threading.Thread(target=self._loop, name="compute", daemon=True)
 
     @property
@@ -91,13 +93,23 @@ class StageRunner:
 
     @property
     def alive(self) -> bool:
-        """Whether the compute thread runs."""
-        return self._thread.is_alive()
+        """Whether a step can still be computed here: the compute thread runs, and its device answers.
+
+        False before `start`, after `stop`, and for good once the device's context is lost. A step that failed by itself
+        changes nothing, and one that does not come back is not seen here: its sign is `busy_s`.
+        """
+        return self._thread.is_alive() and self._failure is None
+
+    @property
+    def busy_s(self) -> float:
+        """For how long the step in hand has been computed; 0 where there is none."""
+        since = self._busy_since
+        return 0.0 if since is None else time.perf_counter() - since
 
     def start(self) -> None:
         self._thread.start()
 
-    def submit(self, step: StageInput, on_done: Callable[[StageResult | BaseException | None], None]) -> None:
+    def submit(self, step: StageInput, on_done: Callable[[StageResult | Exception | None], None]) -> None:
         self._queue.put((step, on_done))
 
     def stop(self) -> None:
@@ -112,23 +124,39 @@ class StageRunner:
             begin = time.perf_counter()
             load.idle_since = begin
             work = self._queue.get()
-            if work is None:
-                return
-            step, on_done = work
             start = time.perf_counter()
             load.idle_since = None
             load.wait_s += start - begin
-            result: StageResult | BaseException | None = None
-            try:
-                if step.is_current():
-                    result = self.run(step)
-            except Exception as error:  # a fault of this step; its lease is told, the thread lives on
-                logger.exception("step failed")
-                result = error
-            load.num_steps += 1
-            load.num_tokens += step.rows.total_tokens
+            if work is None:
+                return
+            step, on_done = work
+            self._busy_since = start
+            result = self._outcome(step)
+            self._busy_since = None
             load.compute_s += time.perf_counter() - start
-            on_done(result)
+            try:
+                on_done(result)
+            except Exception:  # whoever asked is gone; the next one may not be
+                logger.exception("a step's result could not be given back")
+
+    def _outcome(self, step: StageInput) -> StageResult | Exception | None:
+        """What `on_done` is told. A fault is one step's, and its lease's; the thread lives on."""
+        if self._failure is not None:
+            return self._failure
+        try:
+            if not step.is_current():
+                return None
+            result = self.run(step)
+        except torch.AcceleratorError as error:  # the device's context is lost, and with it everything on the device
+            logger.critical("the device is lost", exc_info=True)
+            self._failure = error
+            return error
+        except Exception as error:
+            logger.exception("step failed")
+            return error
+        self.load.num_steps += 1
+        self.load.num_tokens += step.rows.total_tokens
+        return result
 
     @torch.inference_mode()
     def run(self, step: StageInput) -> StageResult:
@@ -141,7 +169,8 @@ class StageRunner:
             block_size=self._block_size,
             device=stage.device,
         )
-        hidden_states = stage.forward(step.inputs.to(stage.device, non_blocking=True), batch, self._cache)
+        # As they came, on the CPU: token ids are checked there, where that waits for no device.
+        hidden_states = stage.forward(step.inputs, batch, self._cache)
         if not stage.is_last:
             return hidden_states.cpu()
         return self._reduce(hidden_states, step.outputs)

@@ -35,9 +35,11 @@ def read_inputs(
     hidden_size: int,
     dtype: torch.dtype | None,
     vocab_size: int,
-) -> Tensor:
-    """The tensor in a micro-batch's payload, without a copy where its alignment allows.
+) -> tuple[Tensor, bool]:
+    """The tensor in a micro-batch's payload, a view of it, and whether it had to be copied after all.
 
+    That is so where the payload begins at an address that is not a multiple of the element's size, which a frame
+    that `write_frame` wrote never has it do.
     `dtype` None: token ids, int32 [num_tokens]; else hidden states [num_tokens, hidden_size] of that dtype.
     Raises InvalidArgument where dtype or size differ from that, OutOfRange for a token id outside the vocabulary.
     """
@@ -56,11 +58,24 @@ def read_inputs(
             value=len(payload),
         )
     tensor = torch.frombuffer(payload, dtype=expected).view(shape)
-    if tensor.data_ptr() % 16:
-        tensor = tensor.clone()
-    if dtype is None and (int(tensor.min()) < 0 or int(tensor.max()) >= vocab_size):
-        raise OutOfRange("payload: a token id outside the vocabulary", field="payload", limit=vocab_size)
-    return tensor
+    # Torch reads elements at any address here, but compilers take an element's own alignment for granted.
+    copied = tensor.data_ptr() % expected.itemsize != 0
+    if copied:
+        tensor = torch.frombuffer(bytearray(payload), dtype=expected).view(shape)
+    if dtype is None:
+        _check_token_ids(tensor, vocab_size)
+    return tensor, copied
+
+
+def _check_token_ids(token_ids: Tensor, vocab_size: int) -> None:
+    low, high = (int(bound) for bound in token_ids.aminmax())
+    if low < 0 or high >= vocab_size:
+        raise OutOfRange(
+            "payload: a token id outside the vocabulary",
+            field="payload",
+            limit=vocab_size,
+            value=low if low < 0 else high,
+        )
 
 
 def read_wanted(groups: Sequence[shard_pb2.OutputGroup], num_tokens: int) -> list[WantedOutput]:

@@ -43,13 +43,15 @@ class StageChain:
         num_blocks: int = 96,
         block_size: int = 4,
         dtype: torch.dtype = torch.float32,
+        device: torch.device = CPU,
     ) -> None:
+        self.device = device
         ranges = [LayerRange(*pair) for pair in pairwise(boundaries)]
         self.block_size = block_size
-        self.stages = [Stage.load(checkpoint, layers, dtype=dtype, device=CPU) for layers in ranges]
+        self.stages = [Stage.load(checkpoint, layers, dtype=dtype, device=device) for layers in ranges]
         self.caches = [
             KVCache.allocate(
-                checkpoint.config, layers, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=CPU
+                checkpoint.config, layers, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=device
             )
             for layers in ranges
         ]
@@ -74,12 +76,12 @@ class StageChain:
             num_tokens=np.array([count for _, count in rows]),
             block_tables=tables,
             block_size=self.block_size,
-            device=CPU,
+            device=self.device,
         )
         hidden_states = torch.tensor(token_ids)
         for stage, cache in zip(self.stages, self.caches, strict=True):
             hidden_states = stage.forward(hidden_states, batch, cache)
-        logits = self.stages[-1].logits(hidden_states)
+        logits = self.stages[-1].logits(hidden_states).cpu()
         for (sequence, count), rows_logits in zip(rows, logits.split([count for _, count in rows]), strict=True):
             del sequence.logits[sequence.position :]
             sequence.logits += list(rows_logits)

@@ -80,3 +80,25 @@ def test_heads_are_turned_as_transformers_turns_them(head_dim: int) -> None:
     expected, _ = apply_rotary_pos_emb(heads, heads, table.cos(), table.sin())
     ours = Rotation.at(positions, frequencies, torch.float32).apply(heads)
     torch.testing.assert_close(ours, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("factor", [1.0, 4.0])
+def test_a_dynamic_rotation_is_transformers_default_one_up_to_the_last_position_of_the_context(factor: float) -> None:
+    """We compute the one as the other. That this is what transformers does is shown with nothing of ours in it."""
+    length = 48
+    settings = {"hidden_size": 32, "num_attention_heads": 2, "max_position_embeddings": length}
+    scaled = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": factor}
+    dynamic = LlamaRotaryEmbedding(LlamaConfig(**settings, rope_parameters=scaled))
+    default = LlamaRotaryEmbedding(
+        LlamaConfig(**settings, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0})
+    )
+
+    def turned(embedding: LlamaRotaryEmbedding, first: int, end: int) -> torch.Tensor:
+        return torch.stack(embedding(torch.zeros(1), torch.arange(first, end)[None]))
+
+    for first, end in ((0, length), (0, 1), (length - 1, length), (7, 30)):
+        assert torch.equal(turned(dynamic, first, end), turned(default, first, end))
+    # And the first position past it is where they part, so that the comparison can fail.
+    assert not torch.equal(turned(dynamic, 0, length + 1), turned(default, 0, length + 1))
+    # Once more within the context, transformers sets the base back.
+    assert torch.equal(turned(dynamic, 0, length - 1), turned(default, 0, length - 1))

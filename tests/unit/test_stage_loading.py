@@ -150,9 +150,11 @@ from pathlib import Path
 import psutil, torch
 from stagecoach.topology import LayerRange
 from stagecoach_shard.checkpoint import Checkpoint
+from stagecoach_shard.model.linear import Linear
 from stagecoach_shard.stage import Stage
 
 torch.set_num_threads(1)
+Linear(torch.zeros(64, 64, dtype=torch.bfloat16))  # the first one measures this CPU, and so pulls in libraries
 resident = lambda: psutil.Process().memory_info().rss
 checkpoint = Checkpoint.open(Path(sys.argv[1]))
 before, seen = resident(), []

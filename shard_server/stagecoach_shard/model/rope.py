@@ -1,13 +1,12 @@
 """Rotary position embeddings: how config.json's parameters become frequencies, and frequencies a rotation.
 
 Formulas are those of transformers' `modeling_rope_utils` (5.23): "default" is RoFormer's (arXiv 2104.09864), "linear"
-is position interpolation (arXiv 2306.15595), "llama3" is that of Llama 3.1, "dynamic" is NTK scaling by length.
+is position interpolation (arXiv 2306.15595), "llama3" is that of Llama 3.1.
 
-"dynamic" differs from "default" only for sequences longer than `max_position_embeddings`: transformers stretches the
-base once a sequence passes that length, and sets it back below. That length is also the context length which we serve,
-and a position past it is refused, so that here "dynamic" and "default" are the same numbers, whole or in chunks. What
-lies beyond is ill-defined anyway: there a cached key keeps the rotation of the length at which it was computed, so that
-the result depends on how the prompt was cut.
+"dynamic" is computed as "default", and its `factor` changes nothing: transformers stretches the base only for
+sequences longer than `max_position_embeddings`, and that is the context length, which we refuse to exceed. Whoever
+wants a longer context of it does not get it here. Beyond, the result would depend on how a prompt was cut, as a cached
+key keeps the rotation of the length at which it was computed.
 """
 
 from __future__ import annotations
@@ -81,7 +80,7 @@ class RopeConfig:
         return cls(rope_type, theta, factor, low, high, original)
 
     def inverse_frequencies(self, head_dim: int) -> Tensor:
-        """Radians a position, float32 [head_dim / 2], on the CPU."""
+        """Radians a position, float32 [head_dim / 2], on the CPU. "dynamic" is "default" here: see above."""
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
         frequencies = 1.0 / (self.theta**exponents)
         if self.rope_type == "linear":

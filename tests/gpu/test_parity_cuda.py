@@ -1,0 +1,61 @@
+"""On a CUDA device, as one stage and as two that share it, models compute what transformers computes on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from stagecoach_shard.checkpoint import Checkpoint
+from tests.unit.parity_schedules import SCHEDULES, TOLERANCE, Known
+from tests.unit.stage_chain import Running, StageChain
+from tests.unit.tiny_models import MODELS, random_tokens, reference_logits, save_tiny_model
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device on this machine"),
+]
+
+CUDA = torch.device("cuda:0")
+SPLITS = ([0, 4], [0, 1, 4])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_goes_through_every_schedule(name: str, tmp_path: Path) -> None:
+    known = Known.make(name, tmp_path)
+    for split in SPLITS:
+        for schedule in SCHEDULES:
+            schedule(known, known.chain(split, CUDA))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_prompts_of_more_than_a_tile_whole_and_in_chunks(name: str, tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path, MODELS[name])
+    token_ids = random_tokens(150, seed=1)
+    expected = reference_logits(model, token_ids)
+    checkpoint = Checkpoint.open(tmp_path)
+    for split in SPLITS:
+        for chunk in (150, 41):
+            chain = StageChain(checkpoint, split, device=CUDA)
+            running = Running(token_ids, blocks=list(range(50, 90)))
+            while running.position < len(token_ids):
+                chain.step((running, min(chunk, len(token_ids) - running.position)))
+            torch.testing.assert_close(running.stacked(), expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_about_as_close_to_float32_as_transformers_does(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model = save_tiny_model(tmp_path, MODELS["qwen3"])
+    token_ids = random_tokens(60, seed=4)
+    expected = reference_logits(model, token_ids)
+    theirs = reference_logits(model.to(dtype), token_ids).float()
+    chain = StageChain(Checkpoint.open(tmp_path), [0, 2, 4], dtype=dtype, device=CUDA)
+    running = Running(token_ids, blocks=list(range(15)))
+    chain.step((running, 57))
+    while running.position < 60:
+        chain.step((running, 1))
+    ours = (running.stacked().float() - expected).square().mean()
+    assert ours <= 1.5 * (theirs - expected).square().mean()

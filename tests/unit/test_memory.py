@@ -1,0 +1,53 @@
+"""How many K/V blocks fit is decided before they are allocated."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stagecoach.errors import ConfigError, InvalidArgument
+from stagecoach_shard.memory import free_bytes, num_kv_blocks
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("budget", "blocks"),
+    [("10M", 10), ("10.5M", 10), ("1M", 1), ("100MiB", 100), (str(3 * MIB - 1), 2), (str(3 * MIB), 3)],
+)
+def test_a_budget_holds_so_many_whole_blocks(budget: str, blocks: int) -> None:
+    assert num_kv_blocks(budget, 0.01, bytes_per_block=MIB, free=100 * MIB) == blocks
+
+
+@pytest.mark.parametrize(("fraction", "blocks"), [(0.5, 50), (0.3, 30), (0.019, 1), (0.95, 95)])
+def test_without_a_budget_it_is_a_fraction_of_what_is_free(fraction: float, blocks: int) -> None:
+    assert num_kv_blocks(None, fraction, bytes_per_block=MIB, free=100 * MIB) == blocks
+
+
+def test_more_than_is_free_is_refused_with_both_numbers() -> None:
+    with pytest.raises(ConfigError) as caught:
+        num_kv_blocks("101M", 0.3, bytes_per_block=MIB, free=100 * MIB)
+    error = caught.value
+    assert (error.field, error.limit, error.value) == ("kv-cache-memory", str(100 * MIB), str(101 * MIB))
+
+
+@pytest.mark.parametrize(
+    ("budget", "fraction", "field"), [("1023K", 0.9, "kv-cache-memory"), (None, 0.009, "kv-cache-fraction")]
+)
+def test_less_than_one_block_is_refused_under_the_setting_that_says_so(
+    budget: str | None, fraction: float, field: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        num_kv_blocks(budget, fraction, bytes_per_block=MIB, free=100 * MIB)
+    assert (caught.value.field, caught.value.limit) == (field, str(MIB))
+    assert 0 < int(caught.value.value) < MIB
+
+
+def test_a_budget_that_is_no_size_is_refused() -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        num_kv_blocks("plenty", 0.3, bytes_per_block=MIB, free=100 * MIB)
+    assert (caught.value.field, caught.value.value) == ("kv-cache-memory", "plenty")
+
+
+def test_a_cpu_has_free_memory() -> None:
+    assert free_bytes(torch.device("cpu")) > MIB
