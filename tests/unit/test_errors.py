@@ -21,13 +21,15 @@ class FailedCall(grpc.RpcError):
         return self._facts[2]
 
 
-def subclasses(kind):
-    return {kind}.union(*(subclasses(child) for child in kind.__subclasses__()))
+# Those that travel: what a component adds for itself alone does not.
+KINDS = [
+    kind
+    for kind in vars(errors).values()
+    if isinstance(kind, type) and issubclass(kind, errors.StagecoachError) and kind is not errors.StagecoachError
+]
 
 
-@pytest.mark.parametrize(
-    "kind", sorted(subclasses(errors.StagecoachError) - {errors.StagecoachError}, key=lambda k: k.__name__)
-)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_every_error_comes_back_as_what_it_was(kind):
     error = kind("why")
     error.field, error.limit, error.value, error.retry_after_s = "top_p", "(0, 1]", "7", 1.5
