@@ -45,6 +45,13 @@ async def serve(settings: RouterSettings, stop: asyncio.Event) -> None:
     addresses = [check_address(part.strip(), "shards") for part in settings.shards.split(",")]
     if len(set(addresses)) != len(addresses):
         raise ConfigError("shards: an address is named twice", field="shards", value=settings.shards)
+    if 0 < settings.lanes < len(addresses):
+        raise ConfigError(
+            f"lanes: {settings.lanes} would leave some of {len(addresses)} stages idle",
+            field="lanes",
+            limit=len(addresses),
+            value=settings.lanes,
+        )
     max_calls = settings.max_running + settings.max_waiting + SPARE_CALLS
     server, port = lifecycle.listen(MAX_PUBLIC_MESSAGE_BYTES, settings.listen, max_calls)
     service = InferenceService()
