@@ -223,19 +223,25 @@ class Engine:
             raise errors.ShardFault(f"(epoch, step) {expected} expected, {(result.epoch, result.step)} came")
         step = self._in_flight.popleft()
         outputs = read_outputs(result, payload, step.order, self._vocab_size)
+        pieces: list[tuple[Generation, Piece]] = []
         current = {row.sequence.seq_id for row in self.scheduler.complete(step.plan)}
         for row, output in outputs:
             run = self._runs.get(row.sequence.seq_id)
             if run is not None and row.sequence.seq_id in current:
-                self._advance(run, output)
+                piece = self._advance(run, output)
+                if piece is not None:
+                    pieces.append((run.generation, piece))
         self._pump()
+        # Last: each wakes a call's task, and the next step's frame is not to wait behind them.
+        for generation, piece in pieces:
+            generation.pieces.put_nowait(piece)
 
-    def _advance(self, run: _Run, output: Candidates | WholeRow) -> None:
-        """Samples a sequence's next token and passes it on."""
+    def _advance(self, run: _Run, output: Candidates | WholeRow) -> Piece | None:
+        """Samples a sequence's next token; returns what it adds, None where there is no token."""
         sequence = run.sequence
         if run.generation.pieces.qsize() >= MAX_UNREAD_PIECES:
             self._fail(run.generation, errors.Overloaded("the answer is not being read", limit=MAX_UNREAD_PIECES))
-            return
+            return None
         try:
             sampled = sample(
                 output,
@@ -247,11 +253,11 @@ class Engine:
             )
         except errors.ShardFault as error:  # no number among this row's logits: its own fault, and nobody else's
             self._fail(run.generation, error)
-            return
+            return None
         if isinstance(sampled, NeedsWholeRow):
             run.needs_whole_row = True
             self.scheduler.repeat(sequence)
-            return
+            return None
         run.num_losses = 0
         self._reopen_delay_s = REOPEN_FIRST_DELAY_S
         self.counters.completion_tokens += 1
@@ -264,7 +270,7 @@ class Engine:
             del self._runs[sequence.seq_id]
             self.scheduler.remove(sequence)
             self.counters.num_finished += 1
-        run.generation.pieces.put_nowait(piece)
+        return piece
 
     def _on_lost(self, error: errors.StagecoachError) -> None:
         logger.warning("pipeline lost in epoch %d: %s", self._epoch, error)
