@@ -202,3 +202,59 @@ async def test_a_pipeline_that_comes_back_smaller_serves_what_still_fits(tiny_mo
         assert status.num_free_blocks == status.num_blocks < before
     await router.close()
     await shard.close()
+
+
+async def test_a_stage_that_answers_twice_loses_the_pipeline_and_does_not_hang_it(tiny_model, reference, monkeypatch):
+    from stagecoach_shard.service import ShardService
+
+    deliver = ShardService._deliver
+    answered = []
+
+    def once_twice(self, session, header, result, on_sent):
+        deliver(self, session, header, result, on_sent)
+        if not answered:
+            answered.append(header.step)
+            deliver(self, session, header, result, lambda: None)
+
+    shard = start_shard(tiny_model, "0:4")
+    router = start_router([shard.address])
+    async with AsyncClient(router.address, max_retries=0) as client:
+        await wait_until_ready(client, router, shard)
+        monkeypatch.setattr(ShardService, "_deliver", once_twice)
+        async with asyncio.timeout(RESTART_TIMEOUT_S):
+            answer = await client.generate(token_ids=[1, 2, 3], **greedy(6))
+        assert answer.completions[0].token_ids == reference_tokens(reference, [1, 2, 3], 6)
+        assert (await client.status()).pipelines[0].epoch == 2
+    await router.close()
+    await shard.close()
+
+
+async def test_a_caller_that_does_not_read_is_cut_off(tiny_model, monkeypatch):
+    from stagecoach_router import engine
+
+    shard = start_shard(tiny_model, "0:4")
+    router = start_router([shard.address])
+    async with AsyncClient(router.address, max_retries=0) as client:
+        await wait_until_ready(client, router, shard)
+        monkeypatch.setattr(engine, "MAX_UNREAD_PIECES", 0)
+        with pytest.raises(errors.Overloaded, match="not being read"):
+            await client.generate(token_ids=[1, 2, 3], **greedy(6))
+        monkeypatch.undo()
+        status = await client.status()
+        assert (status.num_running, status.num_free_blocks) == (0, status.num_blocks)
+    await router.close()
+    await shard.close()
+
+
+async def test_a_long_text_is_tokenized_off_the_event_loop_and_alike(tiny_model):
+    from stagecoach_router.grpc_service import MAX_BYTES_ON_LOOP
+
+    text = "Hü! " * MAX_BYTES_ON_LOOP
+    shard = start_shard(tiny_model, "0:4")
+    router = start_router([shard.address])
+    async with AsyncClient(router.address, max_retries=0) as client:
+        await wait_until_ready(client, router, shard)
+        long, piece = await asyncio.gather(client.tokenize(text), client.tokenize("Hü! "))
+        assert long.token_ids == piece.token_ids * MAX_BYTES_ON_LOOP
+    await router.close()
+    await shard.close()
