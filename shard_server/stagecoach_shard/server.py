@@ -91,7 +91,7 @@ def load(settings: ShardSettings, layers: LayerRange) -> tuple[ShardService, Sta
             bar.total = total
             bar.update(done - bar.n)
 
-        stage = Stage.load(checkpoint, layers, dtype=dtype, device=device, progress=progress)
+        stage = Stage.load(checkpoint, layers, dtype=dtype, device=device, progress=progress, kernels=settings.kernels)
     bytes_per_block = KVCache.bytes_per_block(checkpoint.config, layers, block_size=settings.block_size, dtype=dtype)
     num_blocks = num_kv_blocks(
         settings.kv_cache_memory, settings.kv_cache_fraction, bytes_per_block=bytes_per_block, free=free_bytes(device)
@@ -100,10 +100,11 @@ def load(settings: ShardSettings, layers: LayerRange) -> tuple[ShardService, Sta
         checkpoint.config, layers, num_blocks=num_blocks, block_size=settings.block_size, dtype=dtype, device=device
     )
     logger.info(
-        "%s layers %s on %s: weights %.0f MiB, K/V %.0f MiB in %d blocks of %d",
+        "%s layers %s on %s (%s kernels): weights %.0f MiB, K/V %.0f MiB in %d blocks of %d",
         checkpoint.name,
         layers,
         device,
+        "native" if stage.is_native else "torch",
         stage.weights_bytes / 2**20,
         num_blocks * bytes_per_block / 2**20,
         num_blocks,

@@ -26,4 +26,8 @@ class ShardSettings(ProcessSettings):
     max_batch_tokens: int = Field(4096, ge=1, le=65536, description="most tokens in one micro-batch")
     max_queued_steps: int = Field(8, ge=1, le=1024, description="micro-batches that may wait here")
     threads: int = Field(1, ge=1, le=1024, description="compute threads on the CPU")
+    kernels: Literal["auto", "native", "torch"] = Field(
+        "auto",
+        description="native: our own, for bfloat16 on a CPU with a C compiler; auto: native where possible",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = "info"

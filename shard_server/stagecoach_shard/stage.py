@@ -15,11 +15,14 @@ from stagecoach_shard.attention.sdpa import SdpaAttention
 from stagecoach_shard.batch import Batch
 from stagecoach_shard.checkpoint import Checkpoint, TensorReader
 from stagecoach_shard.kv_cache import KVCache
+from stagecoach_shard.memory import give_back_unused
 from stagecoach_shard.model.config import ModelConfig
-from stagecoach_shard.model.decoder import DecoderLayer
+from stagecoach_shard.model.decoder import TorchLayers
+from stagecoach_shard.model.layer_weights import LayerWeights
+from stagecoach_shard.model.layers import Layers
 from stagecoach_shard.model.linear import Linear
 from stagecoach_shard.model.rms_norm import RMSNorm
-from stagecoach_shard.model.rope import Rotation
+from stagecoach_shard.native.layers import Kernels, NativeLayers, NativeLinear, native_library
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
@@ -39,7 +42,8 @@ class Stage:
         head_name: str,
         dtype: torch.dtype,
         device: torch.device,
-        attention: Attention,
+        attention: Attention | None,
+        kernels: Kernels,
     ) -> None:
         self.config = config
         self.layers = layers
@@ -47,19 +51,26 @@ class Stage:
         self.device = device
         self.is_first = layers.start == 0
         self.is_last = layers.end == config.num_layers
-        self._attention = attention
-        self._inverse_frequencies = config.rope.inverse_frequencies(config.head_dim).to(device)
+        library = None if attention is not None else native_library(kernels, config, dtype, device)
         table = [config.vocab_size, config.hidden_size]
         self._embedding = reader.read(embedding_name, table) if self.is_first else None
-        self._layers = [DecoderLayer(config, index, reader) for index in range(layers.start, layers.end)]
+        self._layers: Layers
+        if library is not None:
+            self._layers = NativeLayers(config, layers, reader, library)
+        else:
+            self._layers = TorchLayers(
+                config, layers, reader, dtype=dtype, device=device, attention=attention or SdpaAttention()
+            )
+        self.is_native = library is not None
         self._norm: RMSNorm | None = None
-        self._head: Linear | None = None
+        self._head: Linear | NativeLinear | None = None
         self._is_tied = False  # head and embedding are both here, and one tensor
         if self.is_last:
             self._norm = RMSNorm(reader.read(FINAL_NORM, [config.hidden_size]), config.rms_norm_eps)
             tied = self._embedding if head_name == embedding_name else None
             self._is_tied = tied is not None
-            self._head = Linear(reader.read(head_name, table) if tied is None else tied)
+            head = reader.read(head_name, table) if tied is None else tied
+            self._head = Linear(head) if library is None else NativeLinear(head, None, library)
 
     @classmethod
     def load(
@@ -71,8 +82,11 @@ class Stage:
         device: torch.device,
         progress: Callable[[int, int], None] | None = None,
         attention: Attention | None = None,
+        kernels: Kernels = "auto",
     ) -> Stage:
         """Reads the tensors of `layers` and no others. `progress` is told (tensors done, tensors in all) after each.
+
+        `kernels`: see `native_library`; an `attention` of one's own means torch.
 
         Raises TopologyError for layers that the model does not have, CheckpointError for tensors that are missing, of
         another shape than the configuration's, not floating point, or not expected in a layer.
@@ -105,9 +119,11 @@ class Stage:
                 head_name=head_name,
                 dtype=dtype,
                 device=device,
-                attention=attention or SdpaAttention(),
+                attention=attention,
+                kernels=kernels,
             )
         assert num_done == len(expected)
+        give_back_unused()
         return stage
 
     @property
@@ -117,8 +133,9 @@ class Stage:
         if self._norm is not None and self._head is not None:
             tables.append(self._norm.num_bytes)
             # Where head and embedding are one tensor it counts once, unless the head was packed into a copy.
-            tables.append(0 if self._is_tied and not self._head.packed else self._head.num_bytes)
-        return sum(tables) + sum(layer.num_bytes for layer in self._layers)
+            is_copy = isinstance(self._head, NativeLinear) or self._head.packed
+            tables.append(0 if self._is_tied and not is_copy else self._head.num_bytes)
+        return sum(tables) + self._layers.num_bytes
 
     @torch.inference_mode()
     def forward(self, inputs: Tensor, batch: Batch, cache: KVCache) -> Tensor:
@@ -132,18 +149,13 @@ class Stage:
         Raises InvalidArgument for inputs of a wrong shape or dtype, OutOfRange for positions past the context length,
         token ids past the vocabulary (checked if the ids are on the CPU) and blocks that the cache does not have.
         """
-        assert len(cache.layers) == len(self._layers)
+        assert len(cache.layers) == len(self.layers)
         assert cache.block_size == batch.block_size
         self._check(inputs, batch, cache)
         hidden_states = inputs.to(self.device, non_blocking=True)
         if self._embedding is not None:
             hidden_states = functional.embedding(hidden_states.long(), self._embedding)
-        rotation = Rotation.at(batch.positions, self._inverse_frequencies, self.dtype)
-        shapes = {layer.shape for layer in self._layers}
-        steps = {shape: self._attention.prepare(batch, shape, self.dtype) for shape in shapes}
-        for layer, layer_cache in zip(self._layers, cache.layers, strict=True):
-            hidden_states = layer.forward(hidden_states, rotation, steps[layer.shape], layer_cache)
-        return hidden_states
+        return self._layers.forward(hidden_states, batch, cache)
 
     @torch.inference_mode()
     def logits(self, hidden_states: Tensor) -> Tensor:
@@ -189,7 +201,7 @@ def _table_names(checkpoint: Checkpoint) -> tuple[str, str]:
 
 
 def _tensor_names(config: ModelConfig, layers: LayerRange, embedding_name: str, head_name: str) -> set[str]:
-    names = {name for index in range(layers.start, layers.end) for name in DecoderLayer.tensor_names(config, index)}
+    names = {name for index in range(layers.start, layers.end) for name in LayerWeights.tensor_names(config, index)}
     if layers.start == 0:
         names.add(embedding_name)
     if layers.end == config.num_layers:

@@ -2,57 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stagecoach_shard.attention.interface import AttentionShape, AttentionStep
+from stagecoach.topology import LayerRange
+from stagecoach_shard.attention.interface import Attention, AttentionShape, AttentionStep
+from stagecoach_shard.batch import Batch
 from stagecoach_shard.checkpoint import TensorReader
+from stagecoach_shard.kv_cache import KVCache
 from stagecoach_shard.model.config import ModelConfig
+from stagecoach_shard.model.layer_weights import LayerWeights, stacked_head_norm
 from stagecoach_shard.model.linear import Linear
 from stagecoach_shard.model.rms_norm import RMSNorm
 from stagecoach_shard.model.rope import Rotation
 
 
+class TorchLayers:
+    """Layers in plain torch, for any device and dtype; the stage's dtype throughout."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layers: LayerRange,
+        reader: TensorReader,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        attention: Attention,
+    ) -> None:
+        """Reads `layers`. Raises CheckpointError as LayerWeights does."""
+        self._dtype = dtype
+        self._attention = attention
+        self._inverse_frequencies = config.rope.inverse_frequencies(config.head_dim).to(device)
+        self._layers = [
+            DecoderLayer(config, index, LayerWeights.read(config, index, reader))
+            for index in range(layers.start, layers.end)
+        ]
+
+    @property
+    def num_bytes(self) -> int:
+        """What the weights take."""
+        return sum(layer.num_bytes for layer in self._layers)
+
+    def forward(self, hidden_states: Tensor, batch: Batch, cache: KVCache) -> Tensor:
+        """`hidden_states` [num_tokens, hidden_size] -> the same."""
+        rotation = Rotation.at(batch.positions, self._inverse_frequencies, self._dtype)
+        shapes = {layer.shape for layer in self._layers}
+        steps = {shape: self._attention.prepare(batch, shape, self._dtype) for shape in shapes}
+        for layer, layer_cache in zip(self._layers, cache.layers, strict=True):
+            hidden_states = layer.forward(hidden_states, rotation, steps[layer.shape], layer_cache)
+        return hidden_states
+
+
 class DecoderLayer:
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: ModelConfig, index: int, reader: TensorReader) -> None:
-        """Reads layer `index`. Raises CheckpointError for a tensor that is missing or not of the config's shape."""
-        hidden, inner, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
-        traits, prefix = config.traits, f"model.layers.{index}."
-        query_rows, key_rows = config.num_heads * head_dim, config.num_kv_heads * head_dim
-        attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
-        self.shape = AttentionShape(config.num_heads, config.num_kv_heads, head_dim, traits.windows[index])
-        self._head_norm = _head_norm(config, attention, reader) if traits.qk_norm else None
-        self._input_norm = RMSNorm(reader.read(f"{prefix}input_layernorm.weight", [hidden]), config.rms_norm_eps)
-        self._qkv = _linear(
-            reader,
-            [(f"{attention}q_proj", query_rows), (f"{attention}k_proj", key_rows), (f"{attention}v_proj", key_rows)],
-            hidden,
-            traits.qkv_bias,
+    def __init__(self, config: ModelConfig, index: int, weights: LayerWeights) -> None:
+        self.shape = AttentionShape(
+            config.num_heads, config.num_kv_heads, config.head_dim, config.traits.windows[index]
         )
-        self._output = _linear(reader, [(f"{attention}o_proj", hidden)], query_rows, traits.output_bias)
-        self._mlp_norm = RMSNorm(reader.read(f"{prefix}post_attention_layernorm.weight", [hidden]), config.rms_norm_eps)
-        self._gate_up = _linear(reader, [(f"{mlp}gate_proj", inner), (f"{mlp}up_proj", inner)], hidden, traits.mlp_bias)
-        self._down = _linear(reader, [(f"{mlp}down_proj", hidden)], inner, traits.mlp_bias)
-
-    @staticmethod
-    def tensor_names(config: ModelConfig, index: int) -> list[str]:
-        """The tensors of layer `index`."""
-        traits = config.traits
-        norms = ["input_layernorm", "post_attention_layernorm"]
-        norms += ["self_attn.q_norm", "self_attn.k_norm"] if traits.qk_norm else []
-        attention, mlp = ["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj", "down_proj"]
-        names = [f"{name}.weight" for name in norms]
-        names += [f"self_attn.{name}.weight" for name in [*attention, "o_proj"]]
-        names += [f"mlp.{name}.weight" for name in mlp]
-        names += [f"self_attn.{name}.bias" for name in attention if traits.qkv_bias]
-        names += ["self_attn.o_proj.bias"] if traits.output_bias else []
-        names += [f"mlp.{name}.bias" for name in mlp if traits.mlp_bias]
-        return [f"model.layers.{index}.{name}" for name in names]
+        eps, head_norm = config.rms_norm_eps, stacked_head_norm(weights, config)
+        self._head_norm = None if head_norm is None else RMSNorm(head_norm, eps)
+        self._input_norm = RMSNorm(weights.input_norm, eps)
+        self._qkv = Linear(weights.qkv.weight, weights.qkv.bias)
+        self._output = Linear(weights.output.weight, weights.output.bias)
+        self._mlp_norm = RMSNorm(weights.mlp_norm, eps)
+        self._gate_up = Linear(weights.gate_up.weight, weights.gate_up.bias)
+        self._down = Linear(weights.down.weight, weights.down.bias)
 
     @property
     def num_bytes(self) -> int:
@@ -76,18 +93,3 @@ class DecoderLayer:
         hidden_states = self._output(attended).add_(hidden_states)
         gate, up = self._gate_up(self._mlp_norm(hidden_states)).chunk(2, -1)
         return self._down(functional.silu(gate).mul_(up)).add_(hidden_states)
-
-
-def _head_norm(config: ModelConfig, attention: str, reader: TensorReader) -> RMSNorm:
-    """Qwen3's norm over each query and each key head, as one: weight [num_heads + num_kv_heads, head_dim]."""
-    query = reader.read(f"{attention}q_norm.weight", [config.head_dim])
-    key = reader.read(f"{attention}k_norm.weight", [config.head_dim])
-    weight = torch.cat([query.expand(config.num_heads, -1), key.expand(config.num_kv_heads, -1)])
-    return RMSNorm(weight, config.rms_norm_eps)
-
-
-def _linear(reader: TensorReader, parts: Sequence[tuple[str, int]], columns: int, bias: bool) -> Linear:
-    """One Linear of several projections of the same input, stacked: `parts` are (module name, rows)."""
-    weight = reader.read_stacked([(f"{name}.weight", [rows, columns]) for name, rows in parts])
-    biases = reader.read_stacked([(f"{name}.bias", [rows]) for name, rows in parts]) if bias else None
-    return Linear(weight, biases)

@@ -1,0 +1,678 @@
+// Decoder layers on a CPU: bfloat16 weights and K/V, float32 everything in between.
+//
+// Why not oneDNN or torch: with few tokens a layer costs what reading its weights costs, and their kernels read at
+// little more than half of what a core can; with many, most CPUs without matrix units multiply bfloat16 at half their
+// float32 rate. Here bfloat16 is widened in registers and multiplied in float32, in one pass over each weight.
+// Attention walks the block tables, so that nothing is gathered.
+//
+// A row's result does not depend on what else is in the micro-batch: every sum is taken in the order of its inputs.
+//
+// Plain C with the vector extensions of GCC and clang. `LANES` floats are one register; the compiler is told the CPU.
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#define LANES 16
+#define MAX_TILE 12  // rows of a tile: two accumulators each, of 32 registers
+#elif defined(__AVX2__)
+#define LANES 8
+#define MAX_TILE 6
+#else
+#define LANES 4
+#define MAX_TILE 8
+#endif
+#define PANEL (2 * LANES)  // output columns computed together
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float vf __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint32_t vu __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t vi __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint16_t vh __attribute__((vector_size(2 * LANES), aligned(2)));
+
+enum { OK = 0, NO_MEMORY = 1 };
+
+// Weights of one layer. `window`: positions a token sees, 0: all. Absent biases and head norms are NULL.
+typedef struct {
+  int64_t hidden, inner, heads, kv_heads, head_dim, window;
+  const uint32_t *qkv, *output, *gate_up, *down;                           // packed
+  const float *qkv_bias, *output_bias, *gate_up_bias, *down_bias;
+  const float *input_norm, *mlp_norm, *query_norm, *key_norm;
+  float eps;
+} Layer;
+
+// One micro-batch. Row i takes tokens [first_tokens[i], + num_tokens[i]) at positions from starts[i] on.
+typedef struct {
+  int64_t total_tokens, num_rows, block_size, table_width, num_threads;
+  const int64_t *starts, *num_tokens, *first_tokens;  // [num_rows]
+  const int32_t *block_tables;                        // [num_rows, table_width]
+  const int64_t *cache_slots;                         // [total_tokens]: block * block_size + offset
+  const float *cos, *sin;                             // [total_tokens, head_dim / 2]
+} Step;
+
+INLINE vf load(const float *p) { return *(const vf *)p; }
+INLINE void store(float *p, vf v) { *(vf *)p = v; }
+INLINE vf splat(float x) { return x - (vf){0}; }
+INLINE vf load_bf16(const uint16_t *p) { return (vf)(__builtin_convertvector(*(const vh *)p, vu) << 16); }
+
+// To nearest, ties to even; a NaN stays one.
+INLINE void store_bf16(uint16_t *p, vf v) {
+  vu bits = (vu)v;
+  vu rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  vu nan = (vu)((bits & 0x7fffffff) > 0x7f800000);
+  *(vh *)p = __builtin_convertvector(((rounded & ~nan) | ((bits | 0x400000) & nan)) >> 16, vh);
+}
+
+typedef float v4 __attribute__((vector_size(16), aligned(4)));
+typedef float v8 __attribute__((vector_size(32), aligned(4)));
+
+INLINE float sum4(v4 v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+INLINE float sum8(v8 v) {
+  return sum4(__builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7));
+}
+INLINE float sum(vf v) {
+#if LANES == 16
+  return sum8(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+              __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+#elif LANES == 8
+  return sum8(v);
+#else
+  return sum4(v);
+#endif
+}
+
+// The sums of LANES vectors, as one.
+INLINE vf sums(const vf *v) {
+#if LANES == 16
+  // Pairs of vectors are folded into one of half sums, four times.
+#define FOLD(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+  vf a[8], b[4], c[2];
+  for (int i = 0; i < 8; i++)
+    a[i] = FOLD(v[2 * i], v[2 * i + 1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+           FOLD(v[2 * i], v[2 * i + 1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  for (int i = 0; i < 4; i++)
+    b[i] = FOLD(a[2 * i], a[2 * i + 1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+           FOLD(a[2 * i], a[2 * i + 1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  for (int i = 0; i < 2; i++)
+    c[i] = FOLD(b[2 * i], b[2 * i + 1], 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
+           FOLD(b[2 * i], b[2 * i + 1], 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
+  return FOLD(c[0], c[1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+         FOLD(c[0], c[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#undef FOLD
+#else
+  vf all;
+  for (int i = 0; i < LANES; i++) all[i] = sum(v[i]);
+  return all;
+#endif
+}
+
+INLINE float top_of(vf v) {
+  float s[LANES], top;
+  store(s, v);
+  top = s[0];
+  for (int i = 1; i < LANES; i++) top = s[i] > top ? s[i] : top;
+  return top;
+}
+
+INLINE vf either(vi where, vf a, vf b) { return (vf)(((vu)a & (vu)where) | ((vu)b & ~(vu)where)); }
+INLINE vf larger(vf a, vf b) { return either(a < b, b, a); }  // a NaN in `a` stays
+
+// e^x for x <= 0 to about one unit in the last place of what softmax and SiLU need: 2^n * p(r), r = x - n ln 2.
+INLINE vf exp_(vf x) {
+  x = larger(x, splat(-87.0f));
+  vf n = x * 1.44269504f;
+  vi whole = __builtin_convertvector(n - 0.5f, vi);  // truncates towards zero: n <= 0 is rounded to nearest
+  n = __builtin_convertvector(whole, vf);
+  vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  vf p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return (vf)((vi)p + (whole << 23));
+}
+
+enum { TILED = 0, NORMED, QUERIES, ATTENDED, PROJECTED, ACTIVE, ATTENTION, NUM_SCRATCH };
+
+// A thread's own memory, which only grows.
+static float *scratch(int which, size_t floats) {
+  static _Thread_local struct { float *at; size_t size; } held[NUM_SCRATCH];
+  if (held[which].size < floats) {
+    free(held[which].at);
+    held[which].size = 0;
+    size_t bytes = (floats * sizeof(float) + 63) / 64 * 64;
+    held[which].at = aligned_alloc(64, bytes);
+    if (held[which].at == NULL) return NULL;
+    held[which].size = floats;
+  }
+  return held[which].at;
+}
+
+// ---- linear
+
+int64_t lanes(void) { return LANES; }
+
+int64_t packed_words(int64_t rows, int64_t columns) { return (rows + PANEL - 1) / PANEL * columns * LANES; }
+
+// weight [rows, columns] bfloat16 -> panels of PANEL rows, each [columns, LANES]: a word holds rows j and j + LANES.
+void pack(const uint16_t *weight, int64_t rows, int64_t columns, uint32_t *packed) {
+  for (int64_t first = 0; first < rows; first += PANEL)
+    for (int64_t k = 0; k < columns; k++)
+      for (int64_t j = 0; j < LANES; j++) {
+        int64_t low = first + j, high = first + j + LANES;
+        uint32_t word = low < rows ? weight[low * columns + k] : 0;
+        if (high < rows) word |= (uint32_t)weight[high * columns + k] << 16;
+        *packed++ = word;
+      }
+}
+
+// Two registers of a panel's row k: of bfloat16 pairs, or of floats [k, PANEL].
+INLINE void panel_row(int wide, const void *panel, int64_t k, vf *low, vf *high) {
+  if (wide) {
+    *low = load((const float *)panel + k * PANEL);
+    *high = load((const float *)panel + k * PANEL + LANES);
+  } else {
+    vu words = *(const vu *)((const uint32_t *)panel + k * LANES);
+    *low = (vf)(words << 16);
+    *high = (vf)(words & 0xffff0000u);
+  }
+}
+
+// What a tile brings near for later: `step` bytes on for each row of the panel.
+typedef struct {
+  const char *at;
+  int64_t step;
+} Ahead;
+
+// (low, high)[i] += sum over k of a[i * step_i + k * step_k] * panel[k], for i < rows (a constant after inlining).
+INLINE void tile(const int rows, int wide, const float *a, int64_t step_i, int64_t step_k, const void *panel,
+                 int64_t depth, Ahead ahead, vf *restrict low, vf *restrict high) {
+  vf l[MAX_TILE], h[MAX_TILE];
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; i++) l[i] = low[i], h[i] = high[i];
+  for (int64_t k = 0; k < depth; k++) {
+    vf pl, ph;
+    panel_row(wide, panel, k, &pl, &ph);
+    if (!wide) __builtin_prefetch(ahead.at + k * ahead.step, 0, 2);
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; i++) {
+      vf x = splat(a[i * step_i + k * step_k]);
+      l[i] += x * pl;
+      h[i] += x * ph;
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; i++) low[i] = l[i], high[i] = h[i];
+}
+
+#define EACH_TILE(X) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12)
+#define TILED_CASE(R) \
+  case R: \
+    if (R <= MAX_TILE) tile(R <= MAX_TILE ? R : 1, 0, a, 1, R, panel, depth, ahead, low, high); \
+    break;
+
+// `a` [depth, rows].
+static void narrow_tile(int rows, const float *a, const uint32_t *panel, int64_t depth, Ahead ahead, vf *low, vf *high) {
+  switch (rows) { EACH_TILE(TILED_CASE) }
+}
+
+INLINE int64_t tiles_of(int64_t rows) { return (rows + MAX_TILE - 1) / MAX_TILE; }
+INLINE int64_t tile_start(int64_t rows, int64_t tiles, int64_t t) { return rows * t / tiles; }
+
+// x [rows, depth] -> tiles [depth, rows of the tile], one after the other: what a tile broadcasts lies together.
+static void into_tiles(const float *x, int64_t rows, int64_t depth, float *tiled) {
+  int64_t tiles = tiles_of(rows);
+  for (int64_t t = 0; t < tiles; t++) {
+    int64_t first = tile_start(rows, tiles, t), n = tile_start(rows, tiles, t + 1) - first;
+    float *to = tiled + first * depth;
+    for (int64_t i = 0; i < n; i++)
+      for (int64_t k = 0; k < depth; k++) to[k * n + i] = x[(first + i) * depth + k];
+  }
+}
+
+// y [rows, columns] = or += x [rows, depth] @ weight.T + bias.
+int linear(const float *x, int64_t rows, const uint32_t *packed, int64_t columns, int64_t depth, const float *bias,
+           float *y, int64_t add, int64_t num_threads) {
+  const float *tiled = x;
+  if (rows > 1) {
+    float *to = scratch(TILED, rows * depth);
+    if (to == NULL) return NO_MEMORY;
+    into_tiles(x, rows, depth, to);
+    tiled = to;
+  }
+  int64_t panels = (columns + PANEL - 1) / PANEL, tiles = tiles_of(rows);
+#pragma omp parallel for num_threads(num_threads) if (num_threads > 1) schedule(static)
+  for (int64_t p = 0; p < panels; p++) {
+    const uint32_t *panel = packed + p * depth * LANES;
+    int64_t width = columns - p * PANEL < PANEL ? columns - p * PANEL : PANEL;
+    vf bias_low = {0}, bias_high = {0};
+    if (bias != NULL) {
+      float both[PANEL] = {0};
+      memcpy(both, bias + p * PANEL, width * sizeof(float));
+      bias_low = load(both), bias_high = load(both + LANES);
+    }
+    for (int64_t t = 0; t < tiles; t++) {
+      int64_t first = tile_start(rows, tiles, t), n = tile_start(rows, tiles, t + 1) - first;
+      vf low[MAX_TILE], high[MAX_TILE];
+      for (int64_t i = 0; i < n; i++) low[i] = bias_low, high[i] = bias_high;
+      // Each tile fetches its part of the next panel, so that memory is read while all of them compute.
+      Ahead ahead = {(const char *)(panel + depth * LANES) + t * depth * LANES * 4 / tiles, LANES * 4 / tiles};
+      narrow_tile(n, tiled + first * depth, panel, depth, ahead, low, high);
+      for (int64_t i = 0; i < n; i++) {
+        float *to = y + (first + i) * columns + p * PANEL;
+        if (width == PANEL) {
+          store(to, add ? load(to) + low[i] : low[i]);
+          store(to + LANES, add ? load(to + LANES) + high[i] : high[i]);
+        } else {
+          float both[PANEL];
+          store(both, low[i]), store(both + LANES, high[i]);
+          for (int64_t j = 0; j < width; j++) to[j] = (add ? to[j] : 0.0f) + both[j];
+        }
+      }
+    }
+  }
+  return OK;
+}
+
+// ---- what is between the products
+
+// y = x / sqrt(mean(x^2) + eps) * weight, for each row of `size`. In place is fine.
+void norm(const float *x, int64_t rows, int64_t size, const float *weight, float eps, float *y) {
+  for (int64_t row = 0; row < rows; row++, x += size, y += size) {
+    vf squares = {0};
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) squares += load(x + i) * load(x + i);
+    float total = sum(squares);
+    for (; i < size; i++) total += x[i] * x[i];
+    float scale = 1.0f / sqrtf(total / size + eps);
+    for (i = 0; i + LANES <= size; i += LANES) store(y + i, load(x + i) * scale * load(weight + i));
+    for (; i < size; i++) y[i] = x[i] * scale * weight[i];
+  }
+}
+
+// Number i of a head turns with number i + size / 2.
+INLINE void turn(const float *x, int64_t size, const float *cos, const float *sin, float *y) {
+  for (int64_t i = 0, half = size / 2; i < half; i += LANES) {
+    vf a = load(x + i), b = load(x + half + i), c = load(cos + i), s = load(sin + i);
+    store(y + i, a * c - b * s);
+    store(y + half + i, b * c + a * s);
+  }
+}
+
+// One token's [queries | keys | values]: queries are turned into `queries`, keys and values go to the cache.
+static void place(const Layer *layer, float *qkv, const float *cos, const float *sin, float *queries, uint16_t *slot) {
+  int64_t size = layer->head_dim, heads = layer->heads, kv_heads = layer->kv_heads;
+  float turned[size] __attribute__((aligned(64)));
+  for (int64_t head = 0; head < heads; head++) {
+    if (layer->query_norm) norm(qkv + head * size, 1, size, layer->query_norm, layer->eps, qkv + head * size);
+    turn(qkv + head * size, size, cos, sin, queries + head * size);
+  }
+  float *keys = qkv + heads * size, *values = keys + kv_heads * size;
+  for (int64_t head = 0; head < kv_heads; head++, slot += size) {
+    if (layer->key_norm) norm(keys + head * size, 1, size, layer->key_norm, layer->eps, keys + head * size);
+    turn(keys + head * size, size, cos, sin, turned);
+    for (int64_t i = 0; i < size; i += LANES) store_bf16(slot + i, load(turned + i));
+  }
+  for (int64_t i = 0; i < kv_heads * size; i += LANES) store_bf16(slot + i, load(values + i));
+}
+
+// [gate | up] of each row -> silu(gate) * up.
+static void activate(const float *gate_up, int64_t rows, int64_t inner, float *out) {
+  for (int64_t row = 0; row < rows; row++, gate_up += 2 * inner, out += inner) {
+    const float *up = gate_up + inner;
+    int64_t i = 0;
+    for (; i + LANES <= inner; i += LANES) {
+      vf x = load(gate_up + i), e = exp_(either(x < 0.0f, x, -x));  // e^-|x|: neither side overflows
+      store(out + i, x * either(x < 0.0f, e, splat(1.0f)) / (1.0f + e) * load(up + i));
+    }
+    for (; i < inner; i++) out[i] = gate_up[i] / (1.0f + expf(-gate_up[i])) * up[i];
+  }
+}
+
+// ---- attention
+
+#define MAX_GROUP 8    // query heads of one key head that are taken together
+#define KEY_BLOCK 256  // positions widened at a time for a row of several tokens
+
+typedef struct {
+  const Layer *layer;
+  const Step *step;
+  const uint16_t *cache;  // [blocks, block_size, 2, kv_heads, head_dim]
+  const float *queries;   // [total_tokens, heads, head_dim], scaled
+  float *out;             // the same
+} Attention;
+
+// A walk over a row's positions, block by block: `keys` are those of one head at `position`, and with each of `left`
+// positions move on by `stride`; the values are kv_heads * head_dim further on.
+typedef struct {
+  const uint16_t *keys;
+  int64_t left, stride;
+} Run;
+
+INLINE Run run_at(const Attention *at, const int32_t *table, int64_t position, int64_t end, int64_t head) {
+  int64_t block = position / at->step->block_size, offset = position % at->step->block_size;
+  int64_t left = at->step->block_size - offset, stride = 2 * at->layer->kv_heads * at->layer->head_dim;
+  const uint16_t *start = at->cache + ((int64_t)table[block] * at->step->block_size + offset) * stride;
+  return (Run){start + head * at->layer->head_dim, left < end - position ? left : end - position, stride};
+}
+
+// One row under one key head.
+typedef struct {
+  const int32_t *table;
+  int64_t row, kv_head, first, end;  // sees positions [first, end)
+} Task;
+
+INLINE void step_on(const Attention *at, const Task *task, int64_t position, Run *run) {
+  if (run->left) run->left--, run->keys += run->stride;
+  if (!run->left && position < task->end) *run = run_at(at, task->table, position, task->end, task->kv_head);
+}
+
+INLINE void fetch(const uint16_t *p, int64_t size) {
+  for (int64_t i = 0; i < size; i += 64 / 2) __builtin_prefetch(p + i, 0, 2);
+}
+
+INLINE int64_t first_visible(const Layer *layer, int64_t position) {
+  return layer->window && position >= layer->window ? position - layer->window + 1 : 0;
+}
+
+// `number` counts rows first, then key heads within a row; past the last there is an empty one.
+INLINE Task task_at(const Attention *at, int64_t number) {
+  const Step *step = at->step;
+  int64_t row = number / at->layer->kv_heads;
+  if (row >= step->num_rows) return (Task){0};
+  int64_t position = step->starts[row];
+  return (Task){step->block_tables + row * step->table_width, row, number % at->layer->kv_heads,
+                first_visible(at->layer, position), position + step->num_tokens[row]};
+}
+
+INLINE void pairs(const uint16_t *p, vf *even, vf *odd) {
+  vu words = *(const vu *)p;
+  *even = (vf)(words << 16);
+  *odd = (vf)(words & 0xffff0000u);
+}
+
+// One token's `group` query heads against their key head. `scores` [group, room]. What the next task will read comes
+// near meanwhile: a step reads as much K/V as weights, and in pieces too small for the CPU to see them coming.
+INLINE void decode_group(const int group, const Attention *at, const Task *task, const Task *next, int64_t first_head,
+                         float *scores, int64_t room) {
+  const Layer *layer = at->layer;
+  int64_t size = layer->head_dim, token = at->step->first_tokens[task->row], count = task->end - task->first;
+  const float *queries = at->queries + (token * layer->heads + first_head) * size;
+  float *out = at->out + (token * layer->heads + first_head) * size;
+  float apart[group * size] __attribute__((aligned(64)));  // the queries, each PANEL as its even, then its odd numbers
+  for (int64_t i = 0; i < group * size; i++)
+    apart[i / PANEL * PANEL + i % 2 * LANES + i % PANEL / 2] = queries[i];
+  Run run = {0}, ahead = {0};
+  for (int64_t n = 0; n < count; n += LANES) {
+    vf products[MAX_GROUP][LANES];  // of LANES positions, still to be summed
+    for (int64_t m = 0; m < LANES && n + m < count; m++) {
+      step_on(at, task, task->first + n + m, &run);
+      step_on(at, next, next->first + n + m, &ahead);
+      if (ahead.left) fetch(ahead.keys, size);
+      vf totals[MAX_GROUP];
+#pragma GCC unroll 8
+      for (int j = 0; j < group; j++) totals[j] = splat(0);
+      for (int64_t i = 0; i < size; i += PANEL) {
+        vf even, odd;
+        pairs(run.keys + i, &even, &odd);
+#pragma GCC unroll 8
+        for (int j = 0; j < group; j++) {
+          totals[j] += load(apart + j * size + i) * even;
+          totals[j] += load(apart + j * size + i + LANES) * odd;
+        }
+      }
+#pragma GCC unroll 8
+      for (int j = 0; j < group; j++) products[j][m] = totals[j];
+    }
+    for (int j = 0; j < group; j++) store(scores + j * room + n, sums(products[j]));  // past `count`: anything
+  }
+  float scale[MAX_GROUP];
+  for (int j = 0; j < group; j++) {
+    float *s = scores + j * room;
+    for (int64_t n = count; n < (count + LANES - 1) / LANES * LANES; n++) s[n] = -INFINITY;
+    vf tops = load(s), totals = {0};
+    for (int64_t n = 0; n < count; n += LANES) tops = larger(tops, load(s + n));
+    float top = top_of(tops);
+    for (int64_t n = 0; n < count; n += LANES) {
+      vf x = load(s + n), weight = either(x == -INFINITY, splat(0), exp_(x - top));
+      store(s + n, weight);
+      totals += weight;
+    }
+    scale[j] = 1.0f / sum(totals);
+  }
+  for (int64_t i = 0; i < size; i += PANEL) {
+    vf evens[MAX_GROUP], odds[MAX_GROUP];
+#pragma GCC unroll 8
+    for (int j = 0; j < group; j++) evens[j] = odds[j] = splat(0);
+    Run run = {0}, ahead = {0};
+    for (int64_t n = 0; n < count; n++) {
+      step_on(at, task, task->first + n, &run);
+      step_on(at, next, next->first + n, &ahead);
+      if (ahead.left) __builtin_prefetch(ahead.keys + layer->kv_heads * size + i, 0, 2);
+      vf even, odd;
+      pairs(run.keys + layer->kv_heads * size + i, &even, &odd);
+#pragma GCC unroll 8
+      for (int j = 0; j < group; j++) {
+        vf weight = splat(scores[j * room + n]);
+        evens[j] += weight * even;
+        odds[j] += weight * odd;
+      }
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < group; j++) {
+      float both[PANEL];
+      store(both, evens[j] * scale[j]), store(both + LANES, odds[j] * scale[j]);
+      for (int64_t k = 0; k < LANES; k++) {
+        out[j * size + i + 2 * k] = both[k];
+        out[j * size + i + 2 * k + 1] = both[LANES + k];
+      }
+    }
+  }
+}
+
+#define EACH_GROUP(X) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8)
+#define GROUP_CASE(G) \
+  case G: decode_group(G, at, task, next, head, scores, room); break;
+
+static int decode(const Attention *at, const Task *task, const Task *next) {
+  int64_t group = at->layer->heads / at->layer->kv_heads;
+  int64_t room = (task->end + LANES - 1) / LANES * LANES;
+  float *scores = scratch(ATTENTION, MAX_GROUP * room);
+  if (scores == NULL) return NO_MEMORY;
+  for (int64_t done = 0; done < group; done += MAX_GROUP) {
+    int64_t head = task->kv_head * group + done;
+    switch (group - done < MAX_GROUP ? group - done : MAX_GROUP) { EACH_GROUP(GROUP_CASE) }
+  }
+  return OK;
+}
+
+// Positions [first, first + count) of a row, widened: keys as panels [head_dim, PANEL positions], values as panels
+// [KEY_BLOCK, PANEL numbers]. What lies beyond `count` is zero: it may be somebody else's, and not a number.
+static void widen(const Attention *at, const int32_t *table, int64_t kv_head, int64_t first, int64_t count, float *keys,
+                  float *values) {
+  int64_t size = at->layer->head_dim;
+  for (int64_t n = 0; n < KEY_BLOCK; n++) {  // positions
+    float *key_to = keys + n / PANEL * PANEL * size + n % PANEL;
+    if (n >= count) {
+      for (int64_t i = 0; i < size; i++) key_to[i * PANEL] = 0;
+      for (int64_t i = 0; i < size; i += LANES)
+        store(values + (i / PANEL * KEY_BLOCK + n) * PANEL + i % PANEL, splat(0));
+      continue;
+    }
+    const uint16_t *key = run_at(at, table, first + n, first + count, kv_head).keys;
+    const uint16_t *value = key + at->layer->kv_heads * size;
+    for (int64_t i = 0; i < size; i += LANES) {
+      float wide[LANES];
+      store(wide, load_bf16(key + i));
+      for (int64_t j = 0; j < LANES; j++) key_to[(i + j) * PANEL] = wide[j];
+      store(values + (i / PANEL * KEY_BLOCK + n) * PANEL + i % PANEL, load_bf16(value + i));
+    }
+  }
+}
+
+#define SCORE_CASE(R) \
+  case R: \
+    if (R <= MAX_TILE) tile(R <= MAX_TILE ? R : 1, 1, a, 1, R, panel, depth, (Ahead){0}, low, high); \
+    break;
+#define VALUE_CASE(R) \
+  case R: \
+    if (R <= MAX_TILE) tile(R <= MAX_TILE ? R : 1, 1, a, KEY_BLOCK, 1, panel, depth, (Ahead){0}, low, high); \
+    break;
+
+static void score_tile(int rows, const float *a, const float *panel, int64_t depth, vf *low, vf *high) {
+  switch (rows) { EACH_TILE(SCORE_CASE) }
+}
+static void value_tile(int rows, const float *a, const float *panel, int64_t depth, vf *low, vf *high) {
+  switch (rows) { EACH_TILE(VALUE_CASE) }
+}
+
+// Query lines [line, line + lines) of a row, a line being (token, head of the group), against one widened key block:
+// softmax as it goes (arXiv 2205.14135). `tops` and `totals` are the lines' running maxima and sums.
+static void attend_tile(const Attention *at, int64_t row, int64_t kv_head, int64_t line, int lines, int64_t first,
+                        int64_t count, const float *keys, const float *values, float *tops, float *totals) {
+  const Layer *layer = at->layer;
+  int64_t size = layer->head_dim, group = layer->heads / layer->kv_heads, start = at->step->starts[row];
+  float queries[size * MAX_TILE] __attribute__((aligned(64))), scores[MAX_TILE * KEY_BLOCK] __attribute__((aligned(64)));
+  int64_t offsets[MAX_TILE];
+  for (int i = 0; i < lines; i++) {
+    int64_t token = at->step->first_tokens[row] + (line + i) / group, head = kv_head * group + (line + i) % group;
+    offsets[i] = (token * layer->heads + head) * size;
+    for (int64_t k = 0; k < size; k++) queries[k * lines + i] = at->queries[offsets[i] + k];
+  }
+  int64_t seen = start + (line + lines - 1) / group - first + 1;  // by the tile's last token
+  if (seen > count) seen = count;
+  if (seen <= 0) return;
+  int64_t wide = (seen + PANEL - 1) / PANEL * PANEL;
+  for (int64_t n = 0; n < wide; n += PANEL) {
+    vf low[MAX_TILE] = {0}, high[MAX_TILE] = {0};
+    score_tile(lines, queries, keys + n * size, size, low, high);
+    for (int i = 0; i < lines; i++)
+      store(scores + i * KEY_BLOCK + n, low[i]), store(scores + i * KEY_BLOCK + n + LANES, high[i]);
+  }
+  float shrink[MAX_TILE];
+  for (int i = 0; i < lines; i++) {
+    float *s = scores + i * KEY_BLOCK, top = tops[line + i], total = 0;
+    int64_t position = start + (line + i) / group, from = first_visible(layer, position) - first;
+    int64_t to = position - first + 1 < seen ? position - first + 1 : seen;
+    for (int64_t n = 0; n < from && n < wide; n++) s[n] = -INFINITY;
+    for (int64_t n = to < 0 ? 0 : to; n < wide; n++) s[n] = -INFINITY;
+    vf largest = splat(top);
+    for (int64_t n = 0; n < wide; n += LANES) largest = larger(largest, load(s + n));
+    top = top_of(largest);
+    float base = top == -INFINITY ? 0 : top;  // nothing seen yet: all weights are to be zero
+    vf sums = {0};
+    for (int64_t n = 0; n < wide; n += LANES) {
+      vf x = load(s + n), weight = either(x == -INFINITY, splat(0), exp_(x - base));
+      store(s + n, weight);
+      sums += weight;
+    }
+    total = sum(sums);
+    shrink[i] = tops[line + i] == -INFINITY ? 0 : expf(tops[line + i] - base);
+    totals[line + i] = totals[line + i] * shrink[i] + total;
+    tops[line + i] = top;
+  }
+  for (int64_t k = 0; k < size; k += PANEL) {
+    vf low[MAX_TILE], high[MAX_TILE];
+    for (int i = 0; i < lines; i++) {
+      low[i] = load(at->out + offsets[i] + k) * shrink[i];
+      high[i] = load(at->out + offsets[i] + k + LANES) * shrink[i];
+    }
+    value_tile(lines, scores, values + k * KEY_BLOCK, wide, low, high);
+    for (int i = 0; i < lines; i++)
+      store(at->out + offsets[i] + k, low[i]), store(at->out + offsets[i] + k + LANES, high[i]);
+  }
+}
+
+// A row of several tokens, under one key head.
+static int prefill(const Attention *at, int64_t row, int64_t kv_head) {
+  const Layer *layer = at->layer;
+  const Step *step = at->step;
+  const int32_t *table = step->block_tables + row * step->table_width;
+  int64_t size = layer->head_dim, group = layer->heads / layer->kv_heads;
+  int64_t start = step->starts[row], num_tokens = step->num_tokens[row], end = start + num_tokens;
+  int64_t lines = num_tokens * group, tiles = tiles_of(lines);
+  float *memory = scratch(ATTENTION, 2 * KEY_BLOCK * size + 2 * lines);
+  if (memory == NULL) return NO_MEMORY;
+  float *keys = memory, *values = keys + KEY_BLOCK * size, *tops = values + KEY_BLOCK * size, *totals = tops + lines;
+  for (int64_t line = 0; line < lines; line++) tops[line] = -INFINITY, totals[line] = 0;
+  for (int64_t token = step->first_tokens[row]; token < step->first_tokens[row] + num_tokens; token++)
+    memset(at->out + (token * layer->heads + kv_head * group) * size, 0, group * size * sizeof(float));
+  for (int64_t first = first_visible(layer, start) / KEY_BLOCK * KEY_BLOCK; first < end; first += KEY_BLOCK) {
+    int64_t count = end - first < KEY_BLOCK ? end - first : KEY_BLOCK;
+    widen(at, table, kv_head, first, count, keys, values);
+    for (int64_t t = 0; t < tiles; t++) {
+      int64_t line = tile_start(lines, tiles, t), next = tile_start(lines, tiles, t + 1);
+      if (first_visible(layer, start + line / group) < first + count)
+        attend_tile(at, row, kv_head, line, next - line, first, count, keys, values, tops, totals);
+    }
+  }
+  for (int64_t line = 0; line < lines; line++) {
+    int64_t token = step->first_tokens[row] + line / group, head = kv_head * group + line % group;
+    float *out = at->out + (token * layer->heads + head) * size;
+    for (int64_t i = 0; i < size; i += LANES) store(out + i, load(out + i) / totals[line]);
+  }
+  return OK;
+}
+
+static int attend(const Attention *at) {
+  int64_t kv_heads = at->layer->kv_heads, num_tasks = at->step->num_rows * kv_heads;
+  int status = OK;
+#pragma omp parallel for num_threads(at->step->num_threads) if (at->step->num_threads > 1) schedule(dynamic)
+  for (int64_t task = 0; task < num_tasks; task++) {
+    int64_t row = task / kv_heads;
+    int result;
+    if (at->step->num_tokens[row] == 1) {
+      Task this = task_at(at, task), next = task_at(at, task + 1);
+      result = decode(at, &this, &next);
+    } else {
+      result = prefill(at, row, task % kv_heads);
+    }
+    if (result != OK) status = result;
+  }
+  return status;
+}
+
+// ---- a layer
+
+#define CHUNK (20 * MAX_TILE)  // tokens that go through the products together: they stay in the core's own cache
+
+// hidden [total_tokens, hidden_size] -> the same, in place; K/V of all rows is written before any row attends.
+int layer(const Layer *layer, const Step *step, uint16_t *cache, float *hidden) {
+  int64_t total = step->total_tokens, size = layer->head_dim, queries_size = layer->heads * size;
+  int64_t qkv_size = queries_size + 2 * layer->kv_heads * size, threads = step->num_threads;
+  int64_t chunk = total < CHUNK ? total : CHUNK;
+  float *normed = scratch(NORMED, chunk * layer->hidden), *queries = scratch(QUERIES, total * queries_size);
+  float *attended = scratch(ATTENDED, total * queries_size), *active = scratch(ACTIVE, chunk * layer->inner);
+  float *projected = scratch(PROJECTED, chunk * (qkv_size > 2 * layer->inner ? qkv_size : 2 * layer->inner));
+  if (!normed || !queries || !attended || !active || !projected) return NO_MEMORY;
+  for (int64_t first = 0; first < total; first += CHUNK) {
+    int64_t n = total - first < CHUNK ? total - first : CHUNK;
+    norm(hidden + first * layer->hidden, n, layer->hidden, layer->input_norm, layer->eps, normed);
+    if (linear(normed, n, layer->qkv, qkv_size, layer->hidden, layer->qkv_bias, projected, 0, threads)) return NO_MEMORY;
+    for (int64_t i = 0; i < n; i++) {
+      int64_t token = first + i;
+      place(layer, projected + i * qkv_size, step->cos + token * size / 2, step->sin + token * size / 2,
+            queries + token * queries_size, cache + step->cache_slots[token] * 2 * layer->kv_heads * size);
+    }
+  }
+  float scale = 1.0f / sqrtf(size);
+  for (int64_t i = 0; i < total * queries_size; i += LANES) store(queries + i, load(queries + i) * scale);
+  if (attend(&(Attention){layer, step, cache, queries, attended})) return NO_MEMORY;
+  for (int64_t first = 0; first < total; first += CHUNK) {
+    int64_t n = total - first < CHUNK ? total - first : CHUNK;
+    float *rows = hidden + first * layer->hidden;
+    if (linear(attended + first * queries_size, n, layer->output, layer->hidden, queries_size, layer->output_bias, rows,
+               1, threads))
+      return NO_MEMORY;
+    norm(rows, n, layer->hidden, layer->mlp_norm, layer->eps, normed);
+    if (linear(normed, n, layer->gate_up, 2 * layer->inner, layer->hidden, layer->gate_up_bias, projected, 0, threads))
+      return NO_MEMORY;
+    activate(projected, n, layer->inner, active);
+    if (linear(active, n, layer->down, layer->hidden, layer->inner, layer->down_bias, rows, 1, threads)) return NO_MEMORY;
+  }
+  return OK;
+}
