@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from stagecoach.errors import InternalError, InvalidArgument
+from stagecoach_client.activity import Activity, activity
 from stagecoach_client.async_client import AsyncClient
-from stagecoach_client.status import ClusterStatus, StageStatus, busy_fraction
 
 MAX_CONCURRENCY = 4096
 MAX_REQUESTS_PER_CLIENT = 100_000
@@ -30,7 +30,11 @@ DEFINITIONS = {
     "decode_tokens_per_s": "tokens that came while no request waited for its first token / that time",
     "ttft_s": "from sending a request to its first token",
     "itl_s": "between two responses of a request, divided among the tokens of the later one",
-    "busy_fraction": "of a stage's compute thread, from before the load to after it",
+    "activity": "what the router and its stages did, from before the load to after it",
+    "busy_fraction": "the part of wall time in which a stage's compute thread worked on a step",
+    "bubble_fraction": "the part of the time with a running sequence (active_s) in which a stage computed nothing",
+    "queue_s": "summed over a stage's steps: how long each had arrived before it was begun",
+    "result_bytes_per_token": "what the last stage sent to the router, whole messages / generated tokens",
 }
 
 
@@ -81,15 +85,6 @@ class Percentiles:
 
 
 @dataclass(frozen=True, slots=True)
-class StageLoad:
-    """How busy a stage was; None where it cannot be told."""
-
-    address: str
-    layers: str
-    busy_fraction: float | None
-
-
-@dataclass(frozen=True, slots=True)
 class LoadResult:
     """How fast it was; the module says how each figure is defined."""
 
@@ -103,7 +98,7 @@ class LoadResult:
     decode_tokens_per_s: float | None  # None: there was always a request that waited for its first token
     ttft_s: Percentiles
     itl_s: Percentiles | None  # None: no request had a second response
-    stages: tuple[StageLoad, ...]
+    activity: Activity | None  # None: nobody looked
 
 
 async def run_load(client: AsyncClient, load: Load, *, model: str, vocab_size: int, seed: int) -> LoadResult:
@@ -119,10 +114,10 @@ async def run_load(client: AsyncClient, load: Load, *, model: str, vocab_size: i
         raise errors.exceptions[0] from None  # the others are its consequences, or the same again
     after = await client.status()
     requests = [request for task in tasks for request in task.result()]
-    return summarize(load, requests, stage_loads(before, after))
+    return summarize(load, requests, activity(after, before))
 
 
-def summarize(load: Load, requests: Sequence[RequestTimes], stages: Sequence[StageLoad] = ()) -> LoadResult:
+def summarize(load: Load, requests: Sequence[RequestTimes], done: Activity | None = None) -> LoadResult:
     """The figures of requests that have all ended."""
     wall_s = max(request.last_s for request in requests) - min(request.sent_s for request in requests)
     generated_tokens = sum(request.num_tokens for request in requests)
@@ -138,7 +133,7 @@ def summarize(load: Load, requests: Sequence[RequestTimes], stages: Sequence[Sta
         decode_tokens_per_s=decode_tokens_per_s(requests),
         ttft_s=percentiles([request.first_s - request.sent_s for request in requests]),
         itl_s=percentiles(gaps_s) if gaps_s else None,
-        stages=tuple(stages),
+        activity=done,
     )
 
 
@@ -178,22 +173,6 @@ def percentile(values: Sequence[float], percent: float) -> float:
 def percentiles(values: Sequence[float]) -> Percentiles:
     """The usual three."""
     return Percentiles(percentile(values, 50), percentile(values, 90), percentile(values, 99))
-
-
-def stage_loads(before: ClusterStatus, after: ClusterStatus) -> tuple[StageLoad, ...]:
-    """How busy each stage was between two looks at the cluster."""
-    earlier = {stage.address: stage for pipeline in before.pipelines for stage in pipeline.stages}
-    return tuple(
-        StageLoad(stage.address, f"{stage.first_layer}:{stage.end_layer}", _busy(earlier.get(stage.address), stage))
-        for pipeline in after.pipelines
-        for stage in pipeline.stages
-    )
-
-
-def _busy(before: StageStatus | None, after: StageStatus) -> float | None:
-    if before is None or after.compute_s < before.compute_s or after.wait_s < before.wait_s:
-        return None  # it joined or was restarted in between
-    return busy_fraction(after.compute_s - before.compute_s, after.wait_s - before.wait_s)
 
 
 def _union(intervals: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

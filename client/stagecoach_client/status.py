@@ -1,4 +1,7 @@
-"""What a router says about its models and its pipelines, and how it is read off the wire. Pure."""
+"""What a router says about its models and its pipelines, and how it is read off the wire. Pure.
+
+What it comes to over an interval (how busy a stage was, what a token cost) is in activity.py.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class StageStatus:
-    """One stage of a pipeline. The times are of its compute and I/O since the session with it opened, in seconds."""
+    """One stage of a pipeline. Counts and times (in seconds) are since the router first heard of it, and only rise."""
 
     address: str
     first_layer: int
@@ -34,10 +37,15 @@ class StageStatus:
     weights_bytes: int
     kv_cache_bytes: int
     num_steps: int
-    compute_s: float
-    wait_s: float  # the compute thread stood idle
-    codec_s: float  # reading and writing frames
-    queue_depth: int
+    num_tokens: int
+    compute_s: float  # the compute thread worked on a step
+    wait_s: float  # it did not
+    queue_s: float  # summed over the steps: how long each had arrived before the compute thread took it
+    decode_s: float  # reading and checking frames
+    encode_s: float  # writing frames
+    queue_depth: int  # now
+    num_frames: int  # read
+    num_fast_frames: int  # of them, those whose payload was read without a copy
 
     @property
     def busy_fraction(self) -> float | None:
@@ -72,6 +80,14 @@ class ClusterStatus:
     num_free_blocks: int
     block_size: int
     uptime_s: float
+    looked_up_prompt_tokens: int  # in the prefix cache; cached_prompt_tokens of them were there
+    num_repeats: int  # draws that fell outside of the candidates, each of which cost a whole row
+    active_s: float  # the time in which at least one sequence ran
+    num_results: int  # that the last stage sent back
+    result_payload_bytes: int
+    result_bytes: int  # the whole messages
+    num_frames: int  # that the router read from its shards
+    num_fast_frames: int
 
     @property
     def ready(self) -> bool:
@@ -127,6 +143,14 @@ def read_status(response: inference_pb2.GetClusterStatusResponse) -> ClusterStat
         num_free_blocks=response.num_free_blocks,
         block_size=response.block_size,
         uptime_s=response.uptime_s,
+        looked_up_prompt_tokens=response.looked_up_prompt_tokens,
+        num_repeats=response.num_repeats,
+        active_s=response.active_s,
+        num_results=response.num_results,
+        result_payload_bytes=response.result_payload_bytes,
+        result_bytes=response.result_bytes,
+        num_frames=response.num_frames,
+        num_fast_frames=response.num_fast_frames,
     )
 
 
@@ -142,10 +166,15 @@ def _read_stage(stage: inference_pb2.StageStatus) -> StageStatus:
         weights_bytes=stage.weights_bytes,
         kv_cache_bytes=stage.kv_cache_bytes,
         num_steps=stage.num_steps,
+        num_tokens=stage.num_tokens,
         compute_s=stage.compute_s,
         wait_s=stage.wait_s,
-        codec_s=stage.codec_s,
+        queue_s=stage.queue_s,
+        decode_s=stage.decode_s,
+        encode_s=stage.encode_s,
         queue_depth=stage.queue_depth,
+        num_frames=stage.num_frames,
+        num_fast_frames=stage.num_fast_frames,
     )
 
 

@@ -36,6 +36,11 @@ class ForwardLink:
         self._tasks: list[asyncio.Task[None]] = []
         self._channel = grpc.aio.insecure_channel(address, options=channel_options(MAX_SHARD_MESSAGE_BYTES))
 
+    @property
+    def num_credits(self) -> int:
+        """Frames that may leave now: right after `open`, all that the receiver queues."""
+        return self._credits
+
     async def open(self, timeout_s: float) -> None:
         """Connects and waits for the first credits. Raises Unavailable."""
         self._call = ShardStub(self._channel).forward()

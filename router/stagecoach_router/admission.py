@@ -72,6 +72,10 @@ class WaitingLine:
     def __iter__(self) -> Iterator[Sequence]:
         return iter(self._line)
 
+    def num_starting(self, num_free_slots: int) -> int:
+        """How many may start with the next steps, as far as is known: none where the first one lacks blocks."""
+        return 0 if self._blocked is not None else min(len(self._line), num_free_slots)
+
     def check_room(self, num_free_slots: int) -> None:
         """Raises Overloaded if no one more may wait. Those that wait only for the next step do not count."""
         num_starting = 0 if self._blocked is not None else num_free_slots

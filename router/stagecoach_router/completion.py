@@ -19,7 +19,7 @@ class FinishReason(enum.Enum):
     LENGTH = "length"  # max_tokens
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for every token, and freezing doubles what that costs
 class Piece:
     """What one token added. The text may be empty (held back) or that of several tokens."""
 
@@ -44,7 +44,7 @@ class Completion:
         if not params.ignore_eos:
             self._stop_ids |= set(tokenizer.eos_token_ids)
         self._detokenizer = tokenizer.detokenizer(list(prompt_tokens))
-        self._stop_strings = StopStrings(params.stop)
+        self._stop_strings = StopStrings(params.stop) if params.stop else None
 
     def advance(self, sampled: Sampled) -> Piece:
         """Takes the next token. Neither a stop token nor a stop string is part of the text."""
@@ -54,9 +54,11 @@ class Completion:
         if sampled.token_id in self._stop_ids:
             reason = FinishReason.STOP
         else:
-            text, stopped = self._stop_strings.feed(self._detokenizer.feed(sampled.token_id))
-            if stopped:
-                return Piece(self.index, text, sampled.token_id, sampled, FinishReason.STOP)
+            text = self._detokenizer.feed(sampled.token_id)
+            if self._stop_strings is not None:
+                text, stopped = self._stop_strings.feed(text)
+                if stopped:
+                    return Piece(self.index, text, sampled.token_id, sampled, FinishReason.STOP)
             if self.num_tokens >= self._max_tokens:
                 reason = FinishReason.LENGTH
         if reason is not None:
@@ -65,5 +67,8 @@ class Completion:
 
     def _finish(self) -> str:
         """The text that was held back."""
-        text, stopped = self._stop_strings.feed(self._detokenizer.flush())
+        text = self._detokenizer.flush()
+        if self._stop_strings is None:
+            return text
+        text, stopped = self._stop_strings.feed(text)
         return text if stopped else text + self._stop_strings.flush()

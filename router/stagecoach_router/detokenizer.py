@@ -12,6 +12,7 @@ import codecs
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 from stagecoach.errors import CheckpointError
 
@@ -78,8 +79,30 @@ def _sentence_piece(kinds: list[str], steps: list[dict[str, Any]]) -> SentencePi
     return SentencePieceDecoder(tuple(replacements), byte_fallback, strip)
 
 
+class _TokenTexts(dict[int, str | bytes]):
+    """What tokens add, by id, kept from their first use: text where a token is whole characters, else bytes."""
+
+    __slots__ = ("_spelling",)
+
+    def __init__(self, spelling: TokenSpelling) -> None:
+        self._spelling = spelling
+
+    def __missing__(self, token_id: int) -> str | bytes:
+        data = _bytes_of(self._spelling(token_id) or "")
+        text: str | bytes
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError:
+            text = data
+        self[token_id] = text
+        return text
+
+
 class ByteLevelDecoder:
     """Every character of a token stands for one byte (GPT-2, Llama 3, Qwen, SmolLM)."""
+
+    def __init__(self) -> None:
+        self._texts: WeakKeyDictionary[TokenSpelling, _TokenTexts] = WeakKeyDictionary()
 
     def start(self, spelling: TokenSpelling, prompt: Sequence[int]) -> IncrementalDetokenizer:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -90,20 +113,32 @@ class ByteLevelDecoder:
             if len(tail) >= 3:
                 break
         decoder.decode(tail)
-        return _ByteLevelDetokenizer(spelling, decoder)
+        texts = self._texts.get(spelling)
+        if texts is None:
+            texts = self._texts[spelling] = _TokenTexts(spelling)
+        return _ByteLevelDetokenizer(texts, decoder)
 
     def token_text(self, token: str) -> str:
         return _bytes_of(token).decode("utf-8", "replace")
 
 
 class _ByteLevelDetokenizer:
-    def __init__(self, spelling: TokenSpelling, decoder: codecs.IncrementalDecoder) -> None:
-        self._spelling = spelling
+    """`_in_character`: bytes are held back, so that what comes next is not text by itself."""
+
+    def __init__(self, texts: _TokenTexts, decoder: codecs.IncrementalDecoder) -> None:
+        self._texts = texts
         self._decoder = decoder
+        self._in_character = bool(decoder.getstate()[0])
 
     def feed(self, token_id: int) -> str:
-        token = self._spelling(token_id)
-        return self._decoder.decode(_bytes_of(token)) if token else ""
+        text = self._texts[token_id]
+        if isinstance(text, str):
+            if not self._in_character or not text:
+                return text
+            text = text.encode()
+        text = self._decoder.decode(text)
+        self._in_character = bool(self._decoder.getstate()[0])
+        return text
 
     def flush(self) -> str:
         return self._decoder.decode(b"", final=True)

@@ -18,13 +18,16 @@ from dataclasses import dataclass
 from stagecoach import errors
 from stagecoach.v1 import shard_pb2
 from stagecoach_router.completion import Completion, Piece
-from stagecoach_router.outputs import WHOLE_ROW, Candidates, OutputWant, WholeRow, wanted_output
+from stagecoach_router.outputs import NeedsWholeRow, OutputWant, wanted_output, wider_output
+from stagecoach_router.pacing import StageSeconds
 from stagecoach_router.penalties import TokenCounts
+from stagecoach_router.pieces import Pieces
 from stagecoach_router.pipeline import LostHandler, Pipeline, ResultHandler
+from stagecoach_router.pipeline_totals import ActiveTime
 from stagecoach_router.request import Request
-from stagecoach_router.sampler import NeedsWholeRow, sample
 from stagecoach_router.scheduler import Plan, Row, Scheduler
 from stagecoach_router.sequence import Sequence
+from stagecoach_router.step_sampler import Choice, Chooser, choose_tokens
 from stagecoach_router.tokenizer import Tokenizer
 from stagecoach_router.wire import OutputOrder, read_outputs, write_micro_batch
 
@@ -42,11 +45,11 @@ Connect = Callable[[int, ResultHandler, LostHandler], Awaitable[Pipeline]]
 
 
 class Generation:
-    """One request on its way. `pieces` yields Pieces, and ends with None or an error."""
+    """One request on its way, and its pieces."""
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.pieces: asyncio.Queue[Piece | errors.StagecoachError] = asyncio.Queue()
+        self.pieces = Pieces()
         self.runs: list[_Run] = []
 
 
@@ -57,9 +60,9 @@ class _Run:
     generation: Generation
     sequence: Sequence
     completion: Completion
-    counts: TokenCounts
+    chooser: Chooser
     want: OutputWant
-    needs_whole_row: bool = False  # for the next logits only
+    retry: OutputWant | None = None  # for the next logits only: more than `want`, which did not do
     num_losses: int = 0  # of the pipeline, since its last token
 
 
@@ -68,6 +71,7 @@ class _Step:
     plan: Plan
     order: OutputOrder
     number: int
+    sent_s: float  # time.perf_counter()
 
 
 @dataclass(slots=True)
@@ -76,8 +80,10 @@ class Counters:
 
     num_finished: int = 0
     prompt_tokens: int = 0
+    looked_up_prompt_tokens: int = 0  # in the prefix cache, where cached_prompt_tokens of them were
     cached_prompt_tokens: int = 0
     completion_tokens: int = 0
+    num_repeats: int = 0  # rows computed once more because their candidates did not determine the token
 
 
 class Engine:
@@ -100,6 +106,7 @@ class Engine:
     ) -> None:
         self.scheduler = scheduler
         self.counters = Counters()
+        self.active_time = ActiveTime()
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._connect = connect
@@ -130,6 +137,8 @@ class Engine:
         scheduler = self.scheduler
         scheduler.max_batch_tokens = min(self._max_batch_tokens, pipeline.max_batch_tokens)
         scheduler.blocks.reset(pipeline.num_blocks)
+        if scheduler.pacing is not None:
+            scheduler.pacing.limit_lanes(pipeline.max_queued_steps)
         capacity = scheduler.blocks.capacity_tokens
         for run in list(self._runs.values()):
             if run.sequence.token_limit > capacity:
@@ -191,7 +200,7 @@ class Engine:
             generation,
             sequence,
             Completion(index, request.prompt_tokens, request.params, self._tokenizer),
-            TokenCounts(request.prompt_tokens),
+            Chooser(sequence, TokenCounts(request.prompt_tokens)),
             wanted_output(request.params, self._vocab_size),
         )
 
@@ -205,16 +214,14 @@ class Engine:
             frame, order = write_micro_batch(
                 plan, wants, lease_id=pipeline.lease_id, epoch=self._epoch, step=self._next_step
             )
-            self._in_flight.append(_Step(plan, order, self._next_step))
+            self._in_flight.append(_Step(plan, order, self._next_step, time.perf_counter()))
             self._next_step += 1
             pipeline.send(frame)
+        self.active_time.set(self.scheduler.num_running > 0)
 
     def _want(self, row: Row) -> OutputWant:
         run = self._runs[row.sequence.seq_id]
-        if run.needs_whole_row:
-            run.needs_whole_row = False
-            return WHOLE_ROW
-        return run.want
+        return run.retry or run.want
 
     def _on_result(self, result: shard_pb2.StepResult, payload: memoryview) -> None:
         """Raises ShardFault for a result that is not what was asked for; the pipeline is lost then."""
@@ -222,48 +229,54 @@ class Engine:
         if (result.epoch, result.step) != expected:
             raise errors.ShardFault(f"(epoch, step) {expected} expected, {(result.epoch, result.step)} came")
         step = self._in_flight.popleft()
+        round_trip_s = time.perf_counter() - step.sent_s
         outputs = read_outputs(result, payload, step.order, self._vocab_size)
         pieces: list[tuple[Generation, Piece]] = []
         current = {row.sequence.seq_id for row in self.scheduler.complete(step.plan)}
-        for row, output in outputs:
-            run = self._runs.get(row.sequence.seq_id)
-            if run is not None and row.sequence.seq_id in current:
-                piece = self._advance(run, output)
+        for rows, group in outputs:
+            # Those that are still there: a failure takes all completions of its request with it.
+            indices = [
+                index
+                for index, row in enumerate(rows)
+                if row.sequence.seq_id in current and row.sequence.seq_id in self._runs
+            ]
+            live = group if len(indices) == len(rows) else group.take(indices)
+            runs = [self._runs[rows[index].sequence.seq_id] for index in indices]
+            for run, choice in zip(runs, choose_tokens(live, [run.chooser for run in runs]), strict=True):
+                piece = self._advance(run, choice)
                 if piece is not None:
                     pieces.append((run.generation, piece))
         self._pump()
         # Last: each wakes a call's task, and the next step's frame is not to wait behind them.
         for generation, piece in pieces:
-            generation.pieces.put_nowait(piece)
+            generation.pieces.put(piece)
+        stages = [StageSeconds(timing.queue_s, timing.compute_s) for timing in result.timings]
+        self.scheduler.observe(step.plan, stages, round_trip_s)
 
-    def _advance(self, run: _Run, output: Candidates | WholeRow) -> Piece | None:
-        """Samples a sequence's next token; returns what it adds, None where there is no token."""
+    def _advance(self, run: _Run, sampled: Choice) -> Piece | None:
+        """Takes a sequence's next token; returns what it adds, None where there is no token."""
         sequence = run.sequence
-        if run.generation.pieces.qsize() >= MAX_UNREAD_PIECES:
+        if sequence.removed:  # with another of its request's completions, a moment ago
+            return None
+        if len(run.generation.pieces) >= MAX_UNREAD_PIECES:
             self._fail(run.generation, errors.Overloaded("the answer is not being read", limit=MAX_UNREAD_PIECES))
             return None
-        try:
-            sampled = sample(
-                output,
-                sequence.params,
-                run.counts,
-                seed=sequence.seed,
-                completion=sequence.index,
-                position=sequence.num_tokens,
-            )
-        except errors.ShardFault as error:  # no number among this row's logits: its own fault, and nobody else's
-            self._fail(run.generation, error)
+        if isinstance(sampled, errors.ShardFault):  # no number among this row's logits: nobody else's fault
+            self._fail(run.generation, sampled)
             return None
         if isinstance(sampled, NeedsWholeRow):
-            run.needs_whole_row = True
+            run.retry = wider_output(run.retry or run.want, self._vocab_size)
+            self.counters.num_repeats += 1
             self.scheduler.repeat(sequence)
             return None
+        run.retry = None
         run.num_losses = 0
         self._reopen_delay_s = REOPEN_FIRST_DELAY_S
         self.counters.completion_tokens += 1
         if not sequence.output_tokens:
+            self.counters.looked_up_prompt_tokens += len(sequence.prompt_tokens)
             self.counters.cached_prompt_tokens += sequence.num_cached
-        run.counts.add(sampled.token_id)
+        run.chooser.counts.add(sampled.token_id)
         self.scheduler.append_token(sequence, sampled.token_id)
         piece = run.completion.advance(sampled)
         if piece.finish_reason is not None:
@@ -279,6 +292,7 @@ class Engine:
             self.pipeline.lost = error
         self._give_up_on_suspects(error)
         self.scheduler.preempt_all()
+        self.active_time.set(False)
         self._in_flight.clear()
         self._lost.set()
 
@@ -318,4 +332,4 @@ class Engine:
 
     def _fail(self, generation: Generation, error: errors.StagecoachError) -> None:
         self.cancel(generation)
-        generation.pieces.put_nowait(error)
+        generation.pieces.fail(error)

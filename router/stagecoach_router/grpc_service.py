@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import Sequence
 from typing import Any
 
 import grpc.aio
@@ -15,7 +15,9 @@ from stagecoach.sampling import SamplingParams
 from stagecoach.v1 import inference_pb2 as pb
 from stagecoach.v1 import inference_pb2_grpc, model_pb2
 from stagecoach_router.completion import FinishReason, Piece
+from stagecoach_router.discovery import Stage
 from stagecoach_router.engine import Engine, Generation
+from stagecoach_router.pipeline_totals import StageTotals
 from stagecoach_router.request import Request, check_params, check_prompt, with_max_tokens
 from stagecoach_router.tokenizer import Tokenizer
 
@@ -25,6 +27,8 @@ MAX_CHAT_MESSAGES = 4096
 MAX_REQUEST_ID_LENGTH = 128
 # Of a request that is tokenized on the event loop; some 0.1 ms of work.
 MAX_BYTES_ON_LOOP = 4096
+# For the stages' figures of now. Where one does not answer in time, those that it sent last are shown.
+LOAD_REPORT_TIMEOUT_S = 1.0
 # Long texts that are tokenized at a time; the others wait, and the event loop keeps a core.
 _ENCODERS = asyncio.Semaphore(1)
 _FINISH_REASONS = {
@@ -52,7 +56,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def Generate(  # noqa: N802
         self, request: pb.GenerateRequest, context: Context
-    ) -> AsyncIterator[pb.GenerateResponse]:
+    ) -> None:
         generation: Generation | None = None
         serving: Serving | None = None
         try:
@@ -61,11 +65,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             generation = serving.engine.submit(checked)
             unfinished = checked.params.n
             while unfinished:
-                piece = await generation.pieces.get()
-                if isinstance(piece, errors.StagecoachError):
-                    raise piece
-                unfinished -= piece.finish_reason is not None
-                yield write_piece(piece, generation, serving.tokenizer)
+                pieces = await generation.pieces.read()
+                for response in write_pieces(pieces, generation, serving.tokenizer):
+                    await context.write(response)
+                unfinished -= sum(piece.finish_reason is not None for piece in pieces)
         except errors.StagecoachError as error:
             await errors.abort(context, error)
         finally:
@@ -91,6 +94,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             return pb.GetClusterStatusResponse(
                 pipelines=[pb.PipelineStatus(ready=False, reason=self.reason)], uptime_s=uptime_s
             )
+        pipeline = self.serving.engine.pipeline
+        if pipeline is not None and pipeline.lost is None:
+            await pipeline.refresh_loads(LOAD_REPORT_TIMEOUT_S)
         return write_status(self.serving, uptime_s)
 
     def _require(self, model: str) -> Serving:
@@ -184,23 +190,40 @@ def _encode(request: pb.GenerateRequest | pb.TokenizeRequest, tokenizer: Tokeniz
     raise errors.InvalidArgument("input: give a prompt, token_ids or messages", field="input")
 
 
-def write_piece(piece: Piece, generation: Generation, tokenizer: Tokenizer) -> pb.GenerateResponse:
-    """One response of a Generate stream."""
-    request = generation.request
+def write_pieces(pieces: Sequence[Piece], generation: Generation, tokenizer: Tokenizer) -> list[pb.GenerateResponse]:
+    """The next responses of a Generate stream: one for what has come of each completion, as they came."""
+    if len(pieces) == 1:  # nearly always: the reader keeps up
+        return [_write_run(pieces, generation, tokenizer)]
+    by_completion: dict[int, list[Piece]] = {}
+    for piece in pieces:
+        by_completion.setdefault(piece.index, []).append(piece)
+    return [_write_run(run, generation, tokenizer) for run in by_completion.values()]
+
+
+def _write_run(pieces: Sequence[Piece], generation: Generation, tokenizer: Tokenizer) -> pb.GenerateResponse:
+    """One response with all of `pieces`, which follow each other in one completion."""
+    request, piece = generation.request, pieces[-1]
     response = pb.GenerateResponse(
-        request_id=request.request_id, index=piece.index, text=piece.text, token_ids=(piece.token_id,)
+        request_id=request.request_id,
+        index=piece.index,
+        text=piece.text if len(pieces) == 1 else "".join([each.text for each in pieces]),
+        token_ids=[each.token_id for each in pieces],
     )
-    sampled = piece.sampled
-    if sampled.logprob is not None:
-        position = response.logprobs.add()
-        position.chosen.CopyFrom(_token_logprob(piece.token_id, sampled.logprob, tokenizer))
-        position.top.extend(_token_logprob(token_id, logprob, tokenizer) for token_id, logprob in sampled.top)
+    if piece.sampled.logprob is not None:
+        for each in pieces:
+            _write_logprobs(each, response.logprobs.add(), tokenizer)
     if piece.finish_reason is not None:
         response.finish_reason = _FINISH_REASONS[piece.finish_reason]
         response.usage.prompt_tokens = len(request.prompt_tokens)
         response.usage.cached_tokens = generation.runs[piece.index].sequence.num_cached
         response.usage.completion_tokens = generation.runs[piece.index].completion.num_tokens
     return response
+
+
+def _write_logprobs(piece: Piece, position: pb.PositionLogprobs, tokenizer: Tokenizer) -> None:
+    assert piece.sampled.logprob is not None, "asked for with every token, or with none"
+    position.chosen.CopyFrom(_token_logprob(piece.token_id, piece.sampled.logprob, tokenizer))
+    position.top.extend(_token_logprob(token_id, logprob, tokenizer) for token_id, logprob in piece.sampled.top)
 
 
 def _token_logprob(token_id: int, logprob: float, tokenizer: Tokenizer) -> pb.TokenLogprob:
@@ -211,6 +234,9 @@ def write_status(serving: Serving, uptime_s: float) -> pb.GetClusterStatusRespon
     """What the cluster is made of and what it did."""
     engine = serving.engine
     scheduler, counters = engine.scheduler, engine.counters
+    pipeline = engine.pipeline
+    assert pipeline is not None, "serving begins with an open pipeline"
+    totals = pipeline.totals
     response = pb.GetClusterStatusResponse(
         num_running=scheduler.num_running,
         num_waiting=scheduler.num_waiting,
@@ -223,9 +249,15 @@ def write_status(serving: Serving, uptime_s: float) -> pb.GetClusterStatusRespon
         num_free_blocks=scheduler.blocks.num_free,
         block_size=scheduler.blocks.block_size,
         uptime_s=uptime_s,
+        looked_up_prompt_tokens=counters.looked_up_prompt_tokens,
+        num_repeats=counters.num_repeats,
+        active_s=engine.active_time.total_s,
+        num_results=totals.num_results,
+        result_payload_bytes=totals.result_payload_bytes,
+        result_bytes=totals.result_bytes,
+        num_frames=totals.frames.num_frames,
+        num_fast_frames=totals.frames.num_fast_frames,
     )
-    pipeline = engine.pipeline
-    assert pipeline is not None, "serving begins with an open pipeline"
     status = response.pipelines.add(
         model=serving.model,
         epoch=pipeline.epoch,
@@ -233,20 +265,29 @@ def write_status(serving: Serving, uptime_s: float) -> pb.GetClusterStatusRespon
         reason="" if pipeline.lost is None else str(pipeline.lost),
     )
     for stage in pipeline.stages:
-        description, load = stage.description, stage.load
-        status.stages.add(
-            address=stage.address,
-            layers=description.layers,
-            device=description.device,
-            dtype=description.dtype,
-            pid=description.pid,
-            hostname=description.hostname,
-            weights_bytes=description.weights_bytes,
-            kv_cache_bytes=description.kv_cache_bytes,
-            num_steps=load.num_steps,
-            compute_s=load.compute_s,
-            wait_s=load.wait_s,
-            codec_s=load.codec_s,
-            queue_depth=load.queue_depth,
-        )
+        status.stages.append(_stage_status(stage, totals.stage(stage.address)))
     return response
+
+
+def _stage_status(stage: Stage, totals: StageTotals) -> pb.StageStatus:
+    description = stage.description
+    return pb.StageStatus(
+        address=stage.address,
+        layers=description.layers,
+        device=description.device,
+        dtype=description.dtype,
+        pid=description.pid,
+        hostname=description.hostname,
+        weights_bytes=description.weights_bytes,
+        kv_cache_bytes=description.kv_cache_bytes,
+        num_steps=totals.num_steps,
+        num_tokens=totals.num_tokens,
+        compute_s=totals.compute_s,
+        wait_s=totals.wait_s,
+        queue_s=totals.queue_s,
+        decode_s=totals.decode_s,
+        encode_s=totals.encode_s,
+        queue_depth=stage.queue_depth,
+        num_frames=totals.num_frames,
+        num_fast_frames=totals.num_fast_frames,
+    )

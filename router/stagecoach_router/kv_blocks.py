@@ -25,8 +25,9 @@ class BlockManager:
 
     A full block is known by the digest of its tokens and all tokens before it. Digests are 256 bits of BLAKE2b, so
     that equal digests mean equal tokens even where someone looks for collisions. A block that is in the prefix cache
-    is never written again. Eviction takes the idle block that was let go longest ago. Every operation costs as much
-    as the blocks it adds or lets go.
+    is never written again. Eviction takes the idle block that was let go longest ago, and of a chain the last block
+    first: no block outlives one that it can only be found through. Every operation costs as much as the blocks it adds
+    or lets go.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
@@ -98,20 +99,30 @@ class BlockManager:
         """
         for index in range(sequence.num_committed, num_positions // self.block_size):
             block, digest = sequence.block_ids[index], self._digest(sequence, index)
-            # Where two sequences computed the same tokens at the same time, the later block stays out of the cache.
-            if digest not in self._block_of:
-                self._block_of[digest] = block
-                self._digest_of[block] = digest
+            twin = self._block_of.get(digest)
+            if twin is None:
+                self._enter(block, digest)
+            elif twin in self._idle:
+                # Computed anew, as the last block of a prompt is. The one that is held stays, since what will be
+                # found through it is held as well.
+                del self._idle[twin]
+                self._digest_of[twin] = None
+                self._unused.append(twin)
+                self._enter(block, digest)
+            # Else two sequences compute the same tokens at the same time: the later block stays out of the cache.
             sequence.num_committed = index + 1
 
     def release(self, sequence: Sequence) -> None:
         """Lets go of a table. Blocks in the prefix cache that nobody else holds become idle, the others unused."""
         # Last block first: a block can be found only through those before it, so the last one is worth the least.
-        for block in reversed(sequence.block_ids):
+        for index in range(len(sequence.block_ids) - 1, -1, -1):
+            block = sequence.block_ids[index]
             self._num_holders[block] -= 1
             if self._num_holders[block]:
                 continue
-            if self._digest_of[block] is None:
+            if self._digest_of[block] is None and index < sequence.num_committed:
+                self._let_go_of_twin(block, sequence.digests[index])
+            elif self._digest_of[block] is None:
                 self._unused.append(block)
             else:
                 self._idle[block] = None
@@ -155,6 +166,21 @@ class BlockManager:
             tokens = array("I", sequence.tokens(start, start + self.block_size))
             digests.append(blake2b(parent + tokens.tobytes(), digest_size=DIGEST_BYTES).digest())
         return digests[index]
+
+    def _enter(self, block: int, digest: bytes) -> None:
+        self._block_of[digest] = block
+        self._digest_of[block] = digest
+
+    def _let_go_of_twin(self, block: int, digest: bytes) -> None:
+        """Lets go of a block that holds the same as one in the cache did when it was committed."""
+        twin = self._block_of.get(digest)
+        if twin is None:  # evicted meanwhile, unlike what comes after it here
+            self._enter(block, digest)
+            self._idle[block] = None
+            return
+        self._unused.append(block)
+        if twin in self._idle:
+            self._idle.move_to_end(twin)
 
     def _take(self) -> int:
         if self._unused:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +22,11 @@ MAX_CANDIDATES = 1024
 # At temperature 0.7 and top-p 0.9, 128 fail once in ten thousand. Larger models are surer of themselves. On a CPU,
 # reducing to 256 takes the last stage longer than the trips it saves.
 OPEN_CANDIDATES = 128
+
+# Where they fell short, so many are asked for (8 KB), and only if those fall short too the whole row (197 KB for 49,152
+# float32 logits). Four times as many are hardly ever better: that far down a token weighs as little as the log-sum-exp,
+# a float32, leaves open.
+MORE_CANDIDATES = 1024
 
 # Candidates beyond those needed where penalties may push some of them out.
 PENALTY_MARGIN = 64
@@ -55,7 +62,47 @@ class WholeRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Sampled:
+class CandidateRows:
+    """The candidates of one step's rows that asked for as many, as they came."""
+
+    token_ids: npt.NDArray[np.int32]  # [n, k]
+    logits: npt.NDArray[np.float32]  # [n, k]
+    log_sum_exp: npt.NDArray[np.float32] | None  # [n]
+    scaled_log_sum_exp: npt.NDArray[np.float32] | None  # [n]
+
+    def __getitem__(self, index: int) -> Candidates:
+        return Candidates(
+            self.token_ids[index],
+            self.logits[index],
+            None if self.log_sum_exp is None else float(self.log_sum_exp[index]),
+            None if self.scaled_log_sum_exp is None else float(self.scaled_log_sum_exp[index]),
+        )
+
+    def take(self, indices: Sequence[int]) -> CandidateRows:
+        """These rows only."""
+        return CandidateRows(
+            self.token_ids[indices],
+            self.logits[indices],
+            None if self.log_sum_exp is None else self.log_sum_exp[indices],
+            None if self.scaled_log_sum_exp is None else self.scaled_log_sum_exp[indices],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class WholeRows:
+    """All logits of one step's rows that asked for them."""
+
+    logits: npt.NDArray[np.float32]  # [n, vocab_size]
+
+    def __getitem__(self, index: int) -> WholeRow:
+        return WholeRow(self.logits[index])
+
+    def take(self, indices: Sequence[int]) -> WholeRows:
+        """These rows only."""
+        return WholeRows(self.logits[indices])
+
+
+class Sampled(NamedTuple):
     """A chosen token. Log-probabilities are of the model's own distribution: before bias, penalties and temperature."""
 
     token_id: int
@@ -73,9 +120,9 @@ def wanted_output(params: SamplingParams, vocab_size: int) -> OutputWant:
     greedy_or_top_k = 1 if params.greedy else params.top_k
     if params.shapes_logits:
         # Lowered logits: any number of candidates may sink, but nothing outside of them can rise.
-        if not greedy_or_top_k or not only_lowers(params):
+        if not only_lowers(params):
             return WHOLE_ROW
-        num_candidates = greedy_or_top_k + PENALTY_MARGIN
+        num_candidates = (greedy_or_top_k or OPEN_CANDIDATES) + PENALTY_MARGIN
     else:
         num_candidates = greedy_or_top_k or OPEN_CANDIDATES
     with_logprobs = params.logprobs is not None
@@ -84,3 +131,11 @@ def wanted_output(params: SamplingParams, vocab_size: int) -> OutputWant:
     if num_candidates > MAX_CANDIDATES or 2 * num_candidates >= vocab_size:
         return WHOLE_ROW
     return OutputWant(num_candidates, with_logprobs or not greedy_or_top_k, params.temperature)
+
+
+def wider_output(want: OutputWant, vocab_size: int) -> OutputWant:
+    """What to ask for at a position whose token `want` did not determine: it ends at the whole row, which does."""
+    is_open = want.num_candidates in (OPEN_CANDIDATES, OPEN_CANDIDATES + PENALTY_MARGIN) and want.log_sum_exp
+    if is_open and vocab_size > 2 * MORE_CANDIDATES:
+        return OutputWant(MORE_CANDIDATES, True, want.temperature)
+    return WHOLE_ROW

@@ -86,6 +86,13 @@ def only_lowers(params: SamplingParams) -> bool:
     )
 
 
+def num_lowered(params: SamplingParams, counts: TokenCounts) -> int:
+    """At most so many tokens of the vocabulary have a logit that bias and penalties change."""
+    token_ids, num_output = counts.arrays()
+    num_penalized = len(token_ids) if params.repetition_penalty != 1.0 else int(np.count_nonzero(num_output))
+    return num_penalized + len(params.logit_bias)
+
+
 def shape_row(logits: _Float32s, params: SamplingParams, counts: TokenCounts) -> _Float32s:
     """A whole row with bias and penalties applied, as a new array. logits: [vocab_size]."""
     token_ids, num_output = counts.arrays()

@@ -1,14 +1,15 @@
 """One open pipeline: a session with every stage, and the stream of micro-batches into the first. Effects only.
 
-What goes in and comes out is decided elsewhere; here it is sent, received, and found broken.
+What goes in and comes out is decided elsewhere; here it is sent, received, counted, and found broken.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable
 
 import grpc
 import grpc.aio
@@ -18,110 +19,49 @@ from stagecoach.channel import MAX_SHARD_MESSAGE_BYTES, channel_options
 from stagecoach.forward_link import ForwardLink
 from stagecoach.framing import read_frame
 from stagecoach.shard_rpc import ShardStub
-from stagecoach.topology import LayerRange, order_stages
 from stagecoach.v1 import model_pb2, shard_pb2
+from stagecoach_router.discovery import Stage
+from stagecoach_router.pipeline_totals import PipelineTotals
 
 logger = logging.getLogger(__name__)
 
-DESCRIBE_TIMEOUT_S = 10.0
 OPEN_TIMEOUT_S = 20.0
-MAX_FILE_BYTES = 256 << 20
 
 ResultHandler = Callable[[shard_pb2.StepResult, memoryview], None]
 LostHandler = Callable[[errors.StagecoachError], None]
-
-
-@dataclass(slots=True)
-class Stage:
-    """One shard of the pipeline, what it said of itself, and its latest report."""
-
-    address: str
-    description: shard_pb2.DescribeResponse
-    load: shard_pb2.LoadReport = field(default_factory=shard_pb2.LoadReport)
-    channel: grpc.aio.Channel | None = None
-
-    @property
-    def layers(self) -> LayerRange:
-        return LayerRange(self.description.layers.start, self.description.layers.end)
-
-
-async def discover(addresses: Sequence[str]) -> list[Stage]:
-    """Asks every shard who it is, and puts them into pipeline order.
-
-    Raises Unavailable for a shard that does not answer, TopologyError for a gap or an overlap, ModelMismatch for shards
-    of different models, dtypes, block sizes or protocols.
-    """
-    answers = await asyncio.gather(*(_describe(address) for address in addresses), return_exceptions=True)
-    for answer in answers:
-        if isinstance(answer, BaseException):
-            raise answer
-    stages = [answer for answer in answers if isinstance(answer, Stage)]
-    first = stages[0]
-    for stage in stages:
-        _check_same("protocol_version", stage, stage.description.protocol_version, PROTOCOL_VERSION, "this router")
-        for name in ("fingerprint", "num_layers", "hidden_size", "vocab_size", "context_length"):
-            ours, theirs = getattr(first.description.model, name), getattr(stage.description.model, name)
-            _check_same(f"model.{name}", stage, theirs, ours, first.address)
-        _check_same(
-            "dtype",
-            stage,
-            model_pb2.DType.Name(stage.description.dtype),
-            model_pb2.DType.Name(first.description.dtype),
-            first.address,
-        )
-        _check_same("block_size", stage, stage.description.block_size, first.description.block_size, first.address)
-    order = order_stages([stage.layers for stage in stages], first.description.model.num_layers)
-    return [stages[index] for index in order]
-
-
-def check_same_pipeline(before: Stage, now: Stage) -> None:
-    """Raises ModelMismatch where the shards that came back do not hold what the sequences were computed with."""
-    for name in ("fingerprint", "vocab_size", "context_length"):
-        ours, theirs = getattr(before.description.model, name), getattr(now.description.model, name)
-        _check_same(f"model.{name}", now, theirs, ours, "this pipeline")
-    for name in ("dtype", "block_size"):
-        ours, theirs = getattr(before.description, name), getattr(now.description, name)
-        _check_same(name, now, theirs, ours, "this pipeline")
-
-
-async def fetch_files(address: str) -> dict[str, bytes]:
-    """The tokenizer and configuration files of a shard's checkpoint."""
-    files: dict[str, bytearray] = {}
-    total = 0
-    async with grpc.aio.insecure_channel(address, options=channel_options(MAX_SHARD_MESSAGE_BYTES)) as channel:
-        try:
-            async for chunk in ShardStub(channel).fetch_files(shard_pb2.FetchFilesRequest(), timeout=OPEN_TIMEOUT_S):
-                total += len(chunk.data)
-                if total > MAX_FILE_BYTES:
-                    raise errors.OutOfRange(
-                        f"{address}: files of more than {MAX_FILE_BYTES} bytes", field="files", limit=MAX_FILE_BYTES
-                    )
-                files.setdefault(chunk.name, bytearray()).extend(chunk.data)
-        except grpc.RpcError as error:
-            raise errors.from_rpc_error(error, address) from error
-    return {name: bytes(data) for name, data in files.items()}
+Session = grpc.aio.StreamStreamCall[shard_pb2.SessionRequest, bytes]
 
 
 class Pipeline:
     """The stages of one model, opened under one lease and one epoch.
 
     `on_result` gets the last stage's results in the order of the steps. `on_lost` is called once when any part breaks;
-    nothing is delivered after it.
+    nothing is delivered after it. What the pipeline does is added to `totals`.
     """
 
     def __init__(
-        self, stages: list[Stage], *, lease_id: int, epoch: int, on_result: ResultHandler, on_lost: LostHandler
+        self,
+        stages: list[Stage],
+        *,
+        lease_id: int,
+        epoch: int,
+        on_result: ResultHandler,
+        on_lost: LostHandler,
+        totals: PipelineTotals,
     ) -> None:
         self.stages = stages
         self.epoch = epoch
         self.num_blocks = 0
+        self.max_queued_steps = 1  # that the first stage gives credits for
         self.max_batch_tokens = min(stage.description.max_batch_tokens for stage in stages)
         self.lease_id = lease_id
+        self.totals = totals
         self.lost: errors.StagecoachError | None = None
+        self._num_report_requests = 0
         self._on_result = on_result
         self._on_lost = on_lost
         self._link: ForwardLink | None = None
-        self._readers: list[asyncio.Task[None]] = []
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def open(self, *, num_blocks: int, max_slots: int) -> None:
         """Opens a session with every stage, then the stream into the first. Raises the first stage's typed error."""
@@ -132,6 +72,7 @@ class Pipeline:
             )
             self._link = ForwardLink(self.stages[0].address, on_failure=self._lose)
             await self._link.open(OPEN_TIMEOUT_S)
+            self.max_queued_steps = self._link.num_credits
         except BaseException:
             await self.close()
             raise
@@ -141,12 +82,46 @@ class Pipeline:
         assert self._link is not None, "send before open"
         self._link.send(frame)
 
+    async def refresh_loads(self, timeout_s: float) -> None:
+        """Asks every stage for a load report of now, and waits until all have come, at the longest `timeout_s`."""
+        self._num_report_requests += 1
+        number = self._num_report_requests
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await asyncio.gather(*(self._refresh_load(stage, number) for stage in self.stages))
+
+    async def _refresh_load(self, stage: Stage, number: int) -> None:
+        if self.lost is not None:
+            return
+        arrived = stage.reports[number] = asyncio.get_running_loop().create_future()
+        stage.report_wanted.set()
+        try:
+            await arrived
+        finally:
+            del stage.reports[number]
+
+    async def _ask_for_loads(self, stage: Stage, call: Session) -> None:
+        """Asks whenever somebody wants to know. A task of its own: a write that is cancelled ends its call."""
+        with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):  # the reader learns why
+            while True:
+                await stage.report_wanted.wait()
+                stage.report_wanted.clear()
+                request = shard_pb2.ReportLoad(number=self._num_report_requests)
+                await call.write(shard_pb2.SessionRequest(report_load=request))
+
+    def _take_load(self, stage: Stage, report: shard_pb2.LoadReport) -> None:
+        stage.queue_depth = report.queue_depth
+        self.totals.stage(stage.address).add(stage.description.shard_id, report)
+        for number, arrived in stage.reports.items():
+            if number <= report.number and not arrived.done():
+                arrived.set_result(None)
+
     async def close(self) -> None:
         """Ends the lease on every stage."""
         self.lost = self.lost or errors.Unavailable("the pipeline is closed")
-        for reader in self._readers:
-            reader.cancel()
-        await asyncio.gather(*self._readers, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._link is not None:
             await self._link.close()
         await asyncio.gather(*(stage.channel.close() for stage in self.stages if stage.channel is not None))
@@ -179,17 +154,22 @@ class Pipeline:
             raise errors.from_rpc_error(error, stage.address) from error
         if data is grpc.aio.EOF:
             raise await _why_ended(call, stage.address)
-        self._readers.append(asyncio.create_task(self._read(stage, call)))
+        self._tasks += [
+            asyncio.create_task(self._read(stage, call)),
+            asyncio.create_task(self._ask_for_loads(stage, call)),
+        ]
 
-    async def _read(self, stage: Stage, call: grpc.aio.StreamStreamCall[shard_pb2.SessionRequest, bytes]) -> None:
+    async def _read(self, stage: Stage, call: Session) -> None:
         try:
             while isinstance(data := await call.read(), bytes):
-                message, payload = read_frame(shard_pb2.SessionResponse, data)
+                message, payload = read_frame(shard_pb2.SessionResponse, data, self.totals.frames)
                 kind = message.WhichOneof("kind")
                 if kind == "result" and self.lost is None:
+                    check_timings(message.result, len(self.stages))
+                    self.totals.add_result(len(payload), len(data))
                     self._on_result(message.result, payload)
                 elif kind == "load":
-                    stage.load = message.load
+                    self._take_load(stage, message.load)
                 elif kind == "fault":
                     self._lose(
                         errors.ShardFault(f"stage {stage.layers} at {stage.address}: {message.fault.error.message}")
@@ -210,30 +190,27 @@ class Pipeline:
             self._on_lost(error)
 
 
-async def _describe(address: str) -> Stage:
-    async with grpc.aio.insecure_channel(address, options=channel_options(MAX_SHARD_MESSAGE_BYTES)) as channel:
-        try:
-            description = await ShardStub(channel).describe(shard_pb2.DescribeRequest(), timeout=DESCRIBE_TIMEOUT_S)
-        except grpc.RpcError as error:
-            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-                raise errors.Unavailable(f"{address}: no answer to Describe in {DESCRIBE_TIMEOUT_S:g} s") from error
-            raise errors.from_rpc_error(error, address) from error
-    return Stage(address, description)
+def check_timings(result: shard_pb2.StepResult, num_stages: int) -> None:
+    """Raises ShardFault for timings that a step through so many stages cannot have. None at all are let pass."""
+    if len(result.timings) not in (0, num_stages):
+        raise errors.ShardFault(
+            f"step {result.step}: {len(result.timings)} timings, {num_stages} stages",
+            field="timings",
+            limit=num_stages,
+            value=len(result.timings),
+        )
+    for timing in result.timings:
+        for seconds in (timing.decode_s, timing.queue_s, timing.compute_s):
+            if not 0.0 <= seconds < math.inf:
+                raise errors.ShardFault(
+                    f"step {result.step}: a timing of {seconds} s", field="timings", limit="[0, inf)", value=seconds
+                )
 
 
-async def _why_ended(
-    call: grpc.aio.StreamStreamCall[shard_pb2.SessionRequest, bytes], address: str
-) -> errors.StagecoachError:
+async def _why_ended(call: Session, address: str) -> errors.StagecoachError:
     """The error behind a session that the shard has ended."""
     code = await call.code()
     for key, value in await call.trailing_metadata() or ():
         if key == errors.DETAIL_METADATA_KEY and isinstance(value, bytes):
             return errors.from_detail(model_pb2.ErrorDetail.FromString(value))
     return errors.Unavailable(f"{address}: the session ended ({code.name}: {await call.details()})")
-
-
-def _check_same(field_name: str, stage: Stage, theirs: object, ours: object, who: str) -> None:
-    if theirs != ours:
-        raise errors.ModelMismatch(
-            f"{field_name}: {stage.address} has {theirs}, {who} has {ours}", field=field_name, limit=ours, value=theirs
-        )

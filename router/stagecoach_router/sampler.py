@@ -25,7 +25,7 @@ import numpy.typing as npt
 from stagecoach.errors import ShardFault
 from stagecoach.sampling import SamplingParams
 from stagecoach_router.outputs import Candidates, NeedsWholeRow, Sampled, WholeRow
-from stagecoach_router.penalties import TokenCounts, only_lowers, shape_candidates, shape_row
+from stagecoach_router.penalties import TokenCounts, num_lowered, only_lowers, shape_candidates, shape_row
 from stagecoach_router.randomness import uniform
 
 __all__ = ["NeedsWholeRow", "Sampled", "sample"]
@@ -37,13 +37,16 @@ _NEEDS_WHOLE_ROW = NeedsWholeRow()
 
 # Smaller temperatures count as this one: two float32 logits either are equal or differ by so much more that nothing
 # changes, and (largest possible logit) / temperature is still a float64.
-_MIN_TEMPERATURE = 1e-30
+MIN_TEMPERATURE = 1e-30
 # Below it, peak / temperature is so large that a float32 log-sum-exp tells nothing of the mass.
 _MIN_SCALED_TEMPERATURE = 1e-4
 # Error of a scaled log-sum-exp, absolute and per unit of |peak / temperature|, from its arithmetic in float32 (rounding
 # unit 6e-8): the exponents' rounding, weighted by their mass, the summing and the logarithm stay below the first;
 # rounding the temperature, the quotient and the result are three units of the second.
 _LSE_ERROR, _LSE_RELATIVE_ERROR = 1e-5, 2.5e-7
+# Of a sum of weights in float64, relative, whatever its order; far more than it is.
+_SUM_ERROR = 1e-9
+_MAX_EXPONENT = 600.0  # below where exp overflows
 # Token ids are int32.
 _MAX_VOCAB_SIZE = 2.0**31
 # How much of a whole row is ordered at first, and then; a draw beyond that is rare, and only then is all of it.
@@ -75,15 +78,18 @@ def sample(
 def _sample_candidates(
     output: Candidates, params: SamplingParams, counts: TokenCounts, number: float
 ) -> Sampled | NeedsWholeRow:
-    logits = output.logits
-    _check_peak(float(logits[0]))
+    _check_peak(float(output.logits[0]))
     order: npt.NDArray[np.int64] | None = None
-    if params.shapes_logits:
-        order, logits = _order_shaped(output, params, counts)
     index: int | None = 0
-    if not params.greedy:
-        index = _draw_from_candidates(logits, output, params, number)
-    if index is None or len(logits) == 0:
+    if params.shapes_logits:
+        order, shaped, num_certain = _order_shaped(output, params, counts)
+        if num_certain == 0:
+            return _NEEDS_WHOLE_ROW
+        if not params.greedy:
+            index = _draw_from_shaped(shaped, num_certain, output, params, counts, number)
+    elif not params.greedy:
+        index = _draw_from_candidates(output, params, number)
+    if index is None:
         return _NEEDS_WHOLE_ROW
     if order is not None:
         index = int(order[index])
@@ -98,8 +104,8 @@ def _sample_candidates(
 
 def _order_shaped(
     output: Candidates, params: SamplingParams, counts: TokenCounts
-) -> tuple[npt.NDArray[np.int64], _Float32s]:
-    """Places among the candidates and shaped logits, falling, as far as they are the row's largest; [m] each, m <= k.
+) -> tuple[npt.NDArray[np.int64], _Float32s, int]:
+    """Places among the candidates and shaped logits, falling, [k] each; and how many of them are the row's largest.
 
     Where shaping only lowers, what is not among the candidates is still at most as large as the last of them was, and
     those that stay above that are the row's largest. Where it may raise, nothing is known.
@@ -108,16 +114,53 @@ def _order_shaped(
     order = np.lexsort((output.token_ids, -shaped))
     shaped = shaped[order]
     num_certain = int(np.count_nonzero(shaped > output.logits[-1])) if only_lowers(params) else 0
-    return order[:num_certain], shaped[:num_certain]
+    return order, shaped, num_certain
 
 
-def _draw_from_candidates(logits: _Float32s, output: Candidates, params: SamplingParams, number: float) -> int | None:
-    """The place in `logits` ([m], falling) of the drawn token; None where it may be another one, or beyond them."""
-    if len(logits) < max(params.top_k, 1) or (params.shapes_logits and not params.top_k):
+def _draw_from_shaped(
+    shaped: _Float32s,
+    num_certain: int,
+    output: Candidates,
+    params: SamplingParams,
+    counts: TokenCounts,
+    number: float,
+) -> int | None:
+    """The place in `shaped` ([k], falling; the first `num_certain` are the row's largest) of the drawn token, or None.
+
+    Without top-k the mass of the shaped row has to be known. That of its candidates is; tokens outside of them weigh
+    what they did before shaping, but for those that it lowered, to anything between that and nothing.
+    """
+    temperature = max(params.temperature, MIN_TEMPERATURE)
+    if params.top_k:
+        if num_certain < params.top_k:
+            return None
+        weights = _weights(shaped[: params.top_k], temperature)
+        cumulative = weights.cumsum()
+        mass = float(cumulative[-1])
+        return _draw(weights, cumulative, mass, mass, params, number)
+    sunk = (float(output.logits[0]) - float(shaped[0])) / temperature
+    if temperature < _MIN_SCALED_TEMPERATURE or sunk > _MAX_EXPONENT:
+        return None
+    before = _weights(output.logits, temperature)
+    known_before, last = float(before.sum()), float(before[-1])
+    least, most = mass_interval(float(output.logits[0]), output.scaled_log_sum_exp, temperature, known_before, last)
+    scale = math.exp(sunk)  # both now relative to the largest shaped logit
+    weights = _weights(shaped, temperature)
+    known = float(weights.sum())
+    least = known + scale * max(0.0, least - known_before - last * num_lowered(params, counts))
+    most = known + scale * (most - known_before)
+    weights = weights[:num_certain]
+    return _draw(weights, weights.cumsum(), least * (1 - _SUM_ERROR), most * (1 + _SUM_ERROR), params, number)
+
+
+def _draw_from_candidates(output: Candidates, params: SamplingParams, number: float) -> int | None:
+    """The place among the candidates of the drawn token; None where it may be another one, or beyond them."""
+    logits = output.logits
+    if len(logits) < params.top_k:
         return None
     if params.top_k:
         logits = logits[: params.top_k]
-    temperature = max(params.temperature, _MIN_TEMPERATURE)
+    temperature = max(params.temperature, MIN_TEMPERATURE)
     weights = _weights(logits, temperature)
     cumulative = weights.cumsum()
     known = float(cumulative[-1])
@@ -125,21 +168,25 @@ def _draw_from_candidates(logits: _Float32s, output: Candidates, params: Samplin
         raise ShardFault("candidates: a logit is not a number", field="logits", value=known)
     least, most = known, known
     if not params.top_k:
-        least, most = _mass_interval(output, temperature, known, float(weights[-1]))
+        least, most = mass_interval(
+            float(output.logits[0]), output.scaled_log_sum_exp, temperature, known, float(weights[-1])
+        )
     return _draw(weights, cumulative, least, most, params, number)
 
 
-def _mass_interval(output: Candidates, temperature: float, known: float, last: float) -> tuple[float, float]:
-    """Bounds of the mass of the whole row at its temperature, relative to its largest logit's.
+def mass_interval(
+    peak_logit: float, scaled_log_sum_exp: float | None, temperature: float, known: float, last: float
+) -> tuple[float, float]:
+    """Bounds of the mass of the whole row at its temperature, relative to its largest logit's, `peak_logit`.
 
     known: mass of all candidates. last: that of the last one, which no token outside of them exceeds.
     """
     least, most = known, known + last * _MAX_VOCAB_SIZE
-    if output.scaled_log_sum_exp is None or temperature < _MIN_SCALED_TEMPERATURE:
+    if scaled_log_sum_exp is None or temperature < _MIN_SCALED_TEMPERATURE:
         return least, most
-    peak = float(output.logits[0]) / temperature
+    peak = peak_logit / temperature
     error = _LSE_ERROR + _LSE_RELATIVE_ERROR * abs(peak)
-    log_mass = min(output.scaled_log_sum_exp - peak, 600.0)  # below where exp overflows
+    log_mass = min(scaled_log_sum_exp - peak, _MAX_EXPONENT)
     upper = math.exp(log_mass + error)
     if not upper >= known:
         raise ShardFault(
@@ -165,7 +212,7 @@ def _sample_row(raw: _Float32s, params: SamplingParams, counts: TokenCounts, num
 
 def _draw_from_row(logits: _Float32s, params: SamplingParams, number: float) -> int:
     """The drawn token's id. logits: [vocab_size], ordered as far down as the draw falls."""
-    temperature = max(params.temperature, _MIN_TEMPERATURE)
+    temperature = max(params.temperature, MIN_TEMPERATURE)
     if not params.top_k:
         mass = _mass(logits, float(logits.max()), temperature)
         for num in _PREFIXES:

@@ -15,17 +15,19 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from stagecoach_router.admission import WaitingLine, by_order, by_priority_then_arrival, token_limit
 from stagecoach_router.kv_blocks import BlockManager
+from stagecoach_router.pacing import NO_PROMPTS, Pace, Pacing, Prompts, StageSeconds
 from stagecoach_router.sequence import Sequence
+from stagecoach_router.step_cost import StepShape
 
 # Where decodes fill whole steps, every other step keeps this part of its tokens for prefill.
 MIN_PREFILL_FRACTION = 4
-# Prefill that does not fill the lanes is spread over them, so that the stages work on it at the same time; but not in
-# chunks below this, which would cost more than the waiting they save.
+# Prefill that does not fill the lanes is spread over them, so that the stages work on it at the same time; but until
+# it is known what a chunk costs, not in chunks below this, which could cost more than the waiting they save.
 MIN_CHUNK_TOKENS = 64
 
 
@@ -74,7 +76,8 @@ class Scheduler:
     """Sequences in, plans out.
 
     max_batch_tokens: tokens of one step. max_running: slots. max_waiting: sequences beyond those that can start right
-    away. num_lanes: steps in flight. max_logit_rows: rows of one step that want logits (whole rows of a vocabulary are
+    away. num_lanes: steps in flight; where `pacing` is given, it decides that and how long chunks of prefill are, from
+    what `observe` tells it. max_logit_rows: rows of one step that want logits (whole rows of a vocabulary are
     large); None: as many as run. context_length: tokens of one sequence, prompt and output. order_key: sorts
     first what is to be admitted first and preempted last; taken once for each sequence, ties go by seq_id.
     """
@@ -86,9 +89,10 @@ class Scheduler:
         max_batch_tokens: int,
         max_running: int,
         max_waiting: int,
-        num_lanes: int,
+        num_lanes: int = 1,
         context_length: int,
         max_logit_rows: int | None = None,
+        pacing: Pacing | None = None,
         order_key: Callable[[Sequence], Any] = by_priority_then_arrival,
     ) -> None:
         assert min(max_batch_tokens, max_running, num_lanes, context_length) >= 1
@@ -97,11 +101,12 @@ class Scheduler:
         self.max_batch_tokens = max_batch_tokens
         self.max_running = max_running
         self.max_waiting = max_waiting
-        self.num_lanes = num_lanes
+        self.pacing = pacing
         self.context_length = context_length
         self.max_logit_rows = max_logit_rows or max_running
         self.num_preemptions = 0  # for want of blocks; preempt_all does not count
         self._order_key = order_key
+        self._fixed_pace = Pace(num_lanes)
         self._waiting = WaitingLine(blocks, max_waiting)
         self._running: list[Sequence | None] = [None] * max_running  # by slot
         self._free_slots = list(range(max_running - 1, -1, -1))
@@ -118,6 +123,11 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
+
+    @property
+    def num_lanes(self) -> int:
+        """Steps that may be in flight now."""
+        return self._pace().num_lanes
 
     @property
     def num_in_flight(self) -> int:
@@ -143,19 +153,21 @@ class Scheduler:
 
     def schedule(self) -> Plan | None:
         """The next step. None: nothing can be computed before a step completes or a token is appended."""
-        if len(self._in_flight) >= self.num_lanes:
+        pace = self._pace()
+        if len(self._in_flight) >= pace.num_lanes:
             return None
         draft = _Draft(self.max_batch_tokens, self.max_logit_rows)
+        share = self._lane_share(pace.num_lanes)
         if self._prefill_is_due:
-            num_decodes = min(len(self._ready), self._lane_share())
+            num_decodes = min(len(self._ready), share)
             least = max(1, self.max_batch_tokens // MIN_PREFILL_FRACTION)
-            self._plan_prefill(draft, max(least, self.max_batch_tokens - num_decodes))
+            self._plan_prefill(draft, max(least, self.max_batch_tokens - num_decodes), pace)
             num_prefill_rows = len(draft.rows)
-            self._plan_decodes(draft)
+            self._plan_decodes(draft, share)
         else:
-            self._plan_decodes(draft)
+            self._plan_decodes(draft, share)
             num_decodes = len(draft.rows)
-            self._plan_prefill(draft, draft.room)
+            self._plan_prefill(draft, draft.room, pace)
             num_prefill_rows = len(draft.rows) - num_decodes
         self._prefill_is_due = not draft.room and not num_prefill_rows and bool(self._prefilling or self._waiting)
         if not draft.rows:
@@ -178,6 +190,11 @@ class Scheduler:
         for row in rows:
             row.sequence.sampling = True
         return rows
+
+    def observe(self, plan: Plan, stages: list[StageSeconds], round_trip_s: float) -> None:
+        """Tells the pacing where a step's time went: at each stage, and from its sending to its result."""
+        if self.pacing is not None:
+            self.pacing.observe(StepShape.of(plan.rows), stages, round_trip_s)
 
     def append_token(self, sequence: Sequence, token_id: int) -> None:
         """A token was sampled from the logits that `complete` handed out. The sequence is ready again."""
@@ -209,12 +226,15 @@ class Scheduler:
                 self._waiting.join(sequence)
         self._in_flight.clear()
         self.blocks.reset()
+        if self.pacing is not None:
+            self.pacing.reset()
 
     # ---- prefill and admission
 
-    def _plan_prefill(self, draft: _Draft, max_tokens: int) -> None:
+    def _plan_prefill(self, draft: _Draft, max_tokens: int, pace: Pace) -> None:
         """Adds chunks of up to `max_tokens` tokens in all, first in order first."""
-        room = min(max_tokens, draft.room, self._chunk_limit())
+        chunk_tokens = pace.chunk_tokens or self._even_chunk_tokens(pace.num_lanes)
+        room = min(max_tokens, draft.room, chunk_tokens)
         while room and draft.logit_room and (sequence := self._next_to_prefill()):
             num_tokens = min(room, sequence.num_tokens - sequence.num_computed)
             self._dispatch(sequence, num_tokens, draft)
@@ -222,15 +242,31 @@ class Scheduler:
             if sequence.awaiting_token:
                 del self._prefilling[0]
 
-    def _chunk_limit(self) -> int:
+    def _even_chunk_tokens(self, num_lanes: int) -> int:
         """A lane's share of the prefill at hand. Each next one is smaller, and so the wait for the last stage short."""
-        enough = self.num_lanes * self.max_batch_tokens
+        enough = num_lanes * self.max_batch_tokens
         num_tokens = 0
         for sequence in chain(self._prefilling, self._waiting):
             num_tokens += sequence.num_tokens - sequence.num_computed
             if num_tokens >= enough:
                 return self.max_batch_tokens
-        return max(MIN_CHUNK_TOKENS, -(-num_tokens // self.num_lanes))
+        return max(MIN_CHUNK_TOKENS, -(-num_tokens // num_lanes))
+
+    def _pace(self) -> Pace:
+        if self.pacing is None:
+            return self._fixed_pace
+        return self.pacing.pace(self.num_running - len(self._prefilling), self._prompts())
+
+    def _prompts(self) -> Prompts:
+        """What is prefilled now, or as soon as there is room."""
+        num_starting = self._waiting.num_starting(len(self._free_slots))
+        if not self._prefilling and not num_starting:
+            return NO_PROMPTS
+        num_tokens = 0
+        for sequence in chain(self._prefilling, islice(self._waiting, num_starting)):
+            num_tokens += sequence.num_tokens - sequence.num_cached
+        start = self._prefilling[0].num_computed if self._prefilling else 0
+        return Prompts(len(self._prefilling) + num_starting, num_tokens, start)
 
     def _next_to_prefill(self) -> Sequence | None:
         """The first in order of those that are being prefilled and those that can be admitted; admits it."""
@@ -247,13 +283,16 @@ class Scheduler:
 
     # ---- decodes and preemption
 
-    def _lane_share(self) -> int:
+    def _lane_share(self, num_lanes: int) -> int:
         """How many decodes a step takes, so that all lanes get as many. The ones left over go into the next step."""
-        return -(-(self.num_running - len(self._prefilling)) // self.num_lanes)
+        return -(-(self.num_running - len(self._prefilling)) // num_lanes)
 
-    def _plan_decodes(self, draft: _Draft) -> None:
-        """Adds ready sequences, longest ready first. One that gets no block stalls: it keeps its place and blocks."""
-        num_left = min(draft.room, draft.logit_room, self._lane_share())
+    def _plan_decodes(self, draft: _Draft, share: int) -> None:
+        """Adds up to `share` ready sequences, longest ready first.
+
+        One that gets no block stalls: it keeps its place and its blocks.
+        """
+        num_left = min(draft.room, draft.logit_room, share)
         stalled = None  # one at most: what needs a block after it and is earlier in order preempts it
         while num_left and self._ready:
             sequence, _ = self._ready.popitem(last=False)

@@ -14,19 +14,14 @@ from stagecoach.channel import MAX_PUBLIC_MESSAGE_BYTES, MAX_SHARD_MESSAGE_BYTES
 from stagecoach.errors import ConfigError, KVCacheFull, Unavailable
 from stagecoach.health import Health
 from stagecoach.v1 import inference_pb2, inference_pb2_grpc
+from stagecoach_router.discovery import Stage, check_same_pipeline, discover, fetch_files
 from stagecoach_router.engine import Engine
 from stagecoach_router.grpc_service import InferenceService, Serving
 from stagecoach_router.kv_blocks import BlockManager
 from stagecoach_router.model_files import ModelFiles
-from stagecoach_router.pipeline import (
-    LostHandler,
-    Pipeline,
-    ResultHandler,
-    Stage,
-    check_same_pipeline,
-    discover,
-    fetch_files,
-)
+from stagecoach_router.pacing import Pacing
+from stagecoach_router.pipeline import LostHandler, Pipeline, ResultHandler
+from stagecoach_router.pipeline_totals import PipelineTotals
 from stagecoach_router.scheduler import Scheduler
 from stagecoach_router.settings import RouterSettings
 from stagecoach_router.tokenizer import Tokenizer
@@ -128,11 +123,12 @@ def build_engine(
     """The engine for the pipeline of which `first` is a stage."""
     model = first.description.model
     lease_id = secrets.randbits(64)
+    totals = PipelineTotals()
 
     async def connect(epoch: int, on_result: ResultHandler, on_lost: LostHandler) -> Pipeline:
         stages = await discover(addresses)
         check_same_pipeline(first, stages[0])
-        pipeline = Pipeline(stages, lease_id=lease_id, epoch=epoch, on_result=on_result, on_lost=on_lost)
+        pipeline = Pipeline(stages, lease_id=lease_id, epoch=epoch, on_result=on_result, on_lost=on_lost, totals=totals)
         await pipeline.open(num_blocks=num_blocks_to_lease(settings.kv_blocks, stages), max_slots=settings.max_running)
         return pipeline
 
@@ -143,7 +139,7 @@ def build_engine(
             max_running=settings.max_running,
             max_waiting=settings.max_waiting,
             max_logit_rows=max(1, MAX_SHARD_MESSAGE_BYTES // 2 // (4 * model.vocab_size)),
-            num_lanes=settings.lanes or len(addresses),
+            pacing=Pacing(len(addresses), settings.lanes),
             context_length=model.context_length,
         ),
         tokenizer,

@@ -10,7 +10,7 @@ from tokenizers import AddedToken
 
 from stagecoach.errors import CheckpointError, InvalidArgument
 from stagecoach_router.chat_template import ChatTemplate, Message
-from stagecoach_router.detokenizer import IncrementalDetokenizer, text_decoder
+from stagecoach_router.detokenizer import IncrementalDetokenizer, TokenSpelling, text_decoder
 from stagecoach_router.model_files import ModelFiles
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -33,6 +33,8 @@ class Tokenizer:
         self._special_ids = frozenset(
             token_id for token_id, token in self._tokenizer.get_added_tokens_decoder().items() if token.special
         )
+        # The same functions each time: a decoder keeps what it has made of a token.
+        self._spellings = {skip: self._spelling(skip_special_tokens=skip) for skip in (True, False)}
         config = files.json("config.json")
         self.num_known_ids: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self.vocab_size: int = _positive(config.get("vocab_size"), default=self.num_known_ids)
@@ -74,14 +76,18 @@ class Tokenizer:
         self, prompt_tokens: Sequence[int] = (), *, skip_special_tokens: bool = True
     ) -> IncrementalDetokenizer:
         """For the tokens that follow `prompt_tokens`, one completion's worth."""
+        return self._decoder.start(self._spellings[skip_special_tokens], prompt_tokens)
+
+    def _spelling(self, *, skip_special_tokens: bool) -> TokenSpelling:
+        tokenizer, special_ids = self._tokenizer, self._special_ids
 
         def spelling(token_id: int) -> str | None:
-            if skip_special_tokens and token_id in self._special_ids:
+            if skip_special_tokens and token_id in special_ids:
                 return None
-            token: str | None = self._tokenizer.id_to_token(token_id)
+            token: str | None = tokenizer.id_to_token(token_id)
             return token
 
-        return self._decoder.start(spelling, prompt_tokens)
+        return spelling
 
     def _encode(self, text: str, field: str, *, add_special_tokens: bool) -> list[int]:
         try:

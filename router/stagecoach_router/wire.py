@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -10,11 +11,12 @@ import numpy.typing as npt
 from stagecoach.errors import ShardFault
 from stagecoach.framing import write_frame
 from stagecoach.v1 import model_pb2, shard_pb2
-from stagecoach_router.outputs import Candidates, OutputWant, WholeRow
+from stagecoach_router.outputs import CandidateRows, OutputWant, WholeRows
 from stagecoach_router.scheduler import Plan, Row
 
-_FLOAT32 = np.dtype("<f4")
-_INT32 = np.dtype("<i4")
+_FLOAT32: np.dtype[np.float32] = np.dtype("<f4")
+_INT32: np.dtype[np.int32] = np.dtype("<i4")
+_ScalarT = TypeVar("_ScalarT", bound=np.generic)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,16 @@ class OutputOrder:
     groups: tuple[tuple[OutputWant, tuple[Row, ...]], ...]
 
 
+@dataclass(slots=True)
+class _Group:
+    """An output group that is being put together."""
+
+    want: OutputWant
+    rows: list[Row] = field(default_factory=list)
+    token_indices: list[int] = field(default_factory=list)
+    temperatures: list[float] = field(default_factory=list)
+
+
 def write_micro_batch(
     plan: Plan, wants: dict[int, OutputWant], *, lease_id: int, epoch: int, step: int
 ) -> tuple[bytes, OutputOrder]:
@@ -31,39 +43,56 @@ def write_micro_batch(
 
     `wants` says what to ask for each row that wants logits, by seq_id.
     """
-    header = shard_pb2.MicroBatchHeader(lease_id=lease_id, epoch=epoch, step=step, dtype=model_pb2.DTYPE_INT32)
-    for delta in plan.deltas:
-        header.deltas.add(slot=delta.slot, first=delta.first, block_ids=delta.block_ids)
     token_ids: list[int] = []
-    groups: dict[tuple[int, bool], tuple[shard_pb2.OutputGroup, OutputWant, list[Row]]] = {}
+    groups: dict[tuple[int, bool], _Group] = {}
     for row in plan.rows:
-        header.row_slots.append(row.slot)
-        header.row_starts.append(row.start)
-        header.row_num_tokens.append(row.num_tokens)
-        token_ids += row.sequence.tokens(row.start, row.start + row.num_tokens)
-        if row.wants_logits:
-            want = wants[row.sequence.seq_id]
+        sequence, _, start, num_tokens, wants_logits, _ = row
+        if num_tokens == 1:
+            token_ids.append(sequence.token_at(start))
+        else:
+            token_ids += sequence.tokens(start, start + num_tokens)
+        if wants_logits:
+            want = wants[sequence.seq_id]
             key = (want.num_candidates, want.log_sum_exp)
-            if key not in groups:
-                groups[key] = (header.outputs.add(num_candidates=key[0], log_sum_exp=key[1]), want, [])
-            group, _, rows = groups[key]
+            group = groups.get(key)
+            if group is None:
+                group = groups[key] = _Group(want)
+            group.rows.append(row)
             group.token_indices.append(len(token_ids) - 1)
             if want.log_sum_exp:
                 group.temperatures.append(want.temperature)
-            rows.append(row)
+    # Whole lists at a time: a repeated field that grows by one element after the other costs several times as much.
+    header = shard_pb2.MicroBatchHeader(
+        lease_id=lease_id,
+        epoch=epoch,
+        step=step,
+        row_slots=[row.slot for row in plan.rows],
+        row_starts=[row.start for row in plan.rows],
+        row_num_tokens=[row.num_tokens for row in plan.rows],
+        dtype=model_pb2.DTYPE_INT32,
+    )
+    for delta in plan.deltas:
+        header.deltas.add(slot=delta.slot, first=delta.first, block_ids=delta.block_ids)
+    for (num_candidates, log_sum_exp), group in groups.items():
+        header.outputs.add(
+            token_indices=group.token_indices,
+            num_candidates=num_candidates,
+            log_sum_exp=log_sum_exp,
+            temperatures=group.temperatures,
+        )
     payload = np.array(token_ids, dtype=_INT32).data.cast("B")
     frame = write_frame(shard_pb2.MicroBatch(header=header), [payload])
-    return frame, OutputOrder(tuple((want, tuple(rows)) for _, want, rows in groups.values()))
+    return frame, OutputOrder(tuple((group.want, tuple(group.rows)) for group in groups.values()))
 
 
 def read_outputs(
     result: shard_pb2.StepResult, payload: memoryview, order: OutputOrder, vocab_size: int
-) -> list[tuple[Row, Candidates | WholeRow]]:
-    """Every asked row's output. Raises ShardFault where the result is not what was asked for."""
+) -> list[tuple[tuple[Row, ...], CandidateRows | WholeRows]]:
+    """The outputs of each group of rows, in order. Raises ShardFault where the result is not what was asked for."""
     if len(result.outputs) != len(order.groups):
         raise ShardFault(f"step {result.step}: {len(order.groups)} outputs asked for, {len(result.outputs)} came")
     reader = _Reader(payload)
-    outputs: list[tuple[Row, Candidates | WholeRow]] = []
+    outputs: list[tuple[tuple[Row, ...], CandidateRows | WholeRows]] = []
     for block, (want, rows) in zip(result.outputs, order.groups, strict=True):
         columns = min(want.num_candidates, vocab_size) or vocab_size
         asked = (len(rows), columns, want.num_candidates > 0, want.log_sum_exp and want.num_candidates > 0)
@@ -74,7 +103,7 @@ def read_outputs(
             )
         if not block.candidates:
             logits = reader.logits(block.dtype, len(rows) * columns).reshape(len(rows), columns)
-            outputs += [(row, WholeRow(logits[index])) for index, row in enumerate(rows)]
+            outputs.append((rows, WholeRows(logits)))
             continue
         ids = reader.take(_INT32, len(rows) * columns).reshape(len(rows), columns)
         if ids.min() < 0 or ids.max() >= vocab_size:
@@ -83,18 +112,7 @@ def read_outputs(
         plain = scaled = None
         if block.log_sum_exp:
             plain, scaled = reader.take(_FLOAT32, len(rows)), reader.take(_FLOAT32, len(rows))
-        outputs += [
-            (
-                row,
-                Candidates(
-                    ids[index],
-                    logits[index],
-                    None if plain is None else float(plain[index]),
-                    None if scaled is None else float(scaled[index]),
-                ),
-            )
-            for index, row in enumerate(rows)
-        ]
+        outputs.append((rows, CandidateRows(ids, logits, plain, scaled)))
     reader.finish()
     return outputs
 
@@ -106,7 +124,7 @@ class _Reader:
         self._payload = payload
         self._position = 0
 
-    def take(self, dtype: np.dtype[np.generic], count: int) -> npt.NDArray[np.generic]:
+    def take(self, dtype: np.dtype[_ScalarT], count: int) -> npt.NDArray[_ScalarT]:
         end = self._position + count * dtype.itemsize
         if end > len(self._payload):
             raise ShardFault(

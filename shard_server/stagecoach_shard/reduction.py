@@ -51,7 +51,7 @@ def log_sum_exp(logits: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:
     """
     scale = torch.where(temperatures == 0, 1.0, temperatures).float()[:, None]  # [n, 1]
     num_rows = _GROUP_ROWS if logits.device.type == "cpu" else max(1, logits.shape[0])
-    groups = zip(logits.split(num_rows), scale.split(num_rows), strict=True)
+    groups = zip(torch.split(logits, num_rows), torch.split(scale, num_rows), strict=True)
     plain, scaled = zip(*(_log_sum_exp(*group) for group in groups), strict=True)
     return torch.cat(plain), torch.cat(scaled)
 

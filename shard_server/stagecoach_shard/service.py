@@ -19,13 +19,15 @@ import grpc
 import grpc.aio
 
 from stagecoach import PROTOCOL_VERSION, __version__, errors
+from stagecoach.credits import CreditWindow
 from stagecoach.forward_link import ForwardLink
 from stagecoach.framing import FrameCounter, read_frame, write_frame
 from stagecoach.v1 import model_pb2, shard_pb2
 from stagecoach_shard import wire
 from stagecoach_shard.checkpoint import Checkpoint
 from stagecoach_shard.lease import BlockRanges, Lease
-from stagecoach_shard.stage_runner import StageInput, StageResult, StageRunner
+from stagecoach_shard.session import LeaseSession, check_open
+from stagecoach_shard.stage_runner import StageInput, StageResult, StageRunner, StepTimes
 
 logger = logging.getLogger(__name__)
 
@@ -36,27 +38,6 @@ FILE_CHUNK_BYTES = 1 << 20
 Context = grpc.aio.ServicerContext[Any, Any]
 # What goes back on a Forward stream: credits, at last the error that ends it, or None where the sender has ended it.
 Credits = asyncio.Queue[int | errors.StagecoachError | None]
-
-
-class LeaseSession:
-    """A lease with its way out: frames for the router, and the link to the next stage where there is one."""
-
-    def __init__(self, lease: Lease) -> None:
-        self.lease = lease
-        self.link: ForwardLink | None = None
-        self.ended = False
-        self.num_queued = 0  # micro-batches whose credit has not gone back
-        # Frames with what to call when gRPC has taken them; None ends the session.
-        self.outbox: asyncio.Queue[tuple[bytes, Callable[[], None] | None] | None] = asyncio.Queue()
-
-    def fail(self, error: errors.StagecoachError, step: int = 0) -> None:
-        """Tells the router; the lease runs nothing more."""
-        if self.ended:
-            return
-        self.ended = True
-        logger.warning("lease %x, epoch %d: %s", self.lease.lease_id, self.lease.epoch, error)
-        fault = shard_pb2.Fault(epoch=self.lease.epoch, step=step, error=errors.to_detail(error))
-        self.outbox.put_nowait((write_frame(shard_pb2.SessionResponse(fault=fault)), None))
 
 
 class ShardService:
@@ -82,7 +63,8 @@ class ShardService:
         self._blocks = BlockRanges(num_blocks)
         self._sessions: dict[int, LeaseSession] = {}
         self._frames = FrameCounter()
-        self._codec_s = 0.0
+        self._decode_s = 0.0
+        self._encode_s = 0.0
         self._shard_id = secrets.token_hex(8)
 
     async def describe(self, request: shard_pb2.DescribeRequest, context: Context) -> shard_pb2.DescribeResponse:
@@ -138,7 +120,7 @@ class ShardService:
             await self._connect(session, request.open.next_hop)
             await context.write(write_frame(shard_pb2.SessionResponse(opened=shard_pb2.OpenResponse())))
             watcher = asyncio.create_task(self._watch(session, context))
-            reporter = asyncio.create_task(self._report_load(session))
+            reporter = asyncio.create_task(self._report_load_regularly(session))
             while (item := await session.outbox.get()) is not None:
                 frame, on_sent = item
                 await context.write(frame)
@@ -156,12 +138,14 @@ class ShardService:
         """Takes micro-batches and gives credits back as their results move on."""
         outbox: Credits = asyncio.Queue()
         outbox.put_nowait(self._max_queued_steps)
+        window = CreditWindow(self._max_queued_steps)
         reader = asyncio.create_task(self._read_micro_batches(context, outbox))
         try:
             while (item := await outbox.get()) is not None:
                 if isinstance(item, errors.StagecoachError):
                     await errors.abort(context, item)
-                await context.write(shard_pb2.ForwardResponse(credits=item))
+                if due := window.give_back(item):
+                    await context.write(shard_pb2.ForwardResponse(credits=due))
         finally:
             reader.cancel()
 
@@ -183,7 +167,7 @@ class ShardService:
             outbox.put_nowait(errors.InternalError(f"the shard cannot read micro-batches: {error!r}"))
 
     def _open(self, request: shard_pb2.OpenRequest) -> LeaseSession:
-        self._check_open(request)
+        check_open(request, self._runner.stage, self._checkpoint.fingerprint, self._block_size)
         former = self._sessions.get(request.lease_id)
         if former is not None:
             if request.epoch <= former.lease.epoch:
@@ -214,28 +198,6 @@ class ShardService:
         logger.info("lease %x opened: epoch %d, %d blocks", lease.lease_id, lease.epoch, lease.num_blocks)
         return session
 
-    def _check_open(self, request: shard_pb2.OpenRequest) -> None:
-        stage = self._runner.stage
-        pairs = {
-            "protocol_version": (request.protocol_version, PROTOCOL_VERSION),
-            "model_fingerprint": (request.model_fingerprint, self._checkpoint.fingerprint),
-            "layers": ((request.layers.start, request.layers.end), (stage.layers.start, stage.layers.end)),
-            "dtype": (request.dtype, wire.DTYPES[stage.dtype]),
-            "block_size": (request.block_size, self._block_size),
-        }
-        for field, (theirs, ours) in pairs.items():
-            if theirs != ours:
-                raise errors.ModelMismatch(
-                    f"{field}: the router expects {theirs}, this shard has {ours}",
-                    field=field,
-                    limit=ours,
-                    value=theirs,
-                )
-        if bool(request.next_hop) == stage.is_last:
-            raise errors.InvalidArgument(
-                "next_hop must be given to every stage but the last", field="next_hop", value=request.next_hop
-            )
-
     async def _connect(self, session: LeaseSession, next_hop: str) -> None:
         if not next_hop:
             return
@@ -243,30 +205,35 @@ class ShardService:
         await session.link.open(LINK_TIMEOUT_S)
 
     async def _watch(self, session: LeaseSession, context: Context) -> None:
-        """Waits for the router to end its side."""
-        while await context.read() is not grpc.aio.EOF:
-            session.fail(errors.InvalidArgument("a session is opened once", field="kind"))
+        """Answers what the router asks, until it ends its side."""
+        while (request := await context.read()) is not grpc.aio.EOF:
+            if request.WhichOneof("kind") == "report_load":
+                self._report_load(session, request.report_load.number)
+            else:
+                session.fail(errors.InvalidArgument("a session is opened once", field="kind"))
         session.outbox.put_nowait(None)
 
-    async def _report_load(self, session: LeaseSession) -> None:
+    async def _report_load_regularly(self, session: LeaseSession) -> None:
         while True:
-            session.outbox.put_nowait((write_frame(shard_pb2.SessionResponse(load=self._load_report())), None))
+            self._report_load(session)
             await asyncio.sleep(LOAD_REPORT_INTERVAL_S)
 
-    def _load_report(self) -> shard_pb2.LoadReport:
+    def _report_load(self, session: LeaseSession, number: int = 0) -> None:
         load = self._runner.load
-        idle_since = load.idle_since
-        idle_s = time.perf_counter() - idle_since if idle_since is not None else 0.0
-        return shard_pb2.LoadReport(
+        report = shard_pb2.LoadReport(
             num_steps=load.num_steps,
             num_tokens=load.num_tokens,
             compute_s=load.compute_s,
-            wait_s=load.wait_s + idle_s,
-            codec_s=self._codec_s,
+            wait_s=load.wait_s,
+            queue_s=load.queue_s,
+            decode_s=self._decode_s,
+            encode_s=self._encode_s,
             queue_depth=self._runner.queue_depth,
             num_fast_frames=self._frames.num_fast_frames,
             num_frames=self._frames.num_frames,
+            number=number,
         )
+        session.outbox.put_nowait((write_frame(shard_pb2.SessionResponse(load=report)), None))
 
     def _release(self, session: LeaseSession) -> None:
         session.ended = True
@@ -286,6 +253,30 @@ class ShardService:
         begin = time.perf_counter()
         message, payload = read_frame(shard_pb2.MicroBatch, data, self._frames)
         header = message.header
+        session = self._session_of(header)
+        if session.ended:
+            return  # its router knows
+        try:
+            step = self._read_step(session, header, payload)
+        except errors.StagecoachError as error:
+            session.fail(error, header.step)
+            raise
+        loop = asyncio.get_running_loop()
+        session.num_queued += 1
+
+        def give_credit_back() -> None:
+            session.num_queued -= 1
+            credits.put_nowait(1)
+
+        decode_s = time.perf_counter() - begin
+        self._decode_s += decode_s
+
+        def done(result: StageResult | BaseException | None, times: StepTimes) -> None:
+            loop.call_soon_threadsafe(self._deliver, session, header, result, decode_s, times, give_credit_back)
+
+        self._runner.submit(step, done)
+
+    def _session_of(self, header: shard_pb2.MicroBatchHeader) -> LeaseSession:
         session = self._sessions.get(header.lease_id)
         if session is None:
             raise errors.StaleEpoch(
@@ -298,62 +289,51 @@ class ShardService:
                 limit=session.lease.epoch,
                 value=header.epoch,
             )
-        if session.ended:
-            return  # its router knows
+        return session
+
+    def _read_step(self, session: LeaseSession, header: shard_pb2.MicroBatchHeader, payload: memoryview) -> StageInput:
+        """Checks a micro-batch of `session` and applies its block-table changes."""
         stage = self._runner.stage
-        try:
-            if header.first_layer != stage.layers.start:
-                raise errors.InvalidArgument(
-                    f"first_layer: the payload goes into layer {header.first_layer}, this stage is {stage.layers}",
-                    field="first_layer",
-                    limit=stage.layers.start,
-                    value=header.first_layer,
-                )
-            if session.num_queued >= self._max_queued_steps:
-                raise errors.InvalidArgument(
-                    "a micro-batch without credit",
-                    field="credits",
-                    limit=self._max_queued_steps,
-                    value=session.num_queued,
-                )
-            rows = session.lease.accept(header)
-            inputs, copied = wire.read_inputs(
-                payload,
-                header.dtype,
-                num_tokens=rows.total_tokens,
-                hidden_size=stage.config.hidden_size,
-                dtype=None if stage.is_first else stage.dtype,
-                vocab_size=stage.config.vocab_size,
+        if header.first_layer != stage.layers.start:
+            raise errors.InvalidArgument(
+                f"first_layer: the payload goes into layer {header.first_layer}, this stage is {stage.layers}",
+                field="first_layer",
+                limit=stage.layers.start,
+                value=header.first_layer,
             )
-            if copied:
-                self._frames.payload_was_copied()
-            step = StageInput(
-                inputs=inputs,
-                rows=rows,
-                outputs=wire.read_wanted(header.outputs, rows.total_tokens) if stage.is_last else [],
-                is_current=lambda: not session.ended,
+        if session.num_queued >= self._max_queued_steps:
+            raise errors.InvalidArgument(
+                "a micro-batch without credit",
+                field="credits",
+                limit=self._max_queued_steps,
+                value=session.num_queued,
             )
-        except errors.StagecoachError as error:
-            session.fail(error, header.step)
-            raise
-        loop = asyncio.get_running_loop()
-        session.num_queued += 1
-
-        def give_credit_back() -> None:
-            session.num_queued -= 1
-            credits.put_nowait(1)
-
-        def done(result: StageResult | BaseException | None) -> None:
-            loop.call_soon_threadsafe(self._deliver, session, header, result, give_credit_back)
-
-        self._codec_s += time.perf_counter() - begin
-        self._runner.submit(step, done)
+        wire.check_timings(header.timings, stage.layers.start)
+        rows = session.lease.accept(header)
+        inputs, copied = wire.read_inputs(
+            payload,
+            header.dtype,
+            num_tokens=rows.total_tokens,
+            hidden_size=stage.config.hidden_size,
+            dtype=None if stage.is_first else stage.dtype,
+            vocab_size=stage.config.vocab_size,
+        )
+        if copied:
+            self._frames.payload_was_copied()
+        return StageInput(
+            inputs=inputs,
+            rows=rows,
+            outputs=wire.read_wanted(header.outputs, rows.total_tokens) if stage.is_last else [],
+            is_current=lambda: not session.ended,
+        )
 
     def _deliver(
         self,
         session: LeaseSession,
         header: shard_pb2.MicroBatchHeader,
         result: StageResult | BaseException | None,
+        decode_s: float,
+        times: StepTimes,
         on_sent: Callable[[], None],
     ) -> None:
         """Sends a finished step on. Its credit goes back upstream only when it has left."""
@@ -363,10 +343,11 @@ class ShardService:
             session.fail(errors.ShardFault(f"step {header.step} failed: {result!r}"), header.step)
             return
         begin = time.perf_counter()
+        wire.add_timing(header, decode_s, times)
         if isinstance(result, list):
-            session.outbox.put_nowait((wire.write_result(header.epoch, header.step, result), on_sent))
+            session.outbox.put_nowait((wire.write_result(header, result), on_sent))
         else:
             assert session.link is not None, "every stage but the last has a next hop"
             header.first_layer = self._runner.stage.layers.end
             session.link.send(wire.write_hidden_states(header, result), on_sent)
-        self._codec_s += time.perf_counter() - begin
+        self._encode_s += time.perf_counter() - begin

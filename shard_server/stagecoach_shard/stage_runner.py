@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import logging
 import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from stagecoach_shard.kv_cache import KVCache
 from stagecoach_shard.lease import Rows
 from stagecoach_shard.reduction import log_sum_exp, top_candidates
 from stagecoach_shard.stage import Stage
+from stagecoach_shard.transfers import for_device, to_host
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +45,7 @@ class StageInput:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What one WantedOutput came to: whole rows, or candidates with the two log-sum-exps. On the CPU."""
+    """What one WantedOutput came to: whole rows, or candidates with the two log-sum-exps. A result's are on the CPU."""
 
     arrays: tuple[Tensor, ...]
     num_rows: int
@@ -55,34 +58,48 @@ class Output:
 StageResult = Tensor | list[Output]
 
 
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """Where one step's time went on this side of the queue, in seconds."""
+
+    queue_s: float  # from `submit` until the compute thread took it
+    compute_s: float  # from then until its result was there
+
+
+OnDone = Callable[[StageResult | Exception | None, StepTimes], None]
+
+
 @dataclass(slots=True)
 class Load:
-    """What the compute thread did since it started. Steps are those that were computed to their end."""
+    """What the compute thread did since it started, up to now. Steps are those that were computed to their end."""
 
     num_steps: int = 0
     num_tokens: int = 0
-    compute_s: float = 0.0
-    wait_s: float = 0.0
-    idle_since: float | None = field(default=None, repr=False)
+    compute_s: float = 0.0  # it worked on a step
+    wait_s: float = 0.0  # it did not, so together they are the time it has been there
+    queue_s: float = 0.0  # summed over all steps: how long each had been submitted before it was taken
 
 
 class StageRunner:
     """Owns the compute thread of one stage.
 
-    `submit` may be called from any thread; `on_done` is called on the compute thread with the result or the error,
-    or with None where the lease had ended before the run. Every step that is submitted before `stop` is answered.
+    `submit` may be called from any thread; `on_done` is called on the compute thread with the result or the error, or
+    with None where the lease had ended before the run, and with the step's times. Every step that is submitted before
+    `stop` is answered.
     """
 
     def __init__(self, stage: Stage, cache: KVCache, *, block_size: int, num_threads: int) -> None:
         self.stage = stage
-        self.load = Load()
+        self._load = Load()
+        # Guards `_load` with the two moments, of which one is set while the thread runs: what `load` says never falls.
+        self._lock = threading.Lock()
+        self._idle_since: float | None = None
+        self._busy_since: float | None = None
         self._cache = cache
         self._block_size = block_size
         self._num_threads = num_threads
-        self._queue: queue.SimpleQueue[tuple[StageInput, Callable[[StageResult | Exception | None], None]] | None] = (
-            queue.SimpleQueue()
-        )
-        self._busy_since: float | None = None
+        # With each step, when it was submitted. None ends the thread.
+        self._queue: queue.SimpleQueue[tuple[StageInput, OnDone, float] | None] = queue.SimpleQueue()
         self._failure: torch.AcceleratorError | None = None
         self._thread = threading.Thread(target=self._loop, name="compute", daemon=True)
 
@@ -106,11 +123,23 @@ class StageRunner:
         since = self._busy_since
         return 0.0 if since is None else time.perf_counter() - since
 
+    @property
+    def load(self) -> Load:
+        """A copy as of now: the step in hand, or the time it has been idle, is counted as far as it has come."""
+        with self._lock:
+            load, busy_since, idle_since = dataclasses.replace(self._load), self._busy_since, self._idle_since
+            now = time.perf_counter()
+        if busy_since is not None:
+            load.compute_s += now - busy_since
+        if idle_since is not None:
+            load.wait_s += now - idle_since
+        return load
+
     def start(self) -> None:
         self._thread.start()
 
-    def submit(self, step: StageInput, on_done: Callable[[StageResult | Exception | None], None]) -> None:
-        self._queue.put((step, on_done))
+    def submit(self, step: StageInput, on_done: OnDone) -> None:
+        self._queue.put((step, on_done, time.perf_counter()))
 
     def stop(self) -> None:
         """Ends the thread after what is queued."""
@@ -119,25 +148,37 @@ class StageRunner:
 
     def _loop(self) -> None:
         torch.set_num_threads(self._num_threads)
-        load = self.load
+        end = time.perf_counter()
+        self._idle_since = end
         while True:
-            begin = time.perf_counter()
-            load.idle_since = begin
             work = self._queue.get()
-            start = time.perf_counter()
-            load.idle_since = None
-            load.wait_s += start - begin
+            with self._lock:
+                start = time.perf_counter()
+                self._load.wait_s += start - end
+                self._idle_since = None
+                self._busy_since = None if work is None else start
             if work is None:
                 return
-            step, on_done = work
-            self._busy_since = start
+            step, on_done, submitted = work
             result = self._outcome(step)
-            self._busy_since = None
-            load.compute_s += time.perf_counter() - start
+            with self._lock:
+                end = time.perf_counter()
+                times = StepTimes(queue_s=start - submitted, compute_s=end - start)
+                self._count(step, result, times)
+                self._busy_since = None
+                self._idle_since = end
             try:
-                on_done(result)
+                on_done(result, times)
             except Exception:  # whoever asked is gone; the next one may not be
                 logger.exception("a step's result could not be given back")
+
+    def _count(self, step: StageInput, result: StageResult | Exception | None, times: StepTimes) -> None:
+        load = self._load
+        load.queue_s += times.queue_s
+        load.compute_s += times.compute_s
+        if result is not None and not isinstance(result, Exception):
+            load.num_steps += 1
+            load.num_tokens += step.rows.total_tokens
 
     def _outcome(self, step: StageInput) -> StageResult | Exception | None:
         """What `on_done` is told. A fault is one step's, and its lease's; the thread lives on."""
@@ -146,7 +187,7 @@ class StageRunner:
         try:
             if not step.is_current():
                 return None
-            result = self.run(step)
+            return self.run(step)
         except torch.AcceleratorError as error:  # the device's context is lost, and with it everything on the device
             logger.critical("the device is lost", exc_info=True)
             self._failure = error
@@ -154,9 +195,6 @@ class StageRunner:
         except Exception as error:
             logger.exception("step failed")
             return error
-        self.load.num_steps += 1
-        self.load.num_tokens += step.rows.total_tokens
-        return result
 
     @torch.inference_mode()
     def run(self, step: StageInput) -> StageResult:
@@ -170,9 +208,9 @@ class StageRunner:
             device=stage.device,
         )
         # As they came, on the CPU: token ids are checked there, where that waits for no device.
-        hidden_states = stage.forward(step.inputs, batch, self._cache)
+        hidden_states = stage.forward(for_device(step.inputs, stage.device), batch, self._cache)
         if not stage.is_last:
-            return hidden_states.cpu()
+            return to_host([hidden_states])[0]
         return self._reduce(hidden_states, step.outputs)
 
     def _reduce(self, hidden_states: Tensor, wanted: Sequence[WantedOutput]) -> list[Output]:
@@ -188,11 +226,18 @@ class StageRunner:
             rows = logits[first : first + n]
             first += n
             outputs.append(_whole_rows(rows) if group.num_candidates == 0 else _candidates(rows, group))
-        return outputs
+        return _on_host(outputs)
+
+
+def _on_host(outputs: list[Output]) -> list[Output]:
+    arrays = iter(to_host([array for output in outputs for array in output.arrays]))
+    return [
+        dataclasses.replace(output, arrays=tuple(itertools.islice(arrays, len(output.arrays)))) for output in outputs
+    ]
 
 
 def _whole_rows(logits: Tensor) -> Output:
-    return Output((logits.cpu(),), logits.shape[0], logits.shape[1], candidates=False, log_sum_exp=False)
+    return Output((logits,), logits.shape[0], logits.shape[1], candidates=False, log_sum_exp=False)
 
 
 def _candidates(logits: Tensor, group: WantedOutput) -> Output:
@@ -201,7 +246,7 @@ def _candidates(logits: Tensor, group: WantedOutput) -> Output:
     if group.temperatures is not None:
         arrays += log_sum_exp(logits, group.temperatures.to(logits.device))
     return Output(
-        tuple(array.cpu() for array in arrays),
+        tuple(arrays),
         num_rows=logits.shape[0],
         num_columns=token_ids.shape[1],
         candidates=True,

@@ -12,7 +12,7 @@ from torch import Tensor
 from stagecoach.errors import InvalidArgument, OutOfRange
 from stagecoach.framing import write_frame
 from stagecoach.v1 import model_pb2, shard_pb2
-from stagecoach_shard.stage_runner import Output, WantedOutput
+from stagecoach_shard.stage_runner import Output, StepTimes, WantedOutput
 
 DTYPES: dict[torch.dtype, model_pb2.DType] = {
     torch.float32: model_pb2.DTYPE_FLOAT32,
@@ -110,15 +110,39 @@ def read_wanted(groups: Sequence[shard_pb2.OutputGroup], num_tokens: int) -> lis
     return wanted
 
 
+def check_timings(timings: Sequence[shard_pb2.StageTiming], first_layer: int) -> None:
+    """Raises InvalidArgument for timings that the stages before layer `first_layer` cannot have measured.
+
+    Each of them has a layer at the least, so there are not more of them than layers. Fewer are let pass: nothing is
+    decided by them here.
+    """
+    if len(timings) > first_layer:
+        raise InvalidArgument(
+            f"timings: {len(timings)} stages before layer {first_layer}",
+            field="timings",
+            limit=first_layer,
+            value=len(timings),
+        )
+    for timing in timings:
+        for seconds in (timing.decode_s, timing.queue_s, timing.compute_s):
+            if not 0.0 <= seconds < math.inf:
+                raise InvalidArgument(f"timings: {seconds} s", field="timings", limit="[0, inf)", value=seconds)
+
+
+def add_timing(header: shard_pb2.MicroBatchHeader, decode_s: float, times: StepTimes) -> None:
+    """This stage's own timing, after those of the stages before it."""
+    header.timings.add(decode_s=decode_s, queue_s=times.queue_s, compute_s=times.compute_s)
+
+
 def write_hidden_states(header: shard_pb2.MicroBatchHeader, hidden_states: Tensor) -> bytes:
     """The frame for the next stage: the same header, our hidden states."""
     header.dtype = DTYPES[hidden_states.dtype]
     return write_frame(shard_pb2.MicroBatch(header=header), [tensor_bytes(hidden_states)])
 
 
-def write_result(epoch: int, step: int, outputs: Sequence[Output]) -> bytes:
-    """The frame for the router."""
-    result = shard_pb2.StepResult(epoch=epoch, step=step)
+def write_result(header: shard_pb2.MicroBatchHeader, outputs: Sequence[Output]) -> bytes:
+    """The frame for the router: what the step of `header` came to, and the timings that it gathered."""
+    result = shard_pb2.StepResult(epoch=header.epoch, step=header.step, timings=header.timings)
     payload = []
     for output in outputs:
         result.outputs.add(

@@ -76,6 +76,8 @@ def stage(start: int, end: int) -> pb.StageStatus:
         num_steps=7,
         compute_s=3.0,
         wait_s=1.0,
+        num_frames=9,
+        num_fast_frames=9,
     )
 
 
@@ -117,7 +119,15 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer):
             model=MODEL, epoch=1, ready=self.ready, reason=reason, stages=[stage(0, 10), stage(10, 30)]
         )
         return pb.GetClusterStatusResponse(
-            pipelines=[pipeline], num_running=2, num_blocks=64, num_free_blocks=60, block_size=16, uptime_s=12.5
+            pipelines=[pipeline],
+            num_running=2,
+            num_blocks=64,
+            num_free_blocks=60,
+            block_size=16,
+            uptime_s=12.5,
+            active_s=4.0,
+            looked_up_prompt_tokens=50,
+            cached_prompt_tokens=10,
         )
 
     def _begin(self, request: Any, context: Any, *, stays: bool = False) -> None:

@@ -125,6 +125,9 @@ def test_status_shows_the_stages(router: FakeRouter, target: str, capfd: pytest.
         "4242",
         "node-a",
         "75%",
+        "25%",
+        "since the router started: sequences ran for 4.0 s, prefix hits 20%",
+        "9 of 9",
         "3.0 MiB",
         "2 running",
     ):
@@ -136,7 +139,19 @@ def test_status_shows_the_stages(router: FakeRouter, target: str, capfd: pytest.
 
 def test_status_as_json(target: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["status", "--json", "--target", target]) == 0
-    assert json.loads(capfd.readouterr().out)["pipelines"][0]["stages"][1]["first_layer"] == 10
+    shown = json.loads(capfd.readouterr().out)
+    assert shown["pipelines"][0]["stages"][1]["first_layer"] == 10
+    assert shown["activity"]["stages"][1]["bubble_fraction"] == 0.25
+
+
+def test_status_of_an_interval_shows_what_was_done_in_it(
+    router: FakeRouter, target: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["status", "--target", target, "--interval", "0.01"]) == 0
+    shown = capfd.readouterr().out
+    assert "in 0.01 s: sequences ran for 0.0 s, prefix hits -" in shown
+    assert "75%" not in shown  # that was before
+    assert len(router.requests) == 2
 
 
 def test_bench_measures_and_writes_json(
@@ -167,8 +182,9 @@ def test_bench_measures_and_writes_json(
     for result in report["results"]:
         assert result["e2e_tokens_per_s"] == pytest.approx(result["generated_tokens"] / result["wall_s"])
         assert 0 < result["ttft_s"]["p50"] <= result["ttft_s"]["p99"]
-        assert [stage["layers"] for stage in result["stages"]] == ["0:10", "10:30"]
-    assert set(report["definitions"]) <= {*report["results"][0], "busy_fraction"}
+        done = result["activity"]
+        assert [stage["layers"] for stage in done["stages"]] == ["0:10", "10:30"]
+        assert set(report["definitions"]) <= {*result, *done, *done["stages"][0]}
     sent = [request for request in router.requests if request.DESCRIPTOR.name == "GenerateRequest"]
     prompts = [tuple(request.token_ids.ids) for request in sent]
     assert len(set(prompts)) == len(prompts) == 2 + 6 + 1 + 3  # the runs' and their warm-ups'; no two alike

@@ -210,11 +210,12 @@ async def test_a_stage_that_answers_twice_loses_the_pipeline_and_does_not_hang_i
     deliver = ShardService._deliver
     answered = []
 
-    def once_twice(self, session, header, result, on_sent):
-        deliver(self, session, header, result, on_sent)
+    def once_twice(self, session, header, result, decode_s, times, on_sent):
+        deliver(self, session, header, result, decode_s, times, on_sent)
         if not answered:
             answered.append(header.step)
-            deliver(self, session, header, result, lambda: None)
+            del header.timings[:]  # it is the step that is to be refused
+            deliver(self, session, header, result, decode_s, times, lambda: None)
 
     shard = start_shard(tiny_model, "0:4")
     router = start_router([shard.address])

@@ -83,7 +83,9 @@ async def refusal(call):
         return errors.from_rpc_error(grpc.aio.AioRpcError(*status), "shard")
 
 
-def micro_batch(token_ids, *, step=1, start=0, deltas=((0, 0, [0, 1]),), outputs=None, payload=None, **changes):
+def micro_batch(
+    token_ids, *, step=1, start=0, deltas=((0, 0, [0, 1]),), outputs=None, payload=None, timings=(), **changes
+):
     header = pb.MicroBatchHeader(
         lease_id=77,
         epoch=1,
@@ -92,6 +94,7 @@ def micro_batch(token_ids, *, step=1, start=0, deltas=((0, 0, [0, 1]),), outputs
         row_starts=[start],
         row_num_tokens=[len(token_ids)],
         dtype=model_pb2.DTYPE_INT32,
+        timings=timings,
     )
     for slot, first, block_ids in deltas:
         header.deltas.add(slot=slot, first=first, block_ids=block_ids)
@@ -142,6 +145,21 @@ async def test_a_whole_model_on_one_shard_computes_what_transformers_computes(ti
         while load.num_steps < 1:
             load, _ = await read_kind(session, "load")
         assert load.num_fast_frames == load.num_frames == 1
+
+
+async def test_a_load_report_that_is_asked_for_comes_at_once_and_is_of_now(tiny_model):
+    async with running_shard(tiny_model) as (stub, description):
+        session = await open_session(stub, description)
+        forward = stub.forward()
+        for step, number in ((1, 7), (2, 9)):
+            await forward.write(micro_batch([1, 2], step=step))
+            await read_kind(session, "result")
+            await session.write(pb.SessionRequest(report_load=pb.ReportLoad(number=number)))
+            load, _ = await read_kind(session, "load")
+            while load.number == 0:  # those that come by themselves
+                load, _ = await read_kind(session, "load")
+            assert (load.number, load.num_steps, load.num_tokens) == (number, step, 2 * step)
+            assert min(load.compute_s, load.wait_s, load.queue_s, load.decode_s, load.encode_s) > 0
 
 
 @pytest.mark.parametrize(
@@ -214,6 +232,7 @@ BAD_MICRO_BATCHES = {
         micro_batch([1, 2], outputs=pb.OutputGroup(token_indices=[1], log_sum_exp=True)),
         errors.InvalidArgument,
     ),
+    "timings of stages before the first": (micro_batch([1, 2], timings=[pb.StageTiming()]), errors.InvalidArgument),
     "no message": (b"\xff\xff\xff", errors.InvalidArgument),
 }
 

@@ -6,17 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stagecoach.errors import InvalidArgument
-from stagecoach.v1 import inference_pb2 as pb
 from stagecoach_client.load import (
     Load,
     RequestTimes,
     decode_tokens_per_s,
     percentile,
-    stage_loads,
     summarize,
     token_gaps_s,
 )
-from stagecoach_client.status import ClusterStatus, read_status
 
 floats = st.floats(-1e6, 1e6)
 
@@ -77,18 +74,6 @@ def test_of_requests_sent_together_decode_is_what_follows_the_last_first_token(
     tokens = sum(count for r in requests for time, count in r.arrivals if time > begin)
     assert decode_tokens_per_s(requests) == (tokens / (end - begin) if end > begin else None)
     assert len(token_gaps_s(requests)) == sum(r.num_tokens - r.arrivals[0][1] for r in requests)
-
-
-def cluster(compute_s: float, wait_s: float, address: str = "a:1") -> ClusterStatus:
-    stage = pb.StageStatus(address=address, compute_s=compute_s, wait_s=wait_s)
-    return read_status(pb.GetClusterStatusResponse(pipelines=[pb.PipelineStatus(stages=[stage])]))
-
-
-def test_a_stage_is_as_busy_as_it_was_in_between() -> None:
-    assert stage_loads(cluster(10, 90), cluster(13, 91))[0].busy_fraction == 0.75
-    assert stage_loads(cluster(10, 90), cluster(1, 0))[0].busy_fraction is None  # restarted
-    assert stage_loads(cluster(1, 1), cluster(5, 5, "b:1"))[0].busy_fraction is None  # another one
-    assert stage_loads(cluster(1, 1), cluster(1, 1))[0].busy_fraction is None
 
 
 @pytest.mark.parametrize("field", ["concurrency", "prompt_tokens", "output_tokens", "requests_per_client"])

@@ -190,3 +190,24 @@ def test_a_token_by_itself_keeps_its_space() -> None:
 def test_a_decoder_we_do_not_know_is_refused(decoder: object) -> None:
     with pytest.raises(CheckpointError, match="decoder"):
         text_decoder(json.loads(json.dumps(decoder)))
+
+
+@given(st.lists(st.integers(0, 299), max_size=30), st.lists(st.integers(0, 299), max_size=4))
+def test_tokens_that_were_seen_before_read_the_same(token_ids: list[int], prompt: list[int]) -> None:
+    fresh = OurTokenizer(ModelFiles({"tokenizer.json": LIBRARY["byte-level"].to_str().encode()}))
+    first, again = (collect(fresh.detokenizer(prompt), token_ids) for _ in range(2))
+    assert first == again
+
+
+def test_a_token_is_spelt_out_once_for_all_completions() -> None:
+    asked: list[int] = []
+
+    def spelling(token_id: int) -> str:
+        asked.append(token_id)
+        return "ab"
+
+    decoder = text_decoder({"type": "ByteLevel"})
+    for _ in range(3):
+        detokenizer = decoder.start(spelling, [])
+        assert detokenizer.feed(5) + detokenizer.feed(5) == "abab"
+    assert asked == [5]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from stagecoach_shard.batch import Batch
 from stagecoach_shard.checkpoint import Checkpoint
 from stagecoach_shard.kv_cache import KVCache
 from stagecoach_shard.stage import Stage
-from stagecoach_shard.stage_runner import Output
+from stagecoach_shard.stage_runner import Output, StepTimes
 from tests.unit.stage_chain import CPU
 from tests.unit.tiny_models import MODELS, save_tiny_model
 
@@ -202,9 +203,9 @@ def test_output_groups_that_cannot_be_are_refused(
 def test_results_say_what_their_arrays_are(dtype: torch.dtype) -> None:
     logits = _states(2, dtype)
     token_ids, values, sums = torch.tensor([[4, 1]], dtype=torch.int32), torch.tensor([[2.5, 1.0]]), torch.tensor([3.0])
+    timings = [pb.StageTiming(queue_s=0.5), pb.StageTiming(compute_s=0.25)]
     frame = wire.write_result(
-        5,
-        9,
+        pb.MicroBatchHeader(epoch=5, step=9, timings=timings),
         [
             Output((logits,), 2, HIDDEN, candidates=False, log_sum_exp=False),
             Output((token_ids, values), 1, 2, candidates=True, log_sum_exp=False),
@@ -214,6 +215,7 @@ def test_results_say_what_their_arrays_are(dtype: torch.dtype) -> None:
     message, payload = read_frame(pb.SessionResponse, frame)
     candidates = {"num_rows": 1, "num_columns": 2, "candidates": True, "dtype": wire.DTYPES[torch.float32]}
     assert (message.result.epoch, message.result.step) == (5, 9)
+    assert list(message.result.timings) == timings
     assert list(message.result.outputs) == [
         pb.OutputBlock(num_rows=2, num_columns=HIDDEN, dtype=wire.DTYPES[dtype]),
         pb.OutputBlock(**candidates),
@@ -221,6 +223,34 @@ def test_results_say_what_their_arrays_are(dtype: torch.dtype) -> None:
     ]
     pair = struct.pack("<2i2f", 4, 1, 2.5, 1.0)
     assert bytes(payload) == bytes(wire.tensor_bytes(logits)) + pair + pair + struct.pack("<2f", 3.0, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("timings", "first_layer"),
+    [
+        ([pb.StageTiming()], 0),
+        ([pb.StageTiming()] * 3, 2),
+        ([pb.StageTiming(decode_s=math.inf)], 2),
+        ([pb.StageTiming(), pb.StageTiming(queue_s=math.nan)], 2),
+        ([pb.StageTiming(compute_s=-1e-9)], 2),
+    ],
+)
+def test_timings_that_no_stages_before_can_have_measured_are_refused(
+    timings: list[pb.StageTiming], first_layer: int
+) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        wire.check_timings(timings, first_layer)
+    assert caught.value.field == "timings"
+    wire.check_timings([pb.StageTiming(compute_s=1e9)] * 2, 2)
+
+
+def test_a_stage_adds_its_timing_after_those_before_it() -> None:
+    header = pb.MicroBatchHeader(timings=[pb.StageTiming(decode_s=1.0)])
+    wire.add_timing(header, 0.5, StepTimes(queue_s=0.25, compute_s=2.0))
+    assert list(header.timings) == [
+        pb.StageTiming(decode_s=1.0),
+        pb.StageTiming(decode_s=0.5, queue_s=0.25, compute_s=2.0),
+    ]
 
 
 def test_the_bytes_of_a_contiguous_tensor_are_its_memory_and_others_are_laid_out_first() -> None:

@@ -20,7 +20,7 @@ from stagecoach_shard.checkpoint import Checkpoint
 from stagecoach_shard.kv_cache import KVCache
 from stagecoach_shard.lease import Rows
 from stagecoach_shard.stage import Stage
-from stagecoach_shard.stage_runner import Output, StageInput, StageResult, StageRunner, WantedOutput
+from stagecoach_shard.stage_runner import Output, StageInput, StageResult, StageRunner, StepTimes, WantedOutput
 from tests.unit.stage_chain import CPU
 from tests.unit.tiny_models import MODELS, VOCAB_SIZE, reference_logits, save_tiny_model
 
@@ -50,7 +50,7 @@ class Scene:
             checkpoint.config, layers, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, dtype=torch.float32, device=CPU
         )
         self.runner = StageRunner(stage, cache, block_size=BLOCK_SIZE, num_threads=1)
-        self._answers: queue.SimpleQueue[tuple[str, Answer]] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[tuple[str, Answer, StepTimes]] = queue.SimpleQueue()
 
     def submit(
         self,
@@ -62,13 +62,17 @@ class Scene:
     ) -> None:
         rows = Rows(np.array([0]), np.array([len(token_ids)]), np.array([[3, 1]], dtype=np.int32))
         step = StageInput(torch.tensor(token_ids, dtype=torch.int32), rows, outputs, is_current)
-        self.runner.submit(step, lambda answer: self._answers.put((name, answer)))
+        self.runner.submit(step, lambda answer, times: self._answers.put((name, answer, times)))
 
     def answer(self, name: str) -> Answer:
         """The next answer, which must be that of `name`."""
-        given, answer = self._answers.get(timeout=TIMEOUT_S)
+        return self.timed_answer(name)[0]
+
+    def timed_answer(self, name: str) -> tuple[Answer, StepTimes]:
+        """The same with its times."""
+        given, answer, times = self._answers.get(timeout=TIMEOUT_S)
         assert given == name
-        return answer
+        return answer, times
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +161,7 @@ def test_token_ids_reach_the_stage_on_the_cpu_where_they_are_checked(scene: Scen
 
 
 def test_a_result_that_cannot_be_given_back_ends_nothing(scene: Scene) -> None:
-    def gone(answer: Answer) -> None:
+    def gone(answer: Answer, times: StepTimes) -> None:
         raise RuntimeError("the event loop is closed")
 
     rows = Rows(np.array([0]), np.array([1]), np.array([[3]], dtype=np.int32))
@@ -191,7 +195,9 @@ def test_whether_a_lease_stands_is_asked_when_its_turn_comes(scene: Scene) -> No
     assert begun.wait(TIMEOUT_S)
     assert scene.runner.queue_depth == 1
     assert scene.runner.busy_s > 0
-    assert scene.runner.load.idle_since is None
+    seen = [scene.runner.load for _ in range(2)]
+    assert 0 < seen[0].compute_s < seen[1].compute_s  # also of the step in hand
+    assert seen[0].wait_s == seen[1].wait_s
     stands = False
     go_on.set()
     assert scene.answer("first") == []
@@ -212,6 +218,23 @@ def test_the_counters_add_up(scene: Scene) -> None:
     assert (load.num_steps, load.num_tokens) == (3, 7)
     assert load.compute_s > 0
     assert load.wait_s > 0
+
+
+def test_the_times_of_steps_are_the_counters_parts(scene: Scene) -> None:
+    held = threading.Event()
+
+    def hold(batch: Batch) -> None:
+        assert held.wait(TIMEOUT_S)
+
+    scene.attention.before = hold
+    scene.submit("first")
+    scene.submit("second")
+    held.set()
+    times = [scene.timed_answer(name)[1] for name in ("first", "second")]
+    assert times[1].queue_s > 0  # behind the first one
+    load = scene.runner.load
+    assert sum(one.queue_s for one in times) == pytest.approx(load.queue_s)
+    assert sum(one.compute_s for one in times) == pytest.approx(load.compute_s)
 
 
 def test_a_lost_device_fails_every_later_step_and_shows(scene: Scene) -> None:

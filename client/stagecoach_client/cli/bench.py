@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _WARM_UP_TOKENS = 8
 _COLUMNS = ("concurrency", "requests", "tokens", "wall s", "e2e tok/s", "decode tok/s", "TTFT p50/p90/p99 ms",
-            "ITL p50/p90/p99 ms", "busy")  # fmt: skip
+            "ITL p50/p90/p99 ms")  # fmt: skip
 
 
 def bench(
@@ -123,7 +123,8 @@ def _check_writable(path: Path) -> None:
 def _print_results(model: Model, load: Load, results: list[LoadResult]) -> None:
     from rich.table import Table
 
-    from stagecoach_client.cli.terminal import format_fraction, make_console
+    from stagecoach_client.cli.activity_table import activity_line, stage_table
+    from stagecoach_client.cli.terminal import make_console
 
     console = make_console()
     title = f"{model.name}: {load.prompt_tokens} prompt tokens, {load.output_tokens} output tokens"
@@ -140,9 +141,12 @@ def _print_results(model: Model, load: Load, results: list[LoadResult]) -> None:
             "-" if result.decode_tokens_per_s is None else f"{result.decode_tokens_per_s:.1f}",
             _milliseconds(result.ttft_s),
             "-" if result.itl_s is None else _milliseconds(result.itl_s),
-            " ".join(format_fraction(stage.busy_fraction) for stage in result.stages),
         )
     console.print(table)
+    for result in results:
+        if result.activity is not None:
+            title = f"concurrency {result.concurrency}: {activity_line(result.activity)}"
+            console.print(stage_table(title, result.activity))
     cached = sum(result.cached_tokens for result in results)
     if cached:
         console.print(f"note: {cached} prompt tokens came from the prefix cache; use another --seed")

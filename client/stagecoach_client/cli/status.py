@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,28 +16,44 @@ if TYPE_CHECKING:
 
     from stagecoach_client import ClusterStatus, PipelineStatus
 
-_COLUMNS = ["stage", "layers", "address", "device", "dtype", "host", "pid", "weights", "K/V", "steps", "busy", "queue"]
-_NUMBERS = {"stage", "pid", "weights", "K/V", "steps", "busy", "queue"}
+_COLUMNS = ["stage", "layers", "address", "device", "dtype", "host", "pid", "weights", "K/V", "queue"]
+_NUMBERS = {"stage", "pid", "weights", "K/V", "queue"}
 
 
 def status(
     target: Target = DEFAULT_TARGET,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    interval_s: Annotated[
+        float,
+        typer.Option("--interval", min=0.0, metavar="SECONDS", help="What the stages did in so many seconds from now."),
+    ] = 0.0,
 ) -> None:
-    """Show the pipelines, their stages, and how busy they are. Exit status 1 if none is ready."""
+    """Show the pipelines, their stages, and how busy they were: since the router started, or for an interval.
+
+    Exit status 1 if none is ready.
+    """
     from stagecoach_client import Client
+    from stagecoach_client.activity import activity
+    from stagecoach_client.cli.activity_table import activity_line, stage_table
     from stagecoach_client.cli.terminal import make_console
 
     with Client(target) as client:
+        before = client.status() if interval_s else None
+        time.sleep(interval_s)
         cluster = client.status()
+    done = activity(cluster, before)
     if as_json:
-        print(json.dumps(dataclasses.asdict(cluster), ensure_ascii=False, indent=2))
+        report = dataclasses.asdict(cluster) | {"activity": dataclasses.asdict(done)}
+        print(json.dumps(report, ensure_ascii=False, indent=2))
     else:
         console = make_console()
         for line in _headlines(target, cluster):
             console.print(line)
         for pipeline in cluster.pipelines:
             console.print(_table(pipeline))
+        if done.stages:
+            when = f"in {interval_s:g} s" if before is not None else "since the router started"
+            console.print(stage_table(f"{when}: {activity_line(done)}", done))
     raise typer.Exit(0 if cluster.ready else 1)
 
 
@@ -56,7 +73,7 @@ def _table(pipeline: PipelineStatus) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    from stagecoach_client.cli.terminal import format_bytes, format_fraction
+    from stagecoach_client.cli.terminal import format_bytes
 
     state = "ready" if pipeline.ready else f"not ready: {pipeline.reason or 'no reason given'}"
     title = Text(f"{pipeline.model.name or 'model unknown'}: {state} (epoch {pipeline.epoch})")
@@ -75,8 +92,6 @@ def _table(pipeline: PipelineStatus) -> Table:
             str(stage.pid),
             format_bytes(stage.weights_bytes),
             format_bytes(stage.kv_cache_bytes),
-            str(stage.num_steps),
-            format_fraction(stage.busy_fraction),
             str(stage.queue_depth),
         )
         table.add_row(*map(Text, cells))

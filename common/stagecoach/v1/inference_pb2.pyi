@@ -175,7 +175,7 @@ class GetClusterStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetClusterStatusResponse(_message.Message):
-    __slots__ = ("pipelines", "num_running", "num_waiting", "num_finished", "num_preemptions", "prompt_tokens", "cached_prompt_tokens", "completion_tokens", "num_blocks", "num_free_blocks", "block_size", "uptime_s")
+    __slots__ = ("pipelines", "num_running", "num_waiting", "num_finished", "num_preemptions", "prompt_tokens", "cached_prompt_tokens", "completion_tokens", "num_blocks", "num_free_blocks", "block_size", "uptime_s", "looked_up_prompt_tokens", "num_repeats", "active_s", "num_results", "result_payload_bytes", "result_bytes", "num_frames", "num_fast_frames")
     PIPELINES_FIELD_NUMBER: _ClassVar[int]
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
@@ -188,6 +188,14 @@ class GetClusterStatusResponse(_message.Message):
     NUM_FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
+    LOOKED_UP_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_REPEATS_FIELD_NUMBER: _ClassVar[int]
+    ACTIVE_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_RESULTS_FIELD_NUMBER: _ClassVar[int]
+    RESULT_PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RESULT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_FRAMES_FIELD_NUMBER: _ClassVar[int]
+    NUM_FAST_FRAMES_FIELD_NUMBER: _ClassVar[int]
     pipelines: _containers.RepeatedCompositeFieldContainer[PipelineStatus]
     num_running: int
     num_waiting: int
@@ -200,7 +208,15 @@ class GetClusterStatusResponse(_message.Message):
     num_free_blocks: int
     block_size: int
     uptime_s: float
-    def __init__(self, pipelines: _Optional[_Iterable[_Union[PipelineStatus, _Mapping]]] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_finished: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., uptime_s: _Optional[float] = ...) -> None: ...
+    looked_up_prompt_tokens: int
+    num_repeats: int
+    active_s: float
+    num_results: int
+    result_payload_bytes: int
+    result_bytes: int
+    num_frames: int
+    num_fast_frames: int
+    def __init__(self, pipelines: _Optional[_Iterable[_Union[PipelineStatus, _Mapping]]] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_finished: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., uptime_s: _Optional[float] = ..., looked_up_prompt_tokens: _Optional[int] = ..., num_repeats: _Optional[int] = ..., active_s: _Optional[float] = ..., num_results: _Optional[int] = ..., result_payload_bytes: _Optional[int] = ..., result_bytes: _Optional[int] = ..., num_frames: _Optional[int] = ..., num_fast_frames: _Optional[int] = ...) -> None: ...
 
 class PipelineStatus(_message.Message):
     __slots__ = ("model", "epoch", "ready", "reason", "stages")
@@ -217,7 +233,7 @@ class PipelineStatus(_message.Message):
     def __init__(self, model: _Optional[_Union[_model_pb2.ModelDescription, _Mapping]] = ..., epoch: _Optional[int] = ..., ready: bool = ..., reason: _Optional[str] = ..., stages: _Optional[_Iterable[_Union[StageStatus, _Mapping]]] = ...) -> None: ...
 
 class StageStatus(_message.Message):
-    __slots__ = ("address", "layers", "device", "dtype", "pid", "hostname", "weights_bytes", "kv_cache_bytes", "num_steps", "compute_s", "wait_s", "codec_s", "queue_depth")
+    __slots__ = ("address", "layers", "device", "dtype", "pid", "hostname", "weights_bytes", "kv_cache_bytes", "num_steps", "compute_s", "wait_s", "decode_s", "queue_depth", "num_tokens", "queue_s", "encode_s", "num_frames", "num_fast_frames")
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
@@ -229,8 +245,13 @@ class StageStatus(_message.Message):
     NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
     WAIT_S_FIELD_NUMBER: _ClassVar[int]
-    CODEC_S_FIELD_NUMBER: _ClassVar[int]
+    DECODE_S_FIELD_NUMBER: _ClassVar[int]
     QUEUE_DEPTH_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    ENCODE_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_FRAMES_FIELD_NUMBER: _ClassVar[int]
+    NUM_FAST_FRAMES_FIELD_NUMBER: _ClassVar[int]
     address: str
     layers: _model_pb2.LayerRange
     device: str
@@ -242,6 +263,11 @@ class StageStatus(_message.Message):
     num_steps: int
     compute_s: float
     wait_s: float
-    codec_s: float
+    decode_s: float
     queue_depth: int
-    def __init__(self, address: _Optional[str] = ..., layers: _Optional[_Union[_model_pb2.LayerRange, _Mapping]] = ..., device: _Optional[str] = ..., dtype: _Optional[_Union[_model_pb2.DType, str]] = ..., pid: _Optional[int] = ..., hostname: _Optional[str] = ..., weights_bytes: _Optional[int] = ..., kv_cache_bytes: _Optional[int] = ..., num_steps: _Optional[int] = ..., compute_s: _Optional[float] = ..., wait_s: _Optional[float] = ..., codec_s: _Optional[float] = ..., queue_depth: _Optional[int] = ...) -> None: ...
+    num_tokens: int
+    queue_s: float
+    encode_s: float
+    num_frames: int
+    num_fast_frames: int
+    def __init__(self, address: _Optional[str] = ..., layers: _Optional[_Union[_model_pb2.LayerRange, _Mapping]] = ..., device: _Optional[str] = ..., dtype: _Optional[_Union[_model_pb2.DType, str]] = ..., pid: _Optional[int] = ..., hostname: _Optional[str] = ..., weights_bytes: _Optional[int] = ..., kv_cache_bytes: _Optional[int] = ..., num_steps: _Optional[int] = ..., compute_s: _Optional[float] = ..., wait_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., queue_depth: _Optional[int] = ..., num_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., encode_s: _Optional[float] = ..., num_frames: _Optional[int] = ..., num_fast_frames: _Optional[int] = ...) -> None: ...

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from stagecoach.v1 import model_pb2 as stagecoach_dot_v1_dot_model__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19stagecoach/v1/shard.proto\x12\rstagecoach.v1\x1a\x19stagecoach/v1/model.proto\"\x11\n\x0f\x44\x65scribeRequest\"\x91\x03\n\x10\x44\x65scribeResponse\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x18\n\x10software_version\x18\x02 \x01(\t\x12\x10\n\x08shard_id\x18\x03 \x01(\t\x12.\n\x05model\x18\x04 \x01(\x0b\x32\x1f.stagecoach.v1.ModelDescription\x12)\n\x06layers\x18\x05 \x01(\x0b\x32\x19.stagecoach.v1.LayerRange\x12#\n\x05\x64type\x18\x06 \x01(\x0e\x32\x14.stagecoach.v1.DType\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\x12\n\nblock_size\x18\x08 \x01(\r\x12\x12\n\nnum_blocks\x18\t \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\n \x01(\r\x12\x16\n\x0ekv_cache_bytes\x18\x0b \x01(\x04\x12\x15\n\rweights_bytes\x18\x0c \x01(\x04\x12\x18\n\x10max_batch_tokens\x18\r \x01(\r\x12\x0b\n\x03pid\x18\x0e \x01(\r\x12\x10\n\x08hostname\x18\x0f \x01(\t\"\x13\n\x11\x46\x65tchFilesRequest\"\'\n\tFileChunk\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"D\n\x0eSessionRequest\x12*\n\x04open\x18\x01 \x01(\x0b\x32\x1a.stagecoach.v1.OpenRequestH\x00\x42\x06\n\x04kind\"\x80\x02\n\x0bOpenRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12)\n\x06layers\x18\x03 \x01(\x0b\x32\x19.stagecoach.v1.LayerRange\x12#\n\x05\x64type\x18\x04 \x01(\x0e\x32\x14.stagecoach.v1.DType\x12\x10\n\x08lease_id\x18\x05 \x01(\x06\x12\r\n\x05\x65poch\x18\x06 \x01(\x04\x12\x12\n\nnum_blocks\x18\x07 \x01(\r\x12\x12\n\nblock_size\x18\x08 \x01(\r\x12\x11\n\tmax_slots\x18\t \x01(\r\x12\x10\n\x08next_hop\x18\n \x01(\t\"\xd8\x01\n\x0fSessionResponse\x12-\n\x06opened\x18\x01 \x01(\x0b\x32\x1b.stagecoach.v1.OpenResponseH\x00\x12+\n\x06result\x18\x02 \x01(\x0b\x32\x19.stagecoach.v1.StepResultH\x00\x12%\n\x05\x66\x61ult\x18\x03 \x01(\x0b\x32\x14.stagecoach.v1.FaultH\x00\x12)\n\x04load\x18\x04 \x01(\x0b\x32\x19.stagecoach.v1.LoadReportH\x00\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\x06\n\x04kind\"\x0e\n\x0cOpenResponse\"V\n\nStepResult\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12+\n\x07outputs\x18\x03 \x03(\x0b\x32\x1a.stagecoach.v1.OutputBlock\"\x82\x01\n\x0bOutputBlock\x12\x10\n\x08num_rows\x18\x01 \x01(\r\x12\x13\n\x0bnum_columns\x18\x02 \x01(\r\x12\x12\n\ncandidates\x18\x03 \x01(\x08\x12\x13\n\x0blog_sum_exp\x18\x04 \x01(\x08\x12#\n\x05\x64type\x18\x05 \x01(\x0e\x32\x14.stagecoach.v1.DType\"O\n\x05\x46\x61ult\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12)\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x1a.stagecoach.v1.ErrorDetail\"\xa9\x01\n\nLoadReport\x12\x11\n\tnum_steps\x18\x01 \x01(\x04\x12\x12\n\nnum_tokens\x18\x02 \x01(\x04\x12\x11\n\tcompute_s\x18\x03 \x01(\x01\x12\x0e\n\x06wait_s\x18\x04 \x01(\x01\x12\x0f\n\x07\x63odec_s\x18\x05 \x01(\x01\x12\x13\n\x0bqueue_depth\x18\x06 \x01(\r\x12\x17\n\x0fnum_fast_frames\x18\x07 \x01(\x04\x12\x12\n\nnum_frames\x18\x08 \x01(\x04\"N\n\nMicroBatch\x12/\n\x06header\x18\x01 \x01(\x0b\x32\x1f.stagecoach.v1.MicroBatchHeader\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\"\x97\x02\n\x10MicroBatchHeader\x12\x10\n\x08lease_id\x18\x01 \x01(\x06\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x11\n\trow_slots\x18\x04 \x03(\r\x12\x12\n\nrow_starts\x18\x05 \x03(\r\x12\x16\n\x0erow_num_tokens\x18\x06 \x03(\r\x12.\n\x06\x64\x65ltas\x18\x07 \x03(\x0b\x32\x1e.stagecoach.v1.BlockTableDelta\x12+\n\x07outputs\x18\x08 \x03(\x0b\x32\x1a.stagecoach.v1.OutputGroup\x12#\n\x05\x64type\x18\t \x01(\x0e\x32\x14.stagecoach.v1.DType\x12\x13\n\x0b\x66irst_layer\x18\n \x01(\r\"A\n\x0f\x42lockTableDelta\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\r\n\x05\x66irst\x18\x02 \x01(\r\x12\x11\n\tblock_ids\x18\x03 \x03(\r\"g\n\x0bOutputGroup\x12\x15\n\rtoken_indices\x18\x01 \x03(\r\x12\x16\n\x0enum_candidates\x18\x02 \x01(\r\x12\x13\n\x0blog_sum_exp\x18\x03 \x01(\x08\x12\x14\n\x0ctemperatures\x18\x04 \x03(\x02\"\"\n\x0f\x46orwardResponse\x12\x0f\n\x07\x63redits\x18\x01 \x01(\r2\xb8\x02\n\x05Shard\x12K\n\x08\x44\x65scribe\x12\x1e.stagecoach.v1.DescribeRequest\x1a\x1f.stagecoach.v1.DescribeResponse\x12J\n\nFetchFiles\x12 .stagecoach.v1.FetchFilesRequest\x1a\x18.stagecoach.v1.FileChunk0\x01\x12L\n\x07Session\x12\x1d.stagecoach.v1.SessionRequest\x1a\x1e.stagecoach.v1.SessionResponse(\x01\x30\x01\x12H\n\x07\x46orward\x12\x19.stagecoach.v1.MicroBatch\x1a\x1e.stagecoach.v1.ForwardResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19stagecoach/v1/shard.proto\x12\rstagecoach.v1\x1a\x19stagecoach/v1/model.proto\"\x11\n\x0f\x44\x65scribeRequest\"\x91\x03\n\x10\x44\x65scribeResponse\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x18\n\x10software_version\x18\x02 \x01(\t\x12\x10\n\x08shard_id\x18\x03 \x01(\t\x12.\n\x05model\x18\x04 \x01(\x0b\x32\x1f.stagecoach.v1.ModelDescription\x12)\n\x06layers\x18\x05 \x01(\x0b\x32\x19.stagecoach.v1.LayerRange\x12#\n\x05\x64type\x18\x06 \x01(\x0e\x32\x14.stagecoach.v1.DType\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\x12\n\nblock_size\x18\x08 \x01(\r\x12\x12\n\nnum_blocks\x18\t \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\n \x01(\r\x12\x16\n\x0ekv_cache_bytes\x18\x0b \x01(\x04\x12\x15\n\rweights_bytes\x18\x0c \x01(\x04\x12\x18\n\x10max_batch_tokens\x18\r \x01(\r\x12\x0b\n\x03pid\x18\x0e \x01(\r\x12\x10\n\x08hostname\x18\x0f \x01(\t\"\x13\n\x11\x46\x65tchFilesRequest\"\'\n\tFileChunk\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"v\n\x0eSessionRequest\x12*\n\x04open\x18\x01 \x01(\x0b\x32\x1a.stagecoach.v1.OpenRequestH\x00\x12\x30\n\x0breport_load\x18\x02 \x01(\x0b\x32\x19.stagecoach.v1.ReportLoadH\x00\x42\x06\n\x04kind\"\x1c\n\nReportLoad\x12\x0e\n\x06number\x18\x01 \x01(\x04\"\x80\x02\n\x0bOpenRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12)\n\x06layers\x18\x03 \x01(\x0b\x32\x19.stagecoach.v1.LayerRange\x12#\n\x05\x64type\x18\x04 \x01(\x0e\x32\x14.stagecoach.v1.DType\x12\x10\n\x08lease_id\x18\x05 \x01(\x06\x12\r\n\x05\x65poch\x18\x06 \x01(\x04\x12\x12\n\nnum_blocks\x18\x07 \x01(\r\x12\x12\n\nblock_size\x18\x08 \x01(\r\x12\x11\n\tmax_slots\x18\t \x01(\r\x12\x10\n\x08next_hop\x18\n \x01(\t\"\xd8\x01\n\x0fSessionResponse\x12-\n\x06opened\x18\x01 \x01(\x0b\x32\x1b.stagecoach.v1.OpenResponseH\x00\x12+\n\x06result\x18\x02 \x01(\x0b\x32\x19.stagecoach.v1.StepResultH\x00\x12%\n\x05\x66\x61ult\x18\x03 \x01(\x0b\x32\x14.stagecoach.v1.FaultH\x00\x12)\n\x04load\x18\x04 \x01(\x0b\x32\x19.stagecoach.v1.LoadReportH\x00\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\x06\n\x04kind\"\x0e\n\x0cOpenResponse\"\x83\x01\n\nStepResult\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12+\n\x07outputs\x18\x03 \x03(\x0b\x32\x1a.stagecoach.v1.OutputBlock\x12+\n\x07timings\x18\x04 \x03(\x0b\x32\x1a.stagecoach.v1.StageTiming\"C\n\x0bStageTiming\x12\x10\n\x08\x64\x65\x63ode_s\x18\x01 \x01(\x02\x12\x0f\n\x07queue_s\x18\x02 \x01(\x02\x12\x11\n\tcompute_s\x18\x03 \x01(\x02\"\x82\x01\n\x0bOutputBlock\x12\x10\n\x08num_rows\x18\x01 \x01(\r\x12\x13\n\x0bnum_columns\x18\x02 \x01(\r\x12\x12\n\ncandidates\x18\x03 \x01(\x08\x12\x13\n\x0blog_sum_exp\x18\x04 \x01(\x08\x12#\n\x05\x64type\x18\x05 \x01(\x0e\x32\x14.stagecoach.v1.DType\"O\n\x05\x46\x61ult\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12)\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x1a.stagecoach.v1.ErrorDetail\"\xdd\x01\n\nLoadReport\x12\x11\n\tnum_steps\x18\x01 \x01(\x04\x12\x12\n\nnum_tokens\x18\x02 \x01(\x04\x12\x11\n\tcompute_s\x18\x03 \x01(\x01\x12\x0e\n\x06wait_s\x18\x04 \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\x05 \x01(\x01\x12\x13\n\x0bqueue_depth\x18\x06 \x01(\r\x12\x17\n\x0fnum_fast_frames\x18\x07 \x01(\x04\x12\x12\n\nnum_frames\x18\x08 \x01(\x04\x12\x10\n\x08\x65ncode_s\x18\t \x01(\x01\x12\x0f\n\x07queue_s\x18\n \x01(\x01\x12\x0e\n\x06number\x18\x0b \x01(\x04\"N\n\nMicroBatch\x12/\n\x06header\x18\x01 \x01(\x0b\x32\x1f.stagecoach.v1.MicroBatchHeader\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\"\xc4\x02\n\x10MicroBatchHeader\x12\x10\n\x08lease_id\x18\x01 \x01(\x06\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x11\n\trow_slots\x18\x04 \x03(\r\x12\x12\n\nrow_starts\x18\x05 \x03(\r\x12\x16\n\x0erow_num_tokens\x18\x06 \x03(\r\x12.\n\x06\x64\x65ltas\x18\x07 \x03(\x0b\x32\x1e.stagecoach.v1.BlockTableDelta\x12+\n\x07outputs\x18\x08 \x03(\x0b\x32\x1a.stagecoach.v1.OutputGroup\x12#\n\x05\x64type\x18\t \x01(\x0e\x32\x14.stagecoach.v1.DType\x12\x13\n\x0b\x66irst_layer\x18\n \x01(\r\x12+\n\x07timings\x18\x0b \x03(\x0b\x32\x1a.stagecoach.v1.StageTiming\"A\n\x0f\x42lockTableDelta\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\r\n\x05\x66irst\x18\x02 \x01(\r\x12\x11\n\tblock_ids\x18\x03 \x03(\r\"g\n\x0bOutputGroup\x12\x15\n\rtoken_indices\x18\x01 \x03(\r\x12\x16\n\x0enum_candidates\x18\x02 \x01(\r\x12\x13\n\x0blog_sum_exp\x18\x03 \x01(\x08\x12\x14\n\x0ctemperatures\x18\x04 \x03(\x02\"\"\n\x0f\x46orwardResponse\x12\x0f\n\x07\x63redits\x18\x01 \x01(\r2\xb8\x02\n\x05Shard\x12K\n\x08\x44\x65scribe\x12\x1e.stagecoach.v1.DescribeRequest\x1a\x1f.stagecoach.v1.DescribeResponse\x12J\n\nFetchFiles\x12 .stagecoach.v1.FetchFilesRequest\x1a\x18.stagecoach.v1.FileChunk0\x01\x12L\n\x07Session\x12\x1d.stagecoach.v1.SessionRequest\x1a\x1e.stagecoach.v1.SessionResponse(\x01\x30\x01\x12H\n\x07\x46orward\x12\x19.stagecoach.v1.MicroBatch\x1a\x1e.stagecoach.v1.ForwardResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,31 +41,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FILECHUNK']._serialized_start=515
   _globals['_FILECHUNK']._serialized_end=554
   _globals['_SESSIONREQUEST']._serialized_start=556
-  _globals['_SESSIONREQUEST']._serialized_end=624
-  _globals['_OPENREQUEST']._serialized_start=627
-  _globals['_OPENREQUEST']._serialized_end=883
-  _globals['_SESSIONRESPONSE']._serialized_start=886
-  _globals['_SESSIONRESPONSE']._serialized_end=1102
-  _globals['_OPENRESPONSE']._serialized_start=1104
-  _globals['_OPENRESPONSE']._serialized_end=1118
-  _globals['_STEPRESULT']._serialized_start=1120
-  _globals['_STEPRESULT']._serialized_end=1206
-  _globals['_OUTPUTBLOCK']._serialized_start=1209
-  _globals['_OUTPUTBLOCK']._serialized_end=1339
-  _globals['_FAULT']._serialized_start=1341
-  _globals['_FAULT']._serialized_end=1420
-  _globals['_LOADREPORT']._serialized_start=1423
-  _globals['_LOADREPORT']._serialized_end=1592
-  _globals['_MICROBATCH']._serialized_start=1594
-  _globals['_MICROBATCH']._serialized_end=1672
-  _globals['_MICROBATCHHEADER']._serialized_start=1675
-  _globals['_MICROBATCHHEADER']._serialized_end=1954
-  _globals['_BLOCKTABLEDELTA']._serialized_start=1956
-  _globals['_BLOCKTABLEDELTA']._serialized_end=2021
-  _globals['_OUTPUTGROUP']._serialized_start=2023
-  _globals['_OUTPUTGROUP']._serialized_end=2126
-  _globals['_FORWARDRESPONSE']._serialized_start=2128
-  _globals['_FORWARDRESPONSE']._serialized_end=2162
-  _globals['_SHARD']._serialized_start=2165
-  _globals['_SHARD']._serialized_end=2477
+  _globals['_SESSIONREQUEST']._serialized_end=674
+  _globals['_REPORTLOAD']._serialized_start=676
+  _globals['_REPORTLOAD']._serialized_end=704
+  _globals['_OPENREQUEST']._serialized_start=707
+  _globals['_OPENREQUEST']._serialized_end=963
+  _globals['_SESSIONRESPONSE']._serialized_start=966
+  _globals['_SESSIONRESPONSE']._serialized_end=1182
+  _globals['_OPENRESPONSE']._serialized_start=1184
+  _globals['_OPENRESPONSE']._serialized_end=1198
+  _globals['_STEPRESULT']._serialized_start=1201
+  _globals['_STEPRESULT']._serialized_end=1332
+  _globals['_STAGETIMING']._serialized_start=1334
+  _globals['_STAGETIMING']._serialized_end=1401
+  _globals['_OUTPUTBLOCK']._serialized_start=1404
+  _globals['_OUTPUTBLOCK']._serialized_end=1534
+  _globals['_FAULT']._serialized_start=1536
+  _globals['_FAULT']._serialized_end=1615
+  _globals['_LOADREPORT']._serialized_start=1618
+  _globals['_LOADREPORT']._serialized_end=1839
+  _globals['_MICROBATCH']._serialized_start=1841
+  _globals['_MICROBATCH']._serialized_end=1919
+  _globals['_MICROBATCHHEADER']._serialized_start=1922
+  _globals['_MICROBATCHHEADER']._serialized_end=2246
+  _globals['_BLOCKTABLEDELTA']._serialized_start=2248
+  _globals['_BLOCKTABLEDELTA']._serialized_end=2313
+  _globals['_OUTPUTGROUP']._serialized_start=2315
+  _globals['_OUTPUTGROUP']._serialized_end=2418
+  _globals['_FORWARDRESPONSE']._serialized_start=2420
+  _globals['_FORWARDRESPONSE']._serialized_end=2454
+  _globals['_SHARD']._serialized_start=2457
+  _globals['_SHARD']._serialized_end=2769
 # @@protoc_insertion_point(module_scope)

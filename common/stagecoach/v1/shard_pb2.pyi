@@ -58,10 +58,18 @@ class FileChunk(_message.Message):
     def __init__(self, name: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class SessionRequest(_message.Message):
-    __slots__ = ("open",)
+    __slots__ = ("open", "report_load")
     OPEN_FIELD_NUMBER: _ClassVar[int]
+    REPORT_LOAD_FIELD_NUMBER: _ClassVar[int]
     open: OpenRequest
-    def __init__(self, open: _Optional[_Union[OpenRequest, _Mapping]] = ...) -> None: ...
+    report_load: ReportLoad
+    def __init__(self, open: _Optional[_Union[OpenRequest, _Mapping]] = ..., report_load: _Optional[_Union[ReportLoad, _Mapping]] = ...) -> None: ...
+
+class ReportLoad(_message.Message):
+    __slots__ = ("number",)
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    def __init__(self, number: _Optional[int] = ...) -> None: ...
 
 class OpenRequest(_message.Message):
     __slots__ = ("protocol_version", "model_fingerprint", "layers", "dtype", "lease_id", "epoch", "num_blocks", "block_size", "max_slots", "next_hop")
@@ -106,14 +114,26 @@ class OpenResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class StepResult(_message.Message):
-    __slots__ = ("epoch", "step", "outputs")
+    __slots__ = ("epoch", "step", "outputs", "timings")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    TIMINGS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     step: int
     outputs: _containers.RepeatedCompositeFieldContainer[OutputBlock]
-    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., outputs: _Optional[_Iterable[_Union[OutputBlock, _Mapping]]] = ...) -> None: ...
+    timings: _containers.RepeatedCompositeFieldContainer[StageTiming]
+    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., outputs: _Optional[_Iterable[_Union[OutputBlock, _Mapping]]] = ..., timings: _Optional[_Iterable[_Union[StageTiming, _Mapping]]] = ...) -> None: ...
+
+class StageTiming(_message.Message):
+    __slots__ = ("decode_s", "queue_s", "compute_s")
+    DECODE_S_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
+    decode_s: float
+    queue_s: float
+    compute_s: float
+    def __init__(self, decode_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ...) -> None: ...
 
 class OutputBlock(_message.Message):
     __slots__ = ("num_rows", "num_columns", "candidates", "log_sum_exp", "dtype")
@@ -140,24 +160,30 @@ class Fault(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., error: _Optional[_Union[_model_pb2.ErrorDetail, _Mapping]] = ...) -> None: ...
 
 class LoadReport(_message.Message):
-    __slots__ = ("num_steps", "num_tokens", "compute_s", "wait_s", "codec_s", "queue_depth", "num_fast_frames", "num_frames")
+    __slots__ = ("num_steps", "num_tokens", "compute_s", "wait_s", "decode_s", "queue_depth", "num_fast_frames", "num_frames", "encode_s", "queue_s", "number")
     NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
     WAIT_S_FIELD_NUMBER: _ClassVar[int]
-    CODEC_S_FIELD_NUMBER: _ClassVar[int]
+    DECODE_S_FIELD_NUMBER: _ClassVar[int]
     QUEUE_DEPTH_FIELD_NUMBER: _ClassVar[int]
     NUM_FAST_FRAMES_FIELD_NUMBER: _ClassVar[int]
     NUM_FRAMES_FIELD_NUMBER: _ClassVar[int]
+    ENCODE_S_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
     num_steps: int
     num_tokens: int
     compute_s: float
     wait_s: float
-    codec_s: float
+    decode_s: float
     queue_depth: int
     num_fast_frames: int
     num_frames: int
-    def __init__(self, num_steps: _Optional[int] = ..., num_tokens: _Optional[int] = ..., compute_s: _Optional[float] = ..., wait_s: _Optional[float] = ..., codec_s: _Optional[float] = ..., queue_depth: _Optional[int] = ..., num_fast_frames: _Optional[int] = ..., num_frames: _Optional[int] = ...) -> None: ...
+    encode_s: float
+    queue_s: float
+    number: int
+    def __init__(self, num_steps: _Optional[int] = ..., num_tokens: _Optional[int] = ..., compute_s: _Optional[float] = ..., wait_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., queue_depth: _Optional[int] = ..., num_fast_frames: _Optional[int] = ..., num_frames: _Optional[int] = ..., encode_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., number: _Optional[int] = ...) -> None: ...
 
 class MicroBatch(_message.Message):
     __slots__ = ("header", "payload")
@@ -168,7 +194,7 @@ class MicroBatch(_message.Message):
     def __init__(self, header: _Optional[_Union[MicroBatchHeader, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class MicroBatchHeader(_message.Message):
-    __slots__ = ("lease_id", "epoch", "step", "row_slots", "row_starts", "row_num_tokens", "deltas", "outputs", "dtype", "first_layer")
+    __slots__ = ("lease_id", "epoch", "step", "row_slots", "row_starts", "row_num_tokens", "deltas", "outputs", "dtype", "first_layer", "timings")
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -179,6 +205,7 @@ class MicroBatchHeader(_message.Message):
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
+    TIMINGS_FIELD_NUMBER: _ClassVar[int]
     lease_id: int
     epoch: int
     step: int
@@ -189,7 +216,8 @@ class MicroBatchHeader(_message.Message):
     outputs: _containers.RepeatedCompositeFieldContainer[OutputGroup]
     dtype: _model_pb2.DType
     first_layer: int
-    def __init__(self, lease_id: _Optional[int] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., row_slots: _Optional[_Iterable[int]] = ..., row_starts: _Optional[_Iterable[int]] = ..., row_num_tokens: _Optional[_Iterable[int]] = ..., deltas: _Optional[_Iterable[_Union[BlockTableDelta, _Mapping]]] = ..., outputs: _Optional[_Iterable[_Union[OutputGroup, _Mapping]]] = ..., dtype: _Optional[_Union[_model_pb2.DType, str]] = ..., first_layer: _Optional[int] = ...) -> None: ...
+    timings: _containers.RepeatedCompositeFieldContainer[StageTiming]
+    def __init__(self, lease_id: _Optional[int] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., row_slots: _Optional[_Iterable[int]] = ..., row_starts: _Optional[_Iterable[int]] = ..., row_num_tokens: _Optional[_Iterable[int]] = ..., deltas: _Optional[_Iterable[_Union[BlockTableDelta, _Mapping]]] = ..., outputs: _Optional[_Iterable[_Union[OutputGroup, _Mapping]]] = ..., dtype: _Optional[_Union[_model_pb2.DType, str]] = ..., first_layer: _Optional[int] = ..., timings: _Optional[_Iterable[_Union[StageTiming, _Mapping]]] = ...) -> None: ...
 
 class BlockTableDelta(_message.Message):
     __slots__ = ("slot", "first", "block_ids")

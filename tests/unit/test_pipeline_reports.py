@@ -1,0 +1,61 @@
+"""What a pipeline makes of its stages' load reports and timings, without a network."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+
+import pytest
+
+from stagecoach.errors import ShardFault
+from stagecoach.v1 import shard_pb2 as pb
+from stagecoach_router.discovery import Stage
+from stagecoach_router.pipeline import Pipeline, check_timings
+from stagecoach_router.pipeline_totals import PipelineTotals
+
+
+@pytest.fixture
+def pipeline() -> Pipeline:
+    stages = [Stage(f"shard:{index}", pb.DescribeResponse(shard_id="x", max_batch_tokens=8)) for index in range(2)]
+    return Pipeline(
+        stages, lease_id=1, epoch=1, on_result=lambda *_: None, on_lost=lambda _: None, totals=PipelineTotals()
+    )
+
+
+async def test_stages_that_do_not_report_are_not_waited_for_longer_than_said(pipeline: Pipeline) -> None:
+    await asyncio.wait_for(pipeline.refresh_loads(0.001), 5.0)
+    assert not any(stage.reports for stage in pipeline.stages)
+
+
+async def test_it_waits_for_a_report_that_was_asked_for_after_it_was_wanted(pipeline: Pipeline) -> None:
+    waiting = asyncio.create_task(pipeline.refresh_loads(60.0))
+    await pipeline.stages[0].report_wanted.wait()
+    await pipeline.stages[1].report_wanted.wait()
+    for number in (0, 1):  # by itself, and asked for
+        for stage in pipeline.stages:
+            assert not waiting.done()
+            pipeline._take_load(stage, pb.LoadReport(number=number, queue_depth=3))
+        await asyncio.sleep(0)
+    await asyncio.wait_for(waiting, 5.0)
+    assert [stage.queue_depth for stage in pipeline.stages] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    "timings",
+    [
+        [pb.StageTiming()],
+        [pb.StageTiming()] * 3,
+        [pb.StageTiming(), pb.StageTiming(compute_s=math.nan)],
+        [pb.StageTiming(queue_s=-1.0), pb.StageTiming()],
+        [pb.StageTiming(decode_s=math.inf), pb.StageTiming()],
+    ],
+)
+def test_timings_that_two_stages_cannot_have_are_a_fault(timings: list[pb.StageTiming]) -> None:
+    with pytest.raises(ShardFault) as caught:
+        check_timings(pb.StepResult(timings=timings), 2)
+    assert caught.value.field == "timings"
+
+
+@pytest.mark.parametrize("timings", [[], [pb.StageTiming(compute_s=1.0)] * 2])
+def test_timings_of_every_stage_or_of_none_will_do(timings: list[pb.StageTiming]) -> None:
+    check_timings(pb.StepResult(timings=timings), 2)
