@@ -4,9 +4,12 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 MODEL ?= models/smollm2-135m-instruct
+BENCH_OUT ?= bench_out
+# Those that take a minute or so each; hop and router_scaling need no weights. far_machines is longer: fewer rounds here.
+BENCHMARKS := hop router_scaling return_path prefix_cache long_prompt
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint protos model clean
+.PHONY: demo test lint protos model bench nightly clean
 
 demo: model  ## two shards and a router answer real prompts
 	$(BIN)/stagecoach demo --model $(MODEL)
@@ -42,5 +45,22 @@ protos: $(INSTALLED)  ## regenerates common/stagecoach/v1 from protos/
 	$(BIN)/python -m grpc_tools.protoc --proto_path=protos --python_out=common --pyi_out=common --grpc_python_out=common \
 	    protos/stagecoach/v1/*.proto
 
+# One after the other, with nothing else on the machine, or the figures are of that something else.
+bench: model  ## the short benchmarks: tables here, JSON and PNG in $(BENCH_OUT)
+	for name in $(BENCHMARKS); do $(call benchmark,$$name); done
+	$(call benchmark,far_machines,--rounds 1)
+
+# VLLM_PYTHON, LLAMACPP_BUILD and LLAMACPP_GGUF say where those engines are; without them they are left out.
+nightly: model  ## every benchmark with more rounds, and the engines a user would pick instead
+	for name in $(BENCHMARKS) far_machines against_transformers; do $(call benchmark,$$name,--rounds 7); done
+ifdef VLLM_PYTHON
+	$(call benchmark,against_vllm,--rounds 7 --python $(VLLM_PYTHON))
+endif
+ifdef LLAMACPP_BUILD
+	$(call benchmark,against_llamacpp,--rounds 7 --build $(LLAMACPP_BUILD) --gguf $(LLAMACPP_GGUF))
+endif
+
+benchmark = echo "== $(1)" && $(BIN)/python -m benchmarks.$(1) $(2) --json $(BENCH_OUT)/$(1).json --plot $(BENCH_OUT)/$(1).png || exit 1
+
 clean:
-	rm -rf $(VENV) models build dist
+	rm -rf $(VENV) models build dist $(BENCH_OUT)
