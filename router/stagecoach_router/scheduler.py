@@ -29,6 +29,7 @@ MIN_PREFILL_FRACTION = 4
 # Prefill that does not fill the lanes is spread over them, so that the stages work on it at the same time; but until
 # it is known what a chunk costs, not in chunks below this, which could cost more than the waiting they save.
 MIN_CHUNK_TOKENS = 64
+CHUNKS_PER_LANE = 4
 
 
 class Row(NamedTuple):
@@ -243,14 +244,18 @@ class Scheduler:
                 del self._prefilling[0]
 
     def _even_chunk_tokens(self, num_lanes: int) -> int:
-        """A lane's share of the prefill at hand. Each next one is smaller, and so the wait for the last stage short."""
-        enough = num_lanes * self.max_batch_tokens
+        """A part of a lane's share of the prefill at hand.
+
+        The second stage waits for the first chunk, so that is to be short; where one lane serves, nobody waits.
+        """
+        num_chunks = num_lanes * CHUNKS_PER_LANE if num_lanes > 1 else 1
+        enough = num_chunks * self.max_batch_tokens
         num_tokens = 0
         for sequence in chain(self._prefilling, self._waiting):
             num_tokens += sequence.num_tokens - sequence.num_computed
             if num_tokens >= enough:
                 return self.max_batch_tokens
-        return max(MIN_CHUNK_TOKENS, -(-num_tokens // num_lanes))
+        return max(MIN_CHUNK_TOKENS, -(-num_tokens // num_chunks))
 
     def _pace(self) -> Pace:
         if self.pacing is None:

@@ -31,6 +31,7 @@ typedef float vf __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef uint32_t vu __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef uint16_t vh __attribute__((vector_size(2 * LANES), aligned(2)));
+typedef uint32_t vpair __attribute__((vector_size(4 * LANES), aligned(2), may_alias));  // of bfloat16, written as such
 
 enum { OK = 0, NO_MEMORY = 1 };
 
@@ -65,42 +66,40 @@ INLINE void store_bf16(uint16_t *p, vf v) {
   *(vh *)p = __builtin_convertvector(((rounded & ~nan) | ((bits | 0x400000) & nan)) >> 16, vh);
 }
 
-typedef float v4 __attribute__((vector_size(16), aligned(4)));
-typedef float v8 __attribute__((vector_size(32), aligned(4)));
+// Numbers of `a`, then `b`, by their place. GCC has clang's name for it from 12 on only.
+#ifdef __clang__
+#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define PICK(a, b, ...) __builtin_shuffle(a, b, (vi){__VA_ARGS__})
+#endif
 
-INLINE float sum4(v4 v) { return (v[0] + v[2]) + (v[1] + v[3]); }
-INLINE float sum8(v8 v) {
-  return sum4(__builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7));
-}
+// Halves are added until one number is left.
 INLINE float sum(vf v) {
 #if LANES == 16
-  return sum8(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-              __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+  v += PICK(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+  v += PICK(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
 #elif LANES == 8
-  return sum8(v);
-#else
-  return sum4(v);
+  v += PICK(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
 #endif
+  return (v[0] + v[2]) + (v[1] + v[3]);
 }
 
 // The sums of LANES vectors, as one.
 INLINE vf sums(const vf *v) {
 #if LANES == 16
   // Pairs of vectors are folded into one of half sums, four times.
-#define FOLD(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
   vf a[8], b[4], c[2];
   for (int i = 0; i < 8; i++)
-    a[i] = FOLD(v[2 * i], v[2 * i + 1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-           FOLD(v[2 * i], v[2 * i + 1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    a[i] = PICK(v[2 * i], v[2 * i + 1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+           PICK(v[2 * i], v[2 * i + 1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
   for (int i = 0; i < 4; i++)
-    b[i] = FOLD(a[2 * i], a[2 * i + 1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-           FOLD(a[2 * i], a[2 * i + 1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    b[i] = PICK(a[2 * i], a[2 * i + 1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+           PICK(a[2 * i], a[2 * i + 1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
   for (int i = 0; i < 2; i++)
-    c[i] = FOLD(b[2 * i], b[2 * i + 1], 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
-           FOLD(b[2 * i], b[2 * i + 1], 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
-  return FOLD(c[0], c[1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
-         FOLD(c[0], c[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-#undef FOLD
+    c[i] = PICK(b[2 * i], b[2 * i + 1], 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
+           PICK(b[2 * i], b[2 * i + 1], 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
+  return PICK(c[0], c[1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+         PICK(c[0], c[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 #else
   vf all;
   for (int i = 0; i < LANES; i++) all[i] = sum(v[i]);
@@ -119,8 +118,10 @@ INLINE float top_of(vf v) {
 INLINE vf either(vi where, vf a, vf b) { return (vf)(((vu)a & (vu)where) | ((vu)b & ~(vu)where)); }
 INLINE vf larger(vf a, vf b) { return either(a < b, b, a); }  // a NaN in `a` stays
 
-// e^x for x <= 0 to about one unit in the last place of what softmax and SiLU need: 2^n * p(r), r = x - n ln 2.
+// e^x for x <= 0 to about one unit in the last place: 2^n * p(r), r = x - n ln 2. Zero below -87, where it is less than
+// 2^-125: whatever it is multiplied by, and so that what is masked weighs nothing. A NaN stays one.
 INLINE vf exp_(vf x) {
+  vi none = x < -87.0f;
   x = larger(x, splat(-87.0f));
   vf n = x * 1.44269504f;
   vi whole = __builtin_convertvector(n - 0.5f, vi);  // truncates towards zero: n <= 0 is rounded to nearest
@@ -133,7 +134,7 @@ INLINE vf exp_(vf x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  return (vf)((vi)p + (whole << 23));
+  return either(none, splat(0), (vf)((vi)p + (whole << 23)));
 }
 
 enum { TILED = 0, NORMED, QUERIES, ATTENDED, PROJECTED, ACTIVE, ATTENTION, NUM_SCRATCH };
@@ -390,7 +391,7 @@ INLINE Task task_at(const Attention *at, int64_t number) {
 }
 
 INLINE void pairs(const uint16_t *p, vf *even, vf *odd) {
-  vu words = *(const vu *)p;
+  vpair words = *(const vpair *)p;
   *even = (vf)(words << 16);
   *odd = (vf)(words & 0xffff0000u);
 }
@@ -438,7 +439,7 @@ INLINE void decode_group(const int group, const Attention *at, const Task *task,
     for (int64_t n = 0; n < count; n += LANES) tops = larger(tops, load(s + n));
     float top = top_of(tops);
     for (int64_t n = 0; n < count; n += LANES) {
-      vf x = load(s + n), weight = either(x == -INFINITY, splat(0), exp_(x - top));
+      vf weight = exp_(load(s + n) - top);
       store(s + n, weight);
       totals += weight;
     }
@@ -480,7 +481,7 @@ INLINE void decode_group(const int group, const Attention *at, const Task *task,
 
 static int decode(const Attention *at, const Task *task, const Task *next) {
   int64_t group = at->layer->heads / at->layer->kv_heads;
-  int64_t room = (task->end + LANES - 1) / LANES * LANES;
+  int64_t room = (task->end - task->first + LANES - 1) / LANES * LANES;
   float *scores = scratch(ATTENTION, MAX_GROUP * room);
   if (scores == NULL) return NO_MEMORY;
   for (int64_t done = 0; done < group; done += MAX_GROUP) {
@@ -490,14 +491,14 @@ static int decode(const Attention *at, const Task *task, const Task *next) {
   return OK;
 }
 
-// Positions [first, first + count) of a row, widened: keys as panels [head_dim, PANEL positions], values as panels
-// [KEY_BLOCK, PANEL numbers]. What lies beyond `count` is zero: it may be somebody else's, and not a number.
-static void widen(const Attention *at, const int32_t *table, int64_t kv_head, int64_t first, int64_t count, float *keys,
-                  float *values) {
+// Positions first + [from, count) of a row, widened: keys as panels [head_dim, PANEL positions], values as panels
+// [KEY_BLOCK, PANEL numbers]. What lies outside is zero: it may be somebody else's, and not a number.
+static void widen(const Attention *at, const int32_t *table, int64_t kv_head, int64_t first, int64_t from, int64_t count,
+                  float *keys, float *values) {
   int64_t size = at->layer->head_dim;
   for (int64_t n = 0; n < KEY_BLOCK; n++) {  // positions
     float *key_to = keys + n / PANEL * PANEL * size + n % PANEL;
-    if (n >= count) {
+    if (n < from || n >= count) {
       for (int64_t i = 0; i < size; i++) key_to[i * PANEL] = 0;
       for (int64_t i = 0; i < size; i += LANES)
         store(values + (i / PANEL * KEY_BLOCK + n) * PANEL + i % PANEL, splat(0));
@@ -566,7 +567,7 @@ static void attend_tile(const Attention *at, int64_t row, int64_t kv_head, int64
     float base = top == -INFINITY ? 0 : top;  // nothing seen yet: all weights are to be zero
     vf sums = {0};
     for (int64_t n = 0; n < wide; n += LANES) {
-      vf x = load(s + n), weight = either(x == -INFINITY, splat(0), exp_(x - base));
+      vf weight = exp_(load(s + n) - base);
       store(s + n, weight);
       sums += weight;
     }
@@ -603,7 +604,7 @@ static int prefill(const Attention *at, int64_t row, int64_t kv_head) {
     memset(at->out + (token * layer->heads + kv_head * group) * size, 0, group * size * sizeof(float));
   for (int64_t first = first_visible(layer, start) / KEY_BLOCK * KEY_BLOCK; first < end; first += KEY_BLOCK) {
     int64_t count = end - first < KEY_BLOCK ? end - first : KEY_BLOCK;
-    widen(at, table, kv_head, first, count, keys, values);
+    widen(at, table, kv_head, first, first_visible(layer, start) - first, count, keys, values);
     for (int64_t t = 0; t < tiles; t++) {
       int64_t line = tile_start(lines, tiles, t), next = tile_start(lines, tiles, t + 1);
       if (first_visible(layer, start + line / group) < first + count)
@@ -621,7 +622,8 @@ static int prefill(const Attention *at, int64_t row, int64_t kv_head) {
 static int attend(const Attention *at) {
   int64_t kv_heads = at->layer->kv_heads, num_tasks = at->step->num_rows * kv_heads;
   int status = OK;
-#pragma omp parallel for num_threads(at->step->num_threads) if (at->step->num_threads > 1) schedule(dynamic)
+#pragma omp parallel for num_threads(at->step->num_threads) if (at->step->num_threads > 1) schedule(dynamic) \
+    reduction(max : status)
   for (int64_t task = 0; task < num_tasks; task++) {
     int64_t row = task / kv_heads;
     int result;

@@ -27,6 +27,7 @@ from stagecoach_shard.native.library import LayerStruct, Library, StepStruct
 logger = logging.getLogger(__name__)
 
 Kernels = Literal["auto", "native", "torch"]
+MAX_HEAD_DIM = 1024  # a few heads are held on a thread's stack
 
 
 def native_library(kernels: Kernels, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Library | None:
@@ -48,6 +49,13 @@ def native_library(kernels: Kernels, config: ModelConfig, dtype: torch.dtype, de
                 limit=unit,
                 value=config.head_dim,
             )
+        if config.head_dim > MAX_HEAD_DIM:
+            raise ConfigError(
+                f"kernels: native takes a head_dim up to {MAX_HEAD_DIM}, not {config.head_dim}",
+                field="kernels",
+                limit=MAX_HEAD_DIM,
+                value=config.head_dim,
+            )
     except ConfigError as error:
         if kernels == "native":
             raise
@@ -62,6 +70,7 @@ class NativeLinear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None, functions: Library) -> None:
         """`weight` [out_features, in_features], `bias` [out_features], bfloat16 on the CPU. Keeps a copy."""
+        assert weight.dtype == torch.bfloat16
         self.out_features, self.in_features = weight.shape
         self._functions = functions
         weight = weight.contiguous()
@@ -77,6 +86,7 @@ class NativeLinear:
     def __call__(self, x: Tensor) -> Tensor:
         """float32 [n, in_features] -> float32 [n, out_features], on as many threads as torch has."""
         assert x.dtype == torch.float32
+        assert x.shape[1:] == (self.in_features,)
         x = x.contiguous()
         y = torch.empty(x.shape[0], self.out_features)
         _check(
@@ -119,14 +129,15 @@ class NativeLayers:
         angles = batch.positions[:, None].float() * self._inverse_frequencies  # [num_tokens, head_dim / 2]
         cos, sin = angles.cos(), angles.sin()
         tables = np.ascontiguousarray(batch.block_tables, dtype=np.int32)
+        starts, num_tokens = np.ascontiguousarray(batch.starts), np.ascontiguousarray(batch.num_tokens)
         step = StepStruct(
             total_tokens=batch.total_tokens,
             num_rows=len(batch.starts),
             block_size=batch.block_size,
             table_width=tables.shape[1],
             num_threads=torch.get_num_threads(),
-            starts=batch.starts.ctypes.data,
-            num_tokens=batch.num_tokens.ctypes.data,
+            starts=starts.ctypes.data,
+            num_tokens=num_tokens.ctypes.data,
             first_tokens=batch.first_tokens.ctypes.data,
             block_tables=tables.ctypes.data,
             cache_slots=batch.cache_slots.data_ptr(),
@@ -135,6 +146,7 @@ class NativeLayers:
         )
         address = hidden.data_ptr()
         for layer, layer_cache in zip(self._layers, cache.layers, strict=True):
+            assert layer_cache.dtype == torch.bfloat16
             _check(self._functions.layer(byref(layer.struct), byref(step), layer_cache.data_ptr(), address))
         return hidden if self._is_last else hidden.to(torch.bfloat16)
 

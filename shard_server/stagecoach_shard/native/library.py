@@ -77,10 +77,13 @@ def load() -> Library:
     compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, _COMPILERS)), None)
     if compiler is None:
         raise ConfigError(f"no C compiler here (looked for {', '.join(_COMPILERS)} and $CC)", field="kernels")
-    errors = []
+    errors: list[str] = []
     for flags in _FLAGS:
         try:
-            return Library(_built(compiler, [*flags, _machine_flag()]))
+            library = Library(_built(compiler, [*flags, _machine_flag()]))
+            if errors:
+                logger.warning("the CPU kernels compute on one thread, as there is no OpenMP: %s", errors[0])
+            return library
         except (OSError, subprocess.SubprocessError) as error:
             errors.append(str(getattr(error, "stderr", None) or error).strip()[:300])
     raise ConfigError(f"{compiler} does not build the kernels: {errors[0]}", field="kernels")
@@ -103,6 +106,7 @@ def _built(compiler: str, flags: list[str]) -> Path:
                 check=True,
                 capture_output=True,
                 text=True,
+                errors="replace",
                 timeout=BUILD_TIMEOUT_S,
             )
             built.replace(path)  # at once: another shard may be building the same
@@ -114,6 +118,8 @@ def _folder() -> Path:
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = Path(cache) / "stagecoach"
     try:
+        if not folder.is_absolute():  # a user without a home, or a variable that is to be ignored then
+            return Path(_process_folder().name)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
         if status.st_uid == os.getuid() and not status.st_mode & 0o022 and os.access(folder, os.W_OK):
