@@ -200,11 +200,11 @@ class Pacing:
         unknown = Pace(self._clamp(self.num_stages))
         if self.num_stages == 1 or not all(stage.prefill.is_known for stage in self._stages):
             return unknown
-        if not prompts.num_tokens or self._stages[0].prefill.span < MIN_SPAN:
-            return unknown  # only one size of chunk was met: what is fixed is not known
+        if not prompts.num_tokens or self._stages[0].decodes.span < MIN_SPAN:
+            return unknown  # only one size of step was met: what is fixed is not known
         middle = prompts.num_tokens / prompts.num_sequences / 2
-        fixed = [stage.prefill.parts[0] for stage in self._stages]
-        per_token = [stage.prefill.parts[1] + stage.prefill.parts[2] * middle for stage in self._stages]
+        fixed = [stage.fixed_s for stage in self._stages]
+        per_token = [stage.prefill.parts[0] + stage.prefill.parts[1] * middle for stage in self._stages]
 
         def wait_s(num_chunks: int) -> float:
             times = [a + c * prompts.num_tokens / num_chunks for a, c in zip(fixed, per_token, strict=True)]

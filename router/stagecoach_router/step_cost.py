@@ -182,12 +182,13 @@ class StageCost:
     """One stage's compute time of a step, in seconds.
 
     Decodes alone, prefill alone, and what prefill adds to decodes are learnt apart: kernels for few and for many tokens
-    differ, and a chunk that rides along with decodes does not pay for reading the weights again.
+    differ. What is fixed (reading the weights, starting kernels) is learnt from decodes only, and taken for the same in
+    prefill: chunks vary too little in size to tell it from what their tokens cost.
     """
 
     def __init__(self) -> None:
         self.decodes = CostFit(3)  # fixed, each row, each position attended to
-        self.prefill = CostFit(3)  # fixed, each token, each pair of query and key
+        self.prefill = CostFit(2)  # each token, each pair of query and key
         self.added = CostFit(2)  # each token, each pair, beside decodes
 
     def observe(self, shape: StepShape, compute_s: float) -> bool:
@@ -196,13 +197,19 @@ class StageCost:
         if not tokens:
             return self.decodes.observe(rows, (1.0, rows, shape.decode_context), compute_s, compute_s)
         if not rows:
-            return self.prefill.observe(tokens, (1.0, tokens, shape.prefill_context), compute_s, compute_s)
+            beyond_fixed_s = max(0.0, compute_s - self.fixed_s)
+            return self.prefill.observe(tokens, (tokens, shape.prefill_context), beyond_fixed_s, compute_s)
         if not self.decodes.is_known:
             return False
         if not self.added.num_observations:
-            self.added.parts = self.prefill.parts[1:]  # chunks near a prompt's start do not tell tokens from pairs
+            self.added.parts = list(self.prefill.parts)  # chunks near a prompt's start do not tell tokens from pairs
         added_s = max(0.0, compute_s - self.decode_s(rows, shape.decode_context))
         return self.added.observe(tokens, (tokens, shape.prefill_context), added_s, compute_s)
+
+    @property
+    def fixed_s(self) -> float:
+        """What a step costs before its first row; 0 as long as nothing is known."""
+        return self.decodes.parts[0]
 
     def decode_s(self, num_rows: float, context: float) -> float:
         """Of `num_rows` decodes that attend to `context` positions in all."""
@@ -214,7 +221,7 @@ class StageCost:
         if self.added.is_known:
             per_token, per_pair = self.added.parts
         elif self.prefill.is_known:  # a first guess
-            _, per_token, per_pair = self.prefill.parts
+            per_token, per_pair = self.prefill.parts
         else:
             return None
         return per_token + per_pair * start
