@@ -87,7 +87,7 @@ def test_without_memory_it_says_so_before_it_reads_and_goes_on_afterwards(build:
     x, y, functions = torch.randn(3, 17), torch.empty(3, 33), kernels(build)
     too_many = 1 << 50  # rows that no address space holds
     pointers = x.data_ptr(), linear.words.data_ptr(), y.data_ptr()
-    assert functions.linear(pointers[0], too_many, pointers[1], 33, 17, None, pointers[2], 0, 1) != 0
+    assert functions.linear(pointers[0], too_many, pointers[1], 33, 17, None, pointers[2], 0, None, 1) != 0
     torch.testing.assert_close(linear(x), x @ weight.T, atol=1e-5, rtol=1e-5)
 
 

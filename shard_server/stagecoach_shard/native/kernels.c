@@ -39,6 +39,7 @@ enum { OK = 0, NO_MEMORY = 1 };
 typedef struct {
   int64_t hidden, inner, heads, kv_heads, head_dim, window;
   const uint32_t *qkv, *output, *gate_up, *down;                           // packed
+  const uint32_t *after;                                                   // what is read after this layer, or NULL
   const float *qkv_bias, *output_bias, *gate_up_bias, *down_bias;
   const float *input_norm, *mlp_norm, *query_norm, *key_norm;
   float eps;
@@ -137,7 +138,7 @@ INLINE vf exp_(vf x) {
   return either(none, splat(0), (vf)((vi)p + (whole << 23)));
 }
 
-enum { TILED = 0, NORMED, QUERIES, ATTENDED, PROJECTED, ACTIVE, ATTENTION, NUM_SCRATCH };
+enum { TILED = 0, NORMED, QUERIES, ATTENDED, PROJECTED, ACTIVE, ATTENTION, SLOTS, NUM_SCRATCH };
 
 // A thread's own memory, which only grows.
 static float *scratch(int which, size_t floats) {
@@ -235,9 +236,9 @@ static void into_tiles(const float *x, int64_t rows, int64_t depth, float *tiled
   }
 }
 
-// y [rows, columns] = or += x [rows, depth] @ weight.T + bias.
+// y [rows, columns] = or += x [rows, depth] @ weight.T + bias. `after`, or NULL: the weight that is read next.
 int linear(const float *x, int64_t rows, const uint32_t *packed, int64_t columns, int64_t depth, const float *bias,
-           float *y, int64_t add, int64_t num_threads) {
+           float *y, int64_t add, const uint32_t *after, int64_t num_threads) {
   const float *tiled = x;
   if (rows > 1) {
     float *to = scratch(TILED, rows * depth);
@@ -261,7 +262,9 @@ int linear(const float *x, int64_t rows, const uint32_t *packed, int64_t columns
       vf low[MAX_TILE], high[MAX_TILE];
       for (int64_t i = 0; i < n; i++) low[i] = bias_low, high[i] = bias_high;
       // Each tile fetches its part of the next panel, so that memory is read while all of them compute.
-      Ahead ahead = {(const char *)(panel + depth * LANES) + t * depth * LANES * 4 / tiles, LANES * 4 / tiles};
+      const uint32_t *next = p + 1 < panels ? panel + depth * LANES : after;
+      Ahead ahead = {(const char *)next + t * depth * LANES * 4 / tiles, LANES * 4 / tiles};
+      if (next == NULL) ahead = (Ahead){(const char *)panel, 0};
       narrow_tile(n, tiled + first * depth, panel, depth, ahead, low, high);
       for (int64_t i = 0; i < n; i++) {
         float *to = y + (first + i) * columns + p * PANEL;
@@ -338,6 +341,7 @@ static void activate(const float *gate_up, int64_t rows, int64_t inner, float *o
 
 #define MAX_GROUP 8    // query heads of one key head that are taken together
 #define KEY_BLOCK 256  // positions widened at a time for a row of several tokens
+#define PART_BYTES (256 << 10)  // of K/V that a row of one token takes at a time
 
 typedef struct {
   const Layer *layer;
@@ -347,47 +351,35 @@ typedef struct {
   float *out;             // the same
 } Attention;
 
-// A walk over a row's positions, block by block: `keys` are those of one head at `position`, and with each of `left`
-// positions move on by `stride`; the values are kv_heads * head_dim further on.
-typedef struct {
-  const uint16_t *keys;
-  int64_t left, stride;
-} Run;
+// A slot is where one position's K/V lies: the keys of all heads, then the values.
+INLINE int64_t slot_size(const Layer *layer) { return 2 * layer->kv_heads * layer->head_dim; }
 
-INLINE Run run_at(const Attention *at, const int32_t *table, int64_t position, int64_t end, int64_t head) {
-  int64_t block = position / at->step->block_size, offset = position % at->step->block_size;
-  int64_t left = at->step->block_size - offset, stride = 2 * at->layer->kv_heads * at->layer->head_dim;
-  const uint16_t *start = at->cache + ((int64_t)table[block] * at->step->block_size + offset) * stride;
-  return (Run){start + head * at->layer->head_dim, left < end - position ? left : end - position, stride};
+// The slots of positions [first, first + count) of a row.
+static void slots_of(const Attention *at, int64_t row, int64_t first, int64_t count, const uint16_t **slots) {
+  const int32_t *table = at->step->block_tables + row * at->step->table_width;
+  int64_t block_size = at->step->block_size, size = slot_size(at->layer), offset = first % block_size;
+  for (int64_t block = first / block_size, n = 0; n < count; block++, offset = 0) {
+    const uint16_t *slot = at->cache + ((int64_t)table[block] * block_size + offset) * size;
+    for (; offset < block_size && n < count; offset++, n++, slot += size) slots[n] = slot;
+  }
 }
 
-// One row under one key head.
+// Slots that come near one after the other, in the order of their addresses: so the CPU's own prefetcher joins in.
 typedef struct {
-  const int32_t *table;
-  int64_t row, kv_head, first, end;  // sees positions [first, end)
-} Task;
+  const uint16_t *const *slots;
+  int64_t count, size, index, offset;
+} Incoming;
 
-INLINE void step_on(const Attention *at, const Task *task, int64_t position, Run *run) {
-  if (run->left) run->left--, run->keys += run->stride;
-  if (!run->left && position < task->end) *run = run_at(at, task->table, position, task->end, task->kv_head);
-}
-
-INLINE void fetch(const uint16_t *p, int64_t size) {
-  for (int64_t i = 0; i < size; i += 64 / 2) __builtin_prefetch(p + i, 0, 2);
+INLINE void fetch(Incoming *ahead, int64_t numbers) {
+  for (int64_t i = 0; i < numbers && ahead->index < ahead->count; i += 64 / 2) {
+    __builtin_prefetch(ahead->slots[ahead->index] + ahead->offset, 0, 2);
+    ahead->offset += 64 / 2;
+    if (ahead->offset >= ahead->size) ahead->offset = 0, ahead->index++;
+  }
 }
 
 INLINE int64_t first_visible(const Layer *layer, int64_t position) {
   return layer->window && position >= layer->window ? position - layer->window + 1 : 0;
-}
-
-// `number` counts rows first, then key heads within a row; past the last there is an empty one.
-INLINE Task task_at(const Attention *at, int64_t number) {
-  const Step *step = at->step;
-  int64_t row = number / at->layer->kv_heads;
-  if (row >= step->num_rows) return (Task){0};
-  int64_t position = step->starts[row];
-  return (Task){step->block_tables + row * step->table_width, row, number % at->layer->kv_heads,
-                first_visible(at->layer, position), position + step->num_tokens[row]};
 }
 
 INLINE void pairs(const uint16_t *p, vf *even, vf *odd) {
@@ -396,66 +388,62 @@ INLINE void pairs(const uint16_t *p, vf *even, vf *odd) {
   *odd = (vf)(words & 0xffff0000u);
 }
 
-// One token's `group` query heads against their key head. `scores` [group, room]. What the next task will read comes
-// near meanwhile: a step reads as much K/V as weights, and in pieces too small for the CPU to see them coming.
-INLINE void decode_group(const int group, const Attention *at, const Task *task, const Task *next, int64_t first_head,
-                         float *scores, int64_t room) {
-  const Layer *layer = at->layer;
-  int64_t size = layer->head_dim, token = at->step->first_tokens[task->row], count = task->end - task->first;
-  const float *queries = at->queries + (token * layer->heads + first_head) * size;
-  float *out = at->out + (token * layer->heads + first_head) * size;
-  float apart[group * size] __attribute__((aligned(64)));  // the queries, each PANEL as its even, then its odd numbers
-  for (int64_t i = 0; i < group * size; i++)
-    apart[i / PANEL * PANEL + i % 2 * LANES + i % PANEL / 2] = queries[i];
-  Run run = {0}, ahead = {0};
+// One token's `group` query heads against `count` slots of their key head, which is `at_head` numbers into a slot;
+// softmax as it goes (arXiv 2205.14135). `queries` and `sums_of` [group, head_dim] have each PANEL as its even, then its
+// odd numbers; `tops` and `totals` [group] are running maxima and sums; `scores` [group, room].
+INLINE void decode_group(const int group, const Layer *layer, const uint16_t *const *slots, int64_t count,
+                         int64_t at_head, const float *queries, float *scores, int64_t room, float *tops, float *totals,
+                         float *sums_of, Incoming *ahead) {
+  int64_t size = layer->head_dim, at_value = at_head + layer->kv_heads * size;
   for (int64_t n = 0; n < count; n += LANES) {
     vf products[MAX_GROUP][LANES];  // of LANES positions, still to be summed
     for (int64_t m = 0; m < LANES && n + m < count; m++) {
-      step_on(at, task, task->first + n + m, &run);
-      step_on(at, next, next->first + n + m, &ahead);
-      if (ahead.left) fetch(ahead.keys, size);
-      vf totals[MAX_GROUP];
+      const uint16_t *key = slots[n + m] + at_head;
+      fetch(ahead, size);
+      vf dots[MAX_GROUP];
 #pragma GCC unroll 8
-      for (int j = 0; j < group; j++) totals[j] = splat(0);
+      for (int j = 0; j < group; j++) dots[j] = splat(0);
       for (int64_t i = 0; i < size; i += PANEL) {
         vf even, odd;
-        pairs(run.keys + i, &even, &odd);
+        pairs(key + i, &even, &odd);
 #pragma GCC unroll 8
         for (int j = 0; j < group; j++) {
-          totals[j] += load(apart + j * size + i) * even;
-          totals[j] += load(apart + j * size + i + LANES) * odd;
+          dots[j] += load(queries + j * size + i) * even;
+          dots[j] += load(queries + j * size + i + LANES) * odd;
         }
       }
 #pragma GCC unroll 8
-      for (int j = 0; j < group; j++) products[j][m] = totals[j];
+      for (int j = 0; j < group; j++) products[j][m] = dots[j];
     }
     for (int j = 0; j < group; j++) store(scores + j * room + n, sums(products[j]));  // past `count`: anything
   }
-  float scale[MAX_GROUP];
+  float shrink[MAX_GROUP];
   for (int j = 0; j < group; j++) {
     float *s = scores + j * room;
     for (int64_t n = count; n < (count + LANES - 1) / LANES * LANES; n++) s[n] = -INFINITY;
-    vf tops = load(s), totals = {0};
-    for (int64_t n = 0; n < count; n += LANES) tops = larger(tops, load(s + n));
-    float top = top_of(tops);
+    vf largest = splat(tops[j]), total = {0};
+    for (int64_t n = 0; n < count; n += LANES) largest = larger(largest, load(s + n));
+    float top = top_of(largest);
     for (int64_t n = 0; n < count; n += LANES) {
       vf weight = exp_(load(s + n) - top);
       store(s + n, weight);
-      totals += weight;
+      total += weight;
     }
-    scale[j] = 1.0f / sum(totals);
+    shrink[j] = tops[j] == -INFINITY ? 0 : expf(tops[j] - top);
+    totals[j] = totals[j] * shrink[j] + sum(total);
+    tops[j] = top;
   }
   for (int64_t i = 0; i < size; i += PANEL) {
     vf evens[MAX_GROUP], odds[MAX_GROUP];
 #pragma GCC unroll 8
-    for (int j = 0; j < group; j++) evens[j] = odds[j] = splat(0);
-    Run run = {0}, ahead = {0};
+    for (int j = 0; j < group; j++) {
+      evens[j] = load(sums_of + j * size + i) * shrink[j];
+      odds[j] = load(sums_of + j * size + i + LANES) * shrink[j];
+    }
     for (int64_t n = 0; n < count; n++) {
-      step_on(at, task, task->first + n, &run);
-      step_on(at, next, next->first + n, &ahead);
-      if (ahead.left) __builtin_prefetch(ahead.keys + layer->kv_heads * size + i, 0, 2);
       vf even, odd;
-      pairs(run.keys + layer->kv_heads * size + i, &even, &odd);
+      fetch(ahead, PANEL);
+      pairs(slots[n] + at_value + i, &even, &odd);
 #pragma GCC unroll 8
       for (int j = 0; j < group; j++) {
         vf weight = splat(scores[j * room + n]);
@@ -464,38 +452,78 @@ INLINE void decode_group(const int group, const Attention *at, const Task *task,
       }
     }
 #pragma GCC unroll 8
-    for (int j = 0; j < group; j++) {
-      float both[PANEL];
-      store(both, evens[j] * scale[j]), store(both + LANES, odds[j] * scale[j]);
-      for (int64_t k = 0; k < LANES; k++) {
-        out[j * size + i + 2 * k] = both[k];
-        out[j * size + i + 2 * k + 1] = both[LANES + k];
-      }
-    }
+    for (int j = 0; j < group; j++)
+      store(sums_of + j * size + i, evens[j]), store(sums_of + j * size + i + LANES, odds[j]);
   }
 }
 
 #define EACH_GROUP(X) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8)
 #define GROUP_CASE(G) \
-  case G: decode_group(G, at, task, next, head, scores, room); break;
+  case G: \
+    decode_group(G, layer, slots, count, kv_head * size, apart + line * size, scores, room, tops + line, totals + line, \
+                 sums_of + line * size, ahead); \
+    break;
 
-static int decode(const Attention *at, const Task *task, const Task *next) {
-  int64_t group = at->layer->heads / at->layer->kv_heads;
-  int64_t room = (task->end - task->first + LANES - 1) / LANES * LANES;
-  float *scores = scratch(ATTENTION, MAX_GROUP * room);
-  if (scores == NULL) return NO_MEMORY;
-  for (int64_t done = 0; done < group; done += MAX_GROUP) {
-    int64_t head = task->kv_head * group + done;
-    switch (group - done < MAX_GROUP ? group - done : MAX_GROUP) { EACH_GROUP(GROUP_CASE) }
+// Key heads [first_head, end_head) against some slots. `lines` count query heads from the first of them on.
+static void decode_part(const Layer *layer, const uint16_t *const *slots, int64_t count, int64_t first_head,
+                        int64_t end_head, const float *apart, float *scores, int64_t room, float *tops, float *totals,
+                        float *sums_of, Incoming *ahead) {
+  int64_t size = layer->head_dim, group = layer->heads / layer->kv_heads;
+  for (int64_t kv_head = first_head; kv_head < end_head; kv_head++)
+    for (int64_t done = 0; done < group; done += MAX_GROUP) {
+      int64_t line = (kv_head - first_head) * group + done;
+      switch (group - done < MAX_GROUP ? group - done : MAX_GROUP) { EACH_GROUP(GROUP_CASE) }
+    }
+}
+
+// Where a PANEL's number i lies among its even, then its odd numbers.
+INLINE int64_t apart_place(int64_t i) { return i / PANEL * PANEL + i % 2 * LANES + i % PANEL / 2; }
+
+// A row of one token, under key heads [first_head, end_head). Its K/V is taken in parts that fit the core's own cache,
+// and while one is worked on the next one comes near: a step reads as much K/V as weights.
+static int decode(const Attention *at, int64_t row, int64_t first_head, int64_t end_head) {
+  const Layer *layer = at->layer;
+  const Step *step = at->step;
+  int64_t size = layer->head_dim, group = layer->heads / layer->kv_heads, lines = (end_head - first_head) * group;
+  int64_t part = PART_BYTES / 2 / slot_size(layer) / LANES * LANES;
+  if (part < LANES) part = LANES;
+  float *memory = scratch(ATTENTION, 2 * lines * size + 2 * lines + MAX_GROUP * part);
+  const uint16_t **slots = (const uint16_t **)scratch(SLOTS, 2 * part * (sizeof(void *) / sizeof(float)));
+  if (memory == NULL || slots == NULL) return NO_MEMORY;
+  float *apart = memory, *sums_of = apart + lines * size, *scores = sums_of + lines * size;
+  float *tops = scores + MAX_GROUP * part, *totals = tops + lines;
+  int64_t first_line = step->first_tokens[row] * layer->heads + first_head * group;
+  const float *queries = at->queries + first_line * size;
+  for (int64_t i = 0; i < lines * size; i++) apart[apart_place(i)] = queries[i], sums_of[i] = 0;
+  for (int64_t line = 0; line < lines; line++) tops[line] = -INFINITY, totals[line] = 0;
+  int64_t position = step->starts[row], first = first_visible(layer, position), end = position + 1;
+  for (; first < end; first += part) {
+    int64_t count = end - first < part ? end - first : part;
+    slots_of(at, row, first, count, slots);
+    // Then come this row's next slots, or the first ones of the next row.
+    int64_t next_row = row, next_first = first + part, next_end = end;
+    if (next_first >= end && row + 1 < step->num_rows && step->num_tokens[row + 1] == 1) {
+      next_row = row + 1, next_first = first_visible(layer, step->starts[next_row]);
+      next_end = step->starts[next_row] + 1;
+    }
+    Incoming ahead = {slots + part, next_end - next_first < part ? next_end - next_first : part, slot_size(layer), 0, 0};
+    if (ahead.count > 0) slots_of(at, next_row, next_first, ahead.count, slots + part);
+    if (end_head - first_head < layer->kv_heads) ahead.count = 0;  // other threads read the rest of the slots
+    decode_part(layer, slots, count, first_head, end_head, apart, scores, part, tops, totals, sums_of, &ahead);
   }
+  float *out = at->out + first_line * size;
+  for (int64_t i = 0; i < lines * size; i++) out[i] = sums_of[apart_place(i)] / totals[i / size];
   return OK;
 }
 
 // Positions first + [from, count) of a row, widened: keys as panels [head_dim, PANEL positions], values as panels
 // [KEY_BLOCK, PANEL numbers]. What lies outside is zero: it may be somebody else's, and not a number.
-static void widen(const Attention *at, const int32_t *table, int64_t kv_head, int64_t first, int64_t from, int64_t count,
+static void widen(const Attention *at, int64_t row, int64_t kv_head, int64_t first, int64_t from, int64_t count,
                   float *keys, float *values) {
   int64_t size = at->layer->head_dim;
+  const uint16_t *slots[KEY_BLOCK];
+  if (from < 0) from = 0;
+  if (from < count) slots_of(at, row, first + from, count - from, slots + from);
   for (int64_t n = 0; n < KEY_BLOCK; n++) {  // positions
     float *key_to = keys + n / PANEL * PANEL * size + n % PANEL;
     if (n < from || n >= count) {
@@ -504,7 +532,7 @@ static void widen(const Attention *at, const int32_t *table, int64_t kv_head, in
         store(values + (i / PANEL * KEY_BLOCK + n) * PANEL + i % PANEL, splat(0));
       continue;
     }
-    const uint16_t *key = run_at(at, table, first + n, first + count, kv_head).keys;
+    const uint16_t *key = slots[n] + kv_head * size;
     const uint16_t *value = key + at->layer->kv_heads * size;
     for (int64_t i = 0; i < size; i += LANES) {
       float wide[LANES];
@@ -592,7 +620,6 @@ static void attend_tile(const Attention *at, int64_t row, int64_t kv_head, int64
 static int prefill(const Attention *at, int64_t row, int64_t kv_head) {
   const Layer *layer = at->layer;
   const Step *step = at->step;
-  const int32_t *table = step->block_tables + row * step->table_width;
   int64_t size = layer->head_dim, group = layer->heads / layer->kv_heads;
   int64_t start = step->starts[row], num_tokens = step->num_tokens[row], end = start + num_tokens;
   int64_t lines = num_tokens * group, tiles = tiles_of(lines);
@@ -604,7 +631,7 @@ static int prefill(const Attention *at, int64_t row, int64_t kv_head) {
     memset(at->out + (token * layer->heads + kv_head * group) * size, 0, group * size * sizeof(float));
   for (int64_t first = first_visible(layer, start) / KEY_BLOCK * KEY_BLOCK; first < end; first += KEY_BLOCK) {
     int64_t count = end - first < KEY_BLOCK ? end - first : KEY_BLOCK;
-    widen(at, table, kv_head, first, first_visible(layer, start) - first, count, keys, values);
+    widen(at, row, kv_head, first, first_visible(layer, start) - first, count, keys, values);
     for (int64_t t = 0; t < tiles; t++) {
       int64_t line = tile_start(lines, tiles, t), next = tile_start(lines, tiles, t + 1);
       if (first_visible(layer, start + line / group) < first + count)
@@ -620,18 +647,22 @@ static int prefill(const Attention *at, int64_t row, int64_t kv_head) {
 }
 
 static int attend(const Attention *at) {
-  int64_t kv_heads = at->layer->kv_heads, num_tasks = at->step->num_rows * kv_heads;
+  const Step *step = at->step;
+  int64_t kv_heads = at->layer->kv_heads, splits = 1;  // of a row, among threads
+  if (step->num_threads > 1) splits = (2 * step->num_threads + step->num_rows - 1) / step->num_rows;
+  if (splits > kv_heads) splits = kv_heads;
+  int64_t num_tasks = step->num_rows * splits;
   int status = OK;
-#pragma omp parallel for num_threads(at->step->num_threads) if (at->step->num_threads > 1) schedule(dynamic) \
+#pragma omp parallel for num_threads(step->num_threads) if (step->num_threads > 1) schedule(dynamic) \
     reduction(max : status)
   for (int64_t task = 0; task < num_tasks; task++) {
-    int64_t row = task / kv_heads;
-    int result;
-    if (at->step->num_tokens[row] == 1) {
-      Task this = task_at(at, task), next = task_at(at, task + 1);
-      result = decode(at, &this, &next);
+    int64_t row = task / splits, split = task % splits;
+    int64_t first_head = kv_heads * split / splits, end_head = kv_heads * (split + 1) / splits;
+    int result = OK;
+    if (step->num_tokens[row] == 1) {
+      result = decode(at, row, first_head, end_head);
     } else {
-      result = prefill(at, row, task % kv_heads);
+      for (int64_t head = first_head; head < end_head && result == OK; head++) result = prefill(at, row, head);
     }
     if (result != OK) status = result;
   }
@@ -654,7 +685,9 @@ int layer(const Layer *layer, const Step *step, uint16_t *cache, float *hidden) 
   for (int64_t first = 0; first < total; first += CHUNK) {
     int64_t n = total - first < CHUNK ? total - first : CHUNK;
     norm(hidden + first * layer->hidden, n, layer->hidden, layer->input_norm, layer->eps, normed);
-    if (linear(normed, n, layer->qkv, qkv_size, layer->hidden, layer->qkv_bias, projected, 0, threads)) return NO_MEMORY;
+    if (linear(normed, n, layer->qkv, qkv_size, layer->hidden, layer->qkv_bias, projected, 0, layer->output,
+               threads))
+      return NO_MEMORY;
     for (int64_t i = 0; i < n; i++) {
       int64_t token = first + i;
       place(layer, projected + i * qkv_size, step->cos + token * size / 2, step->sin + token * size / 2,
@@ -668,13 +701,15 @@ int layer(const Layer *layer, const Step *step, uint16_t *cache, float *hidden) 
     int64_t n = total - first < CHUNK ? total - first : CHUNK;
     float *rows = hidden + first * layer->hidden;
     if (linear(attended + first * queries_size, n, layer->output, layer->hidden, queries_size, layer->output_bias, rows,
-               1, threads))
+               1, layer->gate_up, threads))
       return NO_MEMORY;
     norm(rows, n, layer->hidden, layer->mlp_norm, layer->eps, normed);
-    if (linear(normed, n, layer->gate_up, 2 * layer->inner, layer->hidden, layer->gate_up_bias, projected, 0, threads))
+    if (linear(normed, n, layer->gate_up, 2 * layer->inner, layer->hidden, layer->gate_up_bias, projected, 0,
+               layer->down, threads))
       return NO_MEMORY;
     activate(projected, n, layer->inner, active);
-    if (linear(active, n, layer->down, layer->hidden, layer->inner, layer->down_bias, rows, 1, threads)) return NO_MEMORY;
+    if (linear(active, n, layer->down, layer->hidden, layer->inner, layer->down_bias, rows, 1, layer->after, threads))
+      return NO_MEMORY;
   }
   return OK;
 }

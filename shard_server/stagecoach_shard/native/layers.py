@@ -5,6 +5,7 @@ Weights and K/V are bfloat16, everything in between is float32, and only what go
 
 from __future__ import annotations
 
+import itertools
 import logging
 from ctypes import byref
 from typing import Literal
@@ -99,6 +100,7 @@ class NativeLinear:
                 None if self.bias is None else self.bias.data_ptr(),
                 y.data_ptr(),
                 0,
+                None,
                 torch.get_num_threads(),
             )
         )
@@ -117,6 +119,8 @@ class NativeLayers:
         for index in range(layers.start, layers.end):
             self._layers.append(_Layer(config, index, LayerWeights.read(config, index, reader), functions))
             give_back_unused()  # what was read, now that it is packed
+        for layer, following in itertools.pairwise(self._layers):
+            layer.struct.after = following.struct.qkv
 
     @property
     def num_bytes(self) -> int:

@@ -34,7 +34,7 @@ class LayerStruct(ctypes.Structure):
 
     _fields_ = [
         *((name, c_int64) for name in ("hidden", "inner", "heads", "kv_heads", "head_dim", "window")),
-        *((name, c_void_p) for name in ("qkv", "output", "gate_up", "down")),
+        *((name, c_void_p) for name in ("qkv", "output", "gate_up", "down", "after")),
         *((name, c_void_p) for name in ("qkv_bias", "output_bias", "gate_up_bias", "down_bias")),
         *((name, c_void_p) for name in ("input_norm", "mlp_norm", "query_norm", "key_norm")),
         ("eps", c_float),
@@ -65,7 +65,7 @@ class Library:
         self.pack.argtypes, self.pack.restype = [c_void_p, c_int64, c_int64, c_void_p], None
         self.linear = library.linear
         self.linear.argtypes = [
-            *(c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_int64),
+            *(c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int64),
         ]
         self.layer = library.layer
         self.layer.argtypes = [POINTER(LayerStruct), POINTER(StepStruct), c_void_p, c_void_p]
