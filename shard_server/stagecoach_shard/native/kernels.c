@@ -138,7 +138,7 @@ INLINE vf exp_(vf x) {
   return either(none, splat(0), (vf)((vi)p + (whole << 23)));
 }
 
-enum { TILED = 0, NORMED, QUERIES, ATTENDED, PROJECTED, ACTIVE, ATTENTION, SLOTS, NUM_SCRATCH };
+enum { TILED = 0, NORMED, QUERIES, ATTENDED, PROJECTED, ACTIVE, ATTENTION, SLOTS, WIDE, NUM_SCRATCH };
 
 // A thread's own memory, which only grows.
 static float *scratch(int which, size_t floats) {
@@ -199,7 +199,7 @@ INLINE void tile(const int rows, int wide, const float *a, int64_t step_i, int64
   for (int64_t k = 0; k < depth; k++) {
     vf pl, ph;
     panel_row(wide, panel, k, &pl, &ph);
-    if (!wide) __builtin_prefetch(ahead.at + k * ahead.step, 0, 2);
+    if (ahead.at) __builtin_prefetch(ahead.at + k * ahead.step, 0, 2);
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++) {
       vf x = splat(a[i * step_i + k * step_k]);
@@ -211,15 +211,36 @@ INLINE void tile(const int rows, int wide, const float *a, int64_t step_i, int64
   for (int i = 0; i < rows; i++) low[i] = l[i], high[i] = h[i];
 }
 
+// From so many tiles on a panel is widened once for all of them.
+#define MIN_WIDE_TILES 4
+
 #define EACH_TILE(X) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12)
 #define TILED_CASE(R) \
   case R: \
     if (R <= MAX_TILE) tile(R <= MAX_TILE ? R : 1, 0, a, 1, R, panel, depth, ahead, low, high); \
     break;
 
+#define WIDE_CASE(R) \
+  case R: \
+    if (R <= MAX_TILE) tile(R <= MAX_TILE ? R : 1, 1, a, 1, R, panel, depth, ahead, low, high); \
+    break;
+
 // `a` [depth, rows].
 static void narrow_tile(int rows, const float *a, const uint32_t *panel, int64_t depth, Ahead ahead, vf *low, vf *high) {
   switch (rows) { EACH_TILE(TILED_CASE) }
+}
+
+// The same, for a panel of floats.
+static void wide_tile(int rows, const float *a, const float *panel, int64_t depth, Ahead ahead, vf *low, vf *high) {
+  switch (rows) { EACH_TILE(WIDE_CASE) }
+}
+
+static void widen_panel(const uint32_t *panel, int64_t depth, float *wide) {
+  for (int64_t k = 0; k < depth; k++, wide += PANEL) {
+    vf low, high;
+    panel_row(0, panel, k, &low, &high);
+    store(wide, low), store(wide + LANES, high);
+  }
 }
 
 INLINE int64_t tiles_of(int64_t rows) { return (rows + MAX_TILE - 1) / MAX_TILE; }
@@ -247,7 +268,8 @@ int linear(const float *x, int64_t rows, const uint32_t *packed, int64_t columns
     tiled = to;
   }
   int64_t panels = (columns + PANEL - 1) / PANEL, tiles = tiles_of(rows);
-#pragma omp parallel for num_threads(num_threads) if (num_threads > 1) schedule(static)
+  int status = OK;
+#pragma omp parallel for num_threads(num_threads) if (num_threads > 1) schedule(static) reduction(max : status)
   for (int64_t p = 0; p < panels; p++) {
     const uint32_t *panel = packed + p * depth * LANES;
     int64_t width = columns - p * PANEL < PANEL ? columns - p * PANEL : PANEL;
@@ -257,6 +279,15 @@ int linear(const float *x, int64_t rows, const uint32_t *packed, int64_t columns
       memcpy(both, bias + p * PANEL, width * sizeof(float));
       bias_low = load(both), bias_high = load(both + LANES);
     }
+    float *wide = NULL;
+    if (tiles >= MIN_WIDE_TILES) {
+      wide = scratch(WIDE, depth * PANEL);
+      if (wide == NULL) {
+        status = NO_MEMORY;
+        continue;
+      }
+      widen_panel(panel, depth, wide);
+    }
     for (int64_t t = 0; t < tiles; t++) {
       int64_t first = tile_start(rows, tiles, t), n = tile_start(rows, tiles, t + 1) - first;
       vf low[MAX_TILE], high[MAX_TILE];
@@ -265,7 +296,10 @@ int linear(const float *x, int64_t rows, const uint32_t *packed, int64_t columns
       const uint32_t *next = p + 1 < panels ? panel + depth * LANES : after;
       Ahead ahead = {(const char *)next + t * depth * LANES * 4 / tiles, LANES * 4 / tiles};
       if (next == NULL) ahead = (Ahead){(const char *)panel, 0};
-      narrow_tile(n, tiled + first * depth, panel, depth, ahead, low, high);
+      if (wide)
+        wide_tile(n, tiled + first * depth, wide, depth, ahead, low, high);
+      else
+        narrow_tile(n, tiled + first * depth, panel, depth, ahead, low, high);
       for (int64_t i = 0; i < n; i++) {
         float *to = y + (first + i) * columns + p * PANEL;
         if (width == PANEL) {
@@ -279,7 +313,7 @@ int linear(const float *x, int64_t rows, const uint32_t *packed, int64_t columns
       }
     }
   }
-  return OK;
+  return status;
 }
 
 // ---- what is between the products
@@ -543,18 +577,11 @@ static void widen(const Attention *at, int64_t row, int64_t kv_head, int64_t fir
   }
 }
 
-#define SCORE_CASE(R) \
-  case R: \
-    if (R <= MAX_TILE) tile(R <= MAX_TILE ? R : 1, 1, a, 1, R, panel, depth, (Ahead){0}, low, high); \
-    break;
 #define VALUE_CASE(R) \
   case R: \
     if (R <= MAX_TILE) tile(R <= MAX_TILE ? R : 1, 1, a, KEY_BLOCK, 1, panel, depth, (Ahead){0}, low, high); \
     break;
 
-static void score_tile(int rows, const float *a, const float *panel, int64_t depth, vf *low, vf *high) {
-  switch (rows) { EACH_TILE(SCORE_CASE) }
-}
 static void value_tile(int rows, const float *a, const float *panel, int64_t depth, vf *low, vf *high) {
   switch (rows) { EACH_TILE(VALUE_CASE) }
 }
@@ -578,7 +605,7 @@ static void attend_tile(const Attention *at, int64_t row, int64_t kv_head, int64
   int64_t wide = (seen + PANEL - 1) / PANEL * PANEL;
   for (int64_t n = 0; n < wide; n += PANEL) {
     vf low[MAX_TILE] = {0}, high[MAX_TILE] = {0};
-    score_tile(lines, queries, keys + n * size, size, low, high);
+    wide_tile(lines, queries, keys + n * size, size, (Ahead){0}, low, high);
     for (int i = 0; i < lines; i++)
       store(scores + i * KEY_BLOCK + n, low[i]), store(scores + i * KEY_BLOCK + n + LANES, high[i]);
   }
