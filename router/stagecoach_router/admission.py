@@ -74,11 +74,11 @@ class WaitingLine:
 
     def num_starting(self, num_free_slots: int) -> int:
         """How many may start with the next steps, as far as is known: none where the first one lacks blocks."""
-        return 0 if self._blocked is not None else min(len(self._line), num_free_slots)
+        return 0 if self._lacks_blocks() else min(len(self._line), num_free_slots)
 
     def check_room(self, num_free_slots: int) -> None:
         """Raises Overloaded if no one more may wait. Those that wait only for the next step do not count."""
-        num_starting = 0 if self._blocked is not None else num_free_slots
+        num_starting = 0 if self._lacks_blocks() else num_free_slots
         if len(self._line) >= self._max_waiting + num_starting:
             raise Overloaded(
                 f"{len(self._line)} sequences are waiting; at most {self._max_waiting} may",
@@ -116,6 +116,10 @@ class WaitingLine:
             del self._line[index]
             return sequence
         return None
+
+    def _lacks_blocks(self) -> bool:
+        """Whether the first one found too few, and none were released since."""
+        return self._blocked is not None and self._blocked_at == self._blocks.num_releases
 
     def _allocate(self, sequence: Sequence, num_running: int) -> bool:
         blocks = self._blocks

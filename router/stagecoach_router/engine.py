@@ -29,7 +29,7 @@ from stagecoach_router.scheduler import Plan, Row, Scheduler
 from stagecoach_router.sequence import Sequence
 from stagecoach_router.step_sampler import Choice, Chooser, choose_tokens
 from stagecoach_router.tokenizer import Tokenizer
-from stagecoach_router.wire import OutputOrder, read_outputs, write_micro_batch
+from stagecoach_router.wire import GroupOutputs, OutputOrder, read_outputs, write_micro_batch
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +139,7 @@ class Engine:
         scheduler.blocks.reset(pipeline.num_blocks)
         if scheduler.pacing is not None:
             scheduler.pacing.limit_lanes(pipeline.max_queued_steps)
+            scheduler.pacing.limit_steps(scheduler.max_logit_rows, scheduler.max_batch_tokens)
         capacity = scheduler.blocks.capacity_tokens
         for run in list(self._runs.values()):
             if run.sequence.token_limit > capacity:
@@ -232,6 +233,18 @@ class Engine:
         round_trip_s = time.perf_counter() - step.sent_s
         outputs = read_outputs(result, payload, step.order, self._vocab_size)
         pieces: list[tuple[Generation, Piece]] = []
+        try:
+            self._take_tokens(step, outputs, pieces)
+            self._pump()
+        finally:  # whatever went wrong: their tokens are in the log, and would not come again
+            # Last: each wakes a call's task, and the next step's frame is not to wait behind them.
+            for generation, piece in pieces:
+                generation.pieces.put(piece)
+        stages = [StageSeconds(timing.queue_s, timing.compute_s) for timing in result.timings]
+        self.scheduler.observe(step.plan, stages, round_trip_s)
+
+    def _take_tokens(self, step: _Step, outputs: list[GroupOutputs], pieces: list[tuple[Generation, Piece]]) -> None:
+        """Samples for all rows of a step; adds what that gives to `pieces`."""
         current = {row.sequence.seq_id for row in self.scheduler.complete(step.plan)}
         for rows, group in outputs:
             # Those that are still there: a failure takes all completions of its request with it.
@@ -246,12 +259,6 @@ class Engine:
                 piece = self._advance(run, choice)
                 if piece is not None:
                     pieces.append((run.generation, piece))
-        self._pump()
-        # Last: each wakes a call's task, and the next step's frame is not to wait behind them.
-        for generation, piece in pieces:
-            generation.pieces.put(piece)
-        stages = [StageSeconds(timing.queue_s, timing.compute_s) for timing in result.timings]
-        self.scheduler.observe(step.plan, stages, round_trip_s)
 
     def _advance(self, run: _Run, sampled: Choice) -> Piece | None:
         """Takes a sequence's next token; returns what it adds, None where there is no token."""

@@ -21,19 +21,29 @@ from typing import NamedTuple
 
 from stagecoach_router.step_cost import MIN_OBSERVATIONS, MIN_SECONDS, MIN_SPAN, StageCost, StepShape
 
+# More are never chosen: each is looked at whenever the costs change.
+MAX_LANES = 64
+NO_LIMIT = 1 << 30
+# Decisions that are remembered until the costs change.
+MAX_DECIDED = 1024
 # The number of lanes changes only for at least this gain, so that noise does not make it flap.
 MIN_GAIN = 0.05
 # As long as it is unknown what a row costs, a lane is added where stages idle more than this part of the time.
 MAX_IDLE = 0.1
 # While a prompt is computed, sequences that decode get their tokens at intervals of up to (1 + this) times as long.
-MAX_SLOWDOWN = 1.0
+MAX_SLOWDOWN = 0.9
 # More where several prompts wait: (1 + this * (waiting - 1) / decoding). A burst is to be through soon, or its first
 # sequences decode in steps that are nearly empty, and its last ones still do when the others are gone.
 CROWDING_WEIGHT = 8.0
+# Chunks that wait before the first stage while nobody decodes. They depend on no result, so that it never stands idle
+# because another stage took longer than it should have.
+SPARE_CHUNKS = 1
 # A prompt gets on by at least so many tokens a step.
-MIN_SHARED_CHUNK_TOKENS = 16
+MIN_SHARED_CHUNK_TOKENS = 4
 # How many chunks a prompt is tried to be cut into: 1, 2, 3, 4, 6, 8, 11, ... 362.
 CHUNK_COUNTS = sorted({round(2 ** (exponent / 2)) for exponent in range(18)})
+# By so much clocks of different machines may differ in speed.
+CLOCK_TOLERANCE = 1.01
 # Of the latest steps, whose median says how long the hops are.
 NUM_HOP_SAMPLES = 64
 
@@ -76,6 +86,7 @@ class Pacing:
         self.num_stages = num_stages
         self._fixed_lanes = lanes
         self.max_lanes = lanes or num_stages
+        self._max_rows = self._max_tokens = NO_LIMIT
         self.reset()
 
     def limit_lanes(self, max_lanes: int) -> None:
@@ -83,7 +94,12 @@ class Pacing:
 
         A stage takes no more steps than it gives credits for, and one that waits for a credit looks like a long hop.
         """
-        self.max_lanes = self._fixed_lanes or max(max_lanes, self.num_stages)
+        self.max_lanes = self._fixed_lanes or max(min(max_lanes, MAX_LANES), self.num_stages)
+        self._decided.clear()
+
+    def limit_steps(self, max_rows: int, max_tokens: int) -> None:
+        """A step holds no more than `max_rows` decodes, nor than `max_tokens` tokens in all."""
+        self._max_rows, self._max_tokens = min(max_rows, max_tokens), max_tokens
         self._decided.clear()
 
     def reset(self) -> None:
@@ -103,10 +119,13 @@ class Pacing:
     def observe(self, shape: StepShape, stages: Sequence[StageSeconds], round_trip_s: float) -> None:
         """Learns from a step that came back.
 
-        What cannot be is left out: figures of another number of stages (a shard may not send any), or not in [0, inf).
+        What cannot be is left out: figures of another number of stages, or not in [0, inf), or that come to more than
+        the round trip by our own clock.
         """
         times = [round_trip_s, *(seconds for stage in stages for seconds in stage)]
         if len(stages) != self.num_stages or not all(isfinite(seconds) and seconds >= 0.0 for seconds in times):
+            return
+        if sum(map(sum, stages)) > CLOCK_TOLERANCE * round_trip_s:
             return
         changed = [
             cost.observe(shape, stage.compute_s) for cost, stage in zip(self._stages, stages, strict=True)
@@ -119,6 +138,12 @@ class Pacing:
             self._hops_s = median(self._hop_samples) if len(self._hop_samples) >= MIN_OBSERVATIONS else 0.0
             self._decided.clear()
 
+    def expected_s(self, shape: StepShape) -> float | None:
+        """What a step's whole way takes when it waits for no other. None: too little is known of such steps."""
+        costs = [stage.step_s(shape) for stage in self._stages]
+        known = [cost for cost in costs if cost is not None]
+        return sum(known) + self._hops_s if len(known) == len(costs) else None
+
     def pace(self, num_decodes: int, prompts: Prompts = NO_PROMPTS) -> Pace:
         """For `num_decodes` sequences that have their first token, beside `prompts` that are to be computed."""
         # A chunk's place changes its cost a little only: one answer does for some positions.
@@ -126,6 +151,8 @@ class Pacing:
         key = (num_decodes, prompts)
         pace = self._decided.get(key)
         if pace is None:
+            if len(self._decided) >= MAX_DECIDED:
+                self._decided.clear()
             pace = self._decided[key] = self._decide(num_decodes, prompts)
         return pace
 
@@ -159,7 +186,11 @@ class Pacing:
             return current
         if self._stages[0].decodes.span < MIN_SPAN:
             return self._try_one_more(current, num_decodes)
-        periods = {lanes: self._period(lanes, num_decodes) for lanes in range(1, self.max_lanes + 1)}
+        least = min(-(-num_decodes // self._max_rows), self.max_lanes)  # with fewer, some wait for another step
+        most = max(current, min(self.max_lanes, num_decodes), least)
+        periods = {lanes: self._period(lanes, num_decodes) for lanes in range(least, most + 1)}
+        if current < least:
+            return least
         best = min(periods, key=lambda lanes: (periods[lanes], lanes))
         return best if periods[best] < (1.0 - MIN_GAIN) * periods[current] else current
 
@@ -185,8 +216,9 @@ class Pacing:
             chunk = (allowed_s - self._hops_s - sum(costs)) / max(sum(per_token), 1e-12)
             for cost, token_s in zip(costs, per_token, strict=True):
                 chunk = min(chunk, (allowed_s / num_lanes - cost) / max(token_s, 1e-12))
+            chunk = min(chunk, self._max_tokens)
             if num_lanes * chunk > (1.0 + MIN_GAIN) * best_work:
-                best = Pace(num_lanes, max(MIN_SHARED_CHUNK_TOKENS, int(min(chunk, 1e9))))
+                best = Pace(num_lanes, max(MIN_SHARED_CHUNK_TOKENS, int(chunk)))
                 best_work = num_lanes * chunk
         return best
 
@@ -197,8 +229,10 @@ class Pacing:
         others: (k - 1) * bottleneck(P / k) + sum over stages(P / k). All of one size, since each stage waits for the
         largest.
         """
-        unknown = Pace(self._clamp(self.num_stages))
-        if self.num_stages == 1 or not all(stage.prefill.is_known for stage in self._stages):
+        if self.num_stages == 1:
+            return Pace(self._clamp(1))
+        unknown = Pace(self._clamp(self.num_stages + SPARE_CHUNKS))
+        if not all(stage.prefill.is_known for stage in self._stages):
             return unknown
         if not prompts.num_tokens or self._stages[0].decodes.span < MIN_SPAN:
             return unknown  # only one size of step was met: what is fixed is not known
@@ -211,7 +245,7 @@ class Pacing:
             return (num_chunks - 1) * max(times) + sum(times)
 
         num_chunks = min((count for count in CHUNK_COUNTS if count <= prompts.num_tokens), key=wait_s)
-        chunk = ceil(prompts.num_tokens / num_chunks)
+        chunk = min(ceil(prompts.num_tokens / num_chunks), self._max_tokens)
         costs = [a + c * chunk for a, c in zip(fixed, per_token, strict=True)]
         in_flight = ceil((1.0 - MAX_IDLE) * (sum(costs) + self._hops_s) / max(*costs, MIN_SECONDS))
-        return Pace(self._clamp(max(in_flight, 1)), chunk)
+        return Pace(self._clamp(max(in_flight, 1) + SPARE_CHUNKS), chunk)

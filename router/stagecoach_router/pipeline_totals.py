@@ -12,6 +12,10 @@ from dataclasses import dataclass, field
 from stagecoach.framing import FrameCounter
 from stagecoach.v1 import shard_pb2
 
+# What one process can come to; sums of many of them still fit 64 bits.
+MAX_SECONDS = 1e10
+MAX_COUNT = 1 << 48
+
 
 @dataclass(slots=True)
 class StageTotals:
@@ -34,20 +38,32 @@ class StageTotals:
     _latest: shard_pb2.LoadReport = field(default_factory=shard_pb2.LoadReport)
 
     def add(self, shard_id: str, report: shard_pb2.LoadReport) -> None:
-        """A report of the process `shard_id`. A counter that fell since the last one adds nothing."""
+        """A report of the process `shard_id`. A counter that fell since the last one adds nothing.
+
+        Nor does a report that cannot be: times that are no times, or counters that would not fit the status.
+        """
+        times = (report.compute_s, report.wait_s, report.queue_s, report.decode_s, report.encode_s)
+        counters = (report.num_steps, report.num_tokens, report.num_frames, report.num_fast_frames)
+        if not all(0.0 <= seconds <= MAX_SECONDS for seconds in times) or max(counters) > MAX_COUNT:
+            return
         if shard_id != self._shard_id:
             self._shard_id, self._latest = shard_id, report
             return
         before, self._latest = self._latest, report
-        self.num_steps += max(0, report.num_steps - before.num_steps)
-        self.num_tokens += max(0, report.num_tokens - before.num_tokens)
+        self.num_steps = _sum(self.num_steps, report.num_steps - before.num_steps)
+        self.num_tokens = _sum(self.num_tokens, report.num_tokens - before.num_tokens)
         self.compute_s += max(0.0, report.compute_s - before.compute_s)
         self.wait_s += max(0.0, report.wait_s - before.wait_s)
         self.queue_s += max(0.0, report.queue_s - before.queue_s)
         self.decode_s += max(0.0, report.decode_s - before.decode_s)
         self.encode_s += max(0.0, report.encode_s - before.encode_s)
-        self.num_frames += max(0, report.num_frames - before.num_frames)
-        self.num_fast_frames += max(0, report.num_fast_frames - before.num_fast_frames)
+        self.num_frames = _sum(self.num_frames, report.num_frames - before.num_frames)
+        self.num_fast_frames = _sum(self.num_fast_frames, report.num_fast_frames - before.num_fast_frames)
+
+
+def _sum(total: int, added: int) -> int:
+    """A total only rises, and stays what a status can say."""
+    return min(total + max(0, added), (1 << 63) - 1)
 
 
 class PipelineTotals:

@@ -187,7 +187,7 @@ def mass_interval(
     peak = peak_logit / temperature
     error = _LSE_ERROR + _LSE_RELATIVE_ERROR * abs(peak)
     log_mass = min(scaled_log_sum_exp - peak, _MAX_EXPONENT)
-    upper = math.exp(log_mass + error)
+    upper = math.exp(min(log_mass + error, _MAX_EXPONENT))
     if not upper >= known:
         raise ShardFault(
             "candidates: together they exceed the log-sum-exp of their row", field="logits", limit=upper, value=known

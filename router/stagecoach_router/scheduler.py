@@ -29,7 +29,7 @@ MIN_PREFILL_FRACTION = 4
 # Prefill that does not fill the lanes is spread over them, so that the stages work on it at the same time; but until
 # it is known what a chunk costs, not in chunks below this, which could cost more than the waiting they save.
 MIN_CHUNK_TOKENS = 64
-CHUNKS_PER_LANE = 4
+CHUNKS_PER_LANE = 2
 
 
 class Row(NamedTuple):
@@ -170,7 +170,8 @@ class Scheduler:
             num_decodes = len(draft.rows)
             self._plan_prefill(draft, draft.room, pace)
             num_prefill_rows = len(draft.rows) - num_decodes
-        self._prefill_is_due = not draft.room and not num_prefill_rows and bool(self._prefilling or self._waiting)
+        is_full = not (draft.room and draft.logit_room)
+        self._prefill_is_due = is_full and not num_prefill_rows and bool(self._prefilling or self._waiting)
         if not draft.rows:
             return None
         plan = Plan(tuple(draft.rows.values()), tuple(draft.deltas), self.max_batch_tokens - draft.room)

@@ -85,14 +85,18 @@ def write_micro_batch(
     return frame, OutputOrder(tuple((group.want, tuple(group.rows)) for group in groups.values()))
 
 
+# The rows of one output group, and what came for them.
+GroupOutputs = tuple[tuple[Row, ...], CandidateRows | WholeRows]
+
+
 def read_outputs(
     result: shard_pb2.StepResult, payload: memoryview, order: OutputOrder, vocab_size: int
-) -> list[tuple[tuple[Row, ...], CandidateRows | WholeRows]]:
+) -> list[GroupOutputs]:
     """The outputs of each group of rows, in order. Raises ShardFault where the result is not what was asked for."""
     if len(result.outputs) != len(order.groups):
         raise ShardFault(f"step {result.step}: {len(order.groups)} outputs asked for, {len(result.outputs)} came")
     reader = _Reader(payload)
-    outputs: list[tuple[tuple[Row, ...], CandidateRows | WholeRows]] = []
+    outputs: list[GroupOutputs] = []
     for block, (want, rows) in zip(result.outputs, order.groups, strict=True):
         columns = min(want.num_candidates, vocab_size) or vocab_size
         asked = (len(rows), columns, want.num_candidates > 0, want.log_sum_exp and want.num_candidates > 0)

@@ -159,7 +159,7 @@ class Stage:
 
     @torch.inference_mode()
     def logits(self, hidden_states: Tensor) -> Tensor:
-        """Final norm and head, on the last stage only: [n, hidden_size] -> [n, vocab_size] of the stage's dtype."""
+        """Final norm and head, on the last stage only: [n, hidden_size] -> [n, vocab_size]; float32 where native."""
         assert self._norm is not None
         assert self._head is not None
         if hidden_states.shape[0] == 0:

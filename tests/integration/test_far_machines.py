@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import pytest
 
 from stagecoach_client import AsyncClient
+from stagecoach_router import server
 from tests.cluster import start_router, start_shard, wait_until_ready
 from tests.delay_proxy import DelayProxy
 
@@ -35,7 +36,7 @@ async def generate(client, prompt):
     return generation.completions[0].token_ids
 
 
-async def test_distance_changes_no_token_and_each_token_pays_each_hop_once(tiny_model):
+async def test_distance_changes_no_token_and_each_token_pays_each_hop(tiny_model):
     prompts = [f"Prompt number {number} is this long: {'x' * 9 * number}" for number in range(8)]
     async with far_cluster(tiny_model, 0.0) as (client, _):
         near = await asyncio.gather(*(generate(client, prompt) for prompt in prompts))
@@ -45,6 +46,24 @@ async def test_distance_changes_no_token_and_each_token_pays_each_hop_once(tiny_
         assert await generate(client, prompts[0]) == near[0]
         assert time.monotonic() - begin >= OUTPUT_TOKENS * NUM_HOPS * DELAY_S, "something went past the proxies"
     assert far == near
+
+
+async def test_the_router_learns_the_distance_and_keeps_more_steps_in_flight(tiny_model, monkeypatch):
+    engines = []
+    build = server.build_engine
+
+    def build_and_remember(*arguments):
+        engines.append(build(*arguments))
+        return engines[-1]
+
+    monkeypatch.setattr(server, "build_engine", build_and_remember)
+    prompts = [f"Prompt number {number}" for number in range(8)]
+    async with far_cluster(tiny_model, DELAY_S) as (client, _):
+        for _ in range(2):
+            await asyncio.gather(*(generate(client, prompt) for prompt in prompts))
+        pacing = engines[0].scheduler.pacing
+        assert pacing.hops_s >= NUM_HOPS * DELAY_S
+        assert pacing.pace(8).num_lanes > 2
 
 
 async def test_a_stalled_direction_loses_nothing(tiny_model):

@@ -9,6 +9,7 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from stagecoach import errors
 from stagecoach_client import AsyncClient
+from stagecoach_router.engine import Engine
 from stagecoach_router.server import SERVICE_NAME
 from tests.cluster import start_router, start_shard, wait_until_ready
 from tests.integration.test_generate import greedy, random_prompts, reference_tokens
@@ -259,3 +260,25 @@ async def test_a_long_text_is_tokenized_off_the_event_loop_and_alike(tiny_model)
         assert long.token_ids == piece.token_ids * MAX_BYTES_ON_LOOP
     await router.close()
     await shard.close()
+
+
+async def test_an_error_amid_a_step_loses_no_token_that_was_sampled_before_it(
+    breakable, tiny_model, reference, monkeypatch
+):
+    client, _, _ = breakable
+    prompts = random_prompts(4, 25)
+    advance, num_tokens = Engine._advance, 0
+
+    def advance_until(self, run, sampled):
+        nonlocal num_tokens
+        num_tokens += 1
+        if num_tokens == 40:
+            raise RuntimeError("unforeseen")
+        return advance(self, run, sampled)
+
+    monkeypatch.setattr(Engine, "_advance", advance_until)
+    async with asyncio.timeout(RESTART_TIMEOUT_S):
+        answers = await asyncio.gather(*(client.generate(token_ids=prompt, **greedy(30)) for prompt in prompts))
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer.completions[0].token_ids == reference_tokens(reference, prompt, 30)
+    assert (await client.status()).pipelines[0].epoch >= 2

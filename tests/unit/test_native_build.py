@@ -153,6 +153,14 @@ def test_a_library_that_does_not_load_is_a_reason_and_not_a_crash(recording: Com
         library.load()
 
 
+def test_a_kept_library_that_does_not_load_any_more_is_built_again(recording: Compiler) -> None:
+    library.load()
+    kept = next(library._folder().glob("kernels-*.so"))
+    kept.unlink()  # and not written over: this process runs it
+    kept.write_bytes(b"half of it")
+    assert library.load().lanes in (4, 8, 16)
+
+
 def test_two_processes_that_build_at_once_both_load_it(recording: Compiler, tmp_path: Path) -> None:
     """Each waits in the compiler until the other is there too."""
     meet = tmp_path / "meet"

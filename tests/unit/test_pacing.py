@@ -270,3 +270,37 @@ def test_chunks_of_a_lone_prompt_bring_its_token_nearly_as_soon_as_any_others(co
 
 def test_a_lone_prompt_on_one_stage_goes_in_whole_budgets():
     assert taught([stage_cost(0.01, 0.001)]).pace(0, Prompts(1, 4096)) == Pace(1, None)
+
+
+# ---- limits
+
+
+def test_a_shard_that_grants_billions_of_credits_decides_no_loop():
+    pacing = taught([stage_cost(0.01, 0.001)] * 2)
+    pacing.limit_lanes(2**32 - 1)
+    assert pacing.max_lanes <= 64
+    assert pacing.pace(200).num_lanes <= 64
+
+
+@pytest.mark.parametrize("num_decodes", [1, 100, 111, 256])
+def test_no_fewer_lanes_than_it_takes_steps_to_hold_all_rows(num_decodes):
+    pacing = taught([stage_cost(0.05, 0.0)] * 2)
+    pacing.limit_steps(max_rows=110, max_tokens=512)
+    assert pacing.pace(num_decodes).num_lanes >= -(-num_decodes // 110)
+    assert (pacing.pace(num_decodes, Prompts(3, 9000)).chunk_tokens or 0) <= 512
+    assert (pacing.pace(0, Prompts(3, 9000)).chunk_tokens or 0) <= 512
+
+
+def test_decisions_do_not_pile_up_while_no_step_teaches_anything():
+    pacing = Pacing(2)
+    for number in range(5000):
+        pacing.pace(number)
+    assert len(pacing._decided) <= 1024
+
+
+def test_more_time_at_the_stages_than_the_round_trip_took_is_not_believed():
+    pacing = Pacing(2)
+    for rows in (1, 8) * 20:
+        pacing.observe(decode(rows), [StageSeconds(0.0, 3e30)] * 2, 0.1)
+    assert pacing.pace(8) == Pacing(2).pace(8)
+    assert not any(stage.decodes.is_known for stage in pacing._stages)

@@ -68,12 +68,12 @@ def test_a_stage_that_becomes_slow_is_noticed():
     assert simulation.scheduler.num_lanes < before
 
 
-def test_without_timings_it_runs_as_many_lanes_as_stages():
+def test_without_timings_it_runs_as_many_lanes_as_stages_and_a_spare_chunk_while_there_are_only_prompts():
     simulation = Simulation(ROWS_COST, 0.05, timed=False)
     for _ in range(8):
         simulation.add(128, 100)
     simulation.run()
-    assert set(simulation.lanes_seen) == {2}
+    assert set(simulation.lanes_seen) == {2, 3}
 
 
 @pytest.mark.parametrize("hop_s", [0.0, 0.01])

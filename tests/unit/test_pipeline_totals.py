@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stagecoach.v1 import inference_pb2
 from stagecoach.v1 import shard_pb2 as pb
 from stagecoach_router.pipeline_totals import ActiveTime, StageTotals
 
@@ -61,3 +64,31 @@ def test_active_time_is_that_between_the_first_to_run_and_the_last() -> None:
     active.set(True)
     now = 21.0
     assert active.total_s == 4.0
+
+
+@given(
+    st.lists(
+        st.builds(
+            pb.LoadReport,
+            num_steps=st.sampled_from([0, 7, 1 << 40, 2**64 - 1]),
+            compute_s=st.sampled_from([0.0, 3.0, -1.0, 1e300, float("inf"), float("nan")]),
+        ),
+        max_size=12,
+    )
+)
+def test_whatever_a_shard_says_the_status_can_be_written(reports: list[pb.LoadReport]) -> None:
+    totals = StageTotals()
+    for message in reports:
+        totals.add("one", message)
+    status = inference_pb2.StageStatus(num_steps=totals.num_steps, compute_s=totals.compute_s)
+    assert math.isfinite(status.compute_s)
+
+
+def test_a_report_that_cannot_be_changes_nothing() -> None:
+    totals = StageTotals()
+    for value in (0, 3):
+        totals.add("one", report(value))
+    totals.add("one", pb.LoadReport(num_steps=2**64 - 1, compute_s=5.0))
+    totals.add("one", pb.LoadReport(num_steps=9, compute_s=float("inf")))
+    totals.add("one", report(4))
+    assert totals.num_steps == 4

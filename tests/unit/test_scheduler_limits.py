@@ -16,7 +16,7 @@ def test_a_lone_prompt_is_spread_over_the_lanes_in_shrinking_chunks():
     scheduler = make_scheduler(num_blocks=400, num_lanes=2, max_batch_tokens=512)
     add(scheduler, 1, 640)
     sizes = chunks(scheduler)
-    assert sizes[:3] == [80, 70, 64], "an eighth of what is left, so that two stages soon work at once"
+    assert sizes[:3] == [160, 120, 90], "a quarter of what is left, so that two stages soon work at once"
     assert sum(sizes) == 640
     assert min(sizes[:-1]) == 64
 
@@ -58,3 +58,30 @@ def test_a_sibling_takes_over_the_digests_of_the_prompt_and_no_others():
         finish(scheduler, scheduler.schedule(), token=leader.seq_id)
     assert follower.digests[:2] == leader.digests[:2]
     assert follower.num_cached == 8
+
+
+def test_prompts_are_not_starved_by_decodes_that_fill_the_rows_of_logits():
+    scheduler = make_scheduler(max_logit_rows=2, num_lanes=1, max_batch_tokens=64, num_blocks=400)
+    for seq_id in range(1, 5):
+        add(scheduler, seq_id, 4, max_tokens=40)
+    while scheduler.num_running < 4 or scheduler.num_waiting:
+        finish(scheduler, scheduler.schedule())
+    for _ in range(4):
+        finish(scheduler, scheduler.schedule())
+    late = add(scheduler, 9, 8)
+    for _ in range(3):
+        finish(scheduler, scheduler.schedule())
+    assert late.output_tokens
+
+
+def test_a_newcomer_that_waited_for_blocks_is_paced_like_any_other():
+    """What can start counts as a prompt again as soon as blocks are released, not only after it was admitted."""
+    scheduler = make_scheduler(num_blocks=8, max_batch_tokens=64)
+    first = add(scheduler, 1, 24, max_tokens=4)
+    finish(scheduler, scheduler.schedule())
+    add(scheduler, 2, 24, max_tokens=4)
+    finish(scheduler, scheduler.schedule())
+    assert scheduler.num_waiting == 1
+    assert scheduler._prompts().num_sequences == 0, "it lacks blocks"
+    scheduler.remove(first)
+    assert scheduler._prompts().num_sequences == 1

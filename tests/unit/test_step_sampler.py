@@ -114,6 +114,21 @@ def test_candidates_above_their_rows_log_sum_exp_are_a_fault() -> None:
     assert [isinstance(choice, ShardFault) for choice in choices] == [index == 5 for index in range(8)]
 
 
+@pytest.mark.parametrize("huge", [1e9, 1e12, 3e38])
+def test_logits_as_large_as_numbers_get_leave_the_others_their_tokens(huge: float) -> None:
+    params = [SamplingParams(temperature=0.7)] * 8
+    outputs = candidate_rows(params, 64, log_sum_exp=True, spread=2.0, coarse=False, seed=1)
+    choosers = [chooser(one, index) for index, one in enumerate(params)]
+    expected = choose_tokens(outputs, choosers)
+    assert outputs.scaled_log_sum_exp is not None
+    outputs.logits[3, 0] = outputs.scaled_log_sum_exp[3] = huge
+    with np.errstate(over="ignore"):
+        outputs.scaled_log_sum_exp[3] /= np.float32(0.7)
+    choices = choose_tokens(outputs, choosers)
+    assert isinstance(choices[3], Sampled | NeedsWholeRow | ShardFault)
+    assert choices[:3] + choices[4:] == expected[:3] + expected[4:]
+
+
 def test_whole_rows_are_sampled_from_as_they_are() -> None:
     logits = np.random.default_rng(0).normal(0, 3, (3, VOCAB_SIZE)).astype(np.float32)
     params = SamplingParams(presence_penalty=-1.0)

@@ -80,7 +80,7 @@ def load() -> Library:
     errors: list[str] = []
     for flags in _FLAGS:
         try:
-            library = Library(_built(compiler, [*flags, _machine_flag()]))
+            library = _load(compiler, [*flags, _machine_flag()])
             if errors:
                 logger.warning("the CPU kernels compute on one thread, as there is no OpenMP: %s", errors[0])
             return library
@@ -89,13 +89,22 @@ def load() -> Library:
     raise ConfigError(f"{compiler} does not build the kernels: {errors[0]}", field="kernels")
 
 
-def _built(compiler: str, flags: list[str]) -> Path:
-    """The library's file. Raises OSError or SubprocessError."""
+def _load(compiler: str, flags: list[str]) -> Library:
+    """Raises OSError or SubprocessError."""
+    path = _built(compiler, flags, _folder())
+    try:
+        return Library(path)
+    except OSError as error:  # half a file, or a folder that nothing may be run from
+        logger.warning("%s cannot be loaded, and is built once more elsewhere: %s", path, error)
+        return Library(_built(compiler, flags, Path(_process_folder().name)))
+
+
+def _built(compiler: str, flags: list[str], folder: Path) -> Path:
+    """The library's file in `folder`. Raises OSError or SubprocessError."""
     version = subprocess.run(
         [*compiler.split(), "--version"], check=True, capture_output=True, timeout=BUILD_TIMEOUT_S
     ).stdout
     key = hashlib.sha256(b"\0".join([_SOURCE.read_bytes(), version, " ".join(flags).encode(), _cpu()])).hexdigest()
-    folder = _folder()
     path = folder / f"kernels-{key[:24]}.so"
     if not path.exists():
         logger.info("building the CPU kernels with %s", compiler)
