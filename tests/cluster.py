@@ -53,7 +53,7 @@ class Running:
 
 def start_shard(model: Path, layers: str, **settings: Any) -> Running:
     address = settings.pop("listen", None) or f"127.0.0.1:{free_port()}"
-    facts: dict[str, Any] = {"dtype": "float32", "kv_cache_memory": "4M"} | settings
+    facts: dict[str, Any] = {"dtype": "float32", "kv_cache_memory": "4M", "drain_timeout_s": 0.0} | settings
     stop = asyncio.Event()
     task = asyncio.create_task(shard.serve(ShardSettings(model=model, layers=layers, listen=address, **facts), stop))
     return Running(address, stop, task)
@@ -61,8 +61,9 @@ def start_shard(model: Path, layers: str, **settings: Any) -> Running:
 
 def start_router(shards: Sequence[str], **settings: Any) -> Running:
     address = settings.pop("listen", None) or f"127.0.0.1:{free_port()}"
+    facts: dict[str, Any] = {"drain_timeout_s": 0.0} | settings
     stop = asyncio.Event()
-    task = asyncio.create_task(router.serve(RouterSettings(shards=",".join(shards), listen=address, **settings), stop))
+    task = asyncio.create_task(router.serve(RouterSettings(shards=",".join(shards), listen=address, **facts), stop))
     return Running(address, stop, task)
 
 

@@ -12,6 +12,7 @@ from stagecoach.errors import (
     ConfigError,
     DeadlineExceeded,
     FailedPrecondition,
+    HandshakeFailed,
     InternalError,
     InvalidArgument,
     KVCacheFull,
@@ -19,10 +20,13 @@ from stagecoach.errors import (
     NotFound,
     OutOfRange,
     Overloaded,
+    PermissionDenied,
+    RateLimited,
     ShardFault,
     StagecoachError,
     StaleEpoch,
     TopologyError,
+    Unauthenticated,
     Unavailable,
     Unimplemented,
 )
@@ -41,6 +45,7 @@ from stagecoach_client.results import (
 )
 from stagecoach_client.status import ClusterStatus, Model, PipelineStatus, StageStatus
 from stagecoach_client.streams import AsyncGenerationStream, GenerationStream
+from stagecoach_client.tls import Tls
 
 __all__ = [
     "AsyncClient",
@@ -58,6 +63,7 @@ __all__ = [
     "GenerateOptions",
     "Generation",
     "GenerationStream",
+    "HandshakeFailed",
     "InternalError",
     "InvalidArgument",
     "KVCacheFull",
@@ -67,15 +73,19 @@ __all__ = [
     "NotFound",
     "OutOfRange",
     "Overloaded",
+    "PermissionDenied",
     "PipelineStatus",
     "PositionLogprobs",
+    "RateLimited",
     "ShardFault",
     "StageStatus",
     "StagecoachError",
     "StaleEpoch",
+    "Tls",
     "TokenLogprob",
     "Tokenization",
     "TopologyError",
+    "Unauthenticated",
     "Unavailable",
     "Unimplemented",
     "Usage",

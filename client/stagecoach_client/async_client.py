@@ -11,13 +11,22 @@ import grpc
 
 from stagecoach.channel import DEFAULT_CONNECT_TIMEOUT_S
 from stagecoach.errors import Cancelled, from_rpc_error
-from stagecoach.v1.inference_pb2 import GetClusterStatusRequest, ListModelsRequest
+from stagecoach.v1.inference_pb2 import CancelRequest, GetClusterStatusRequest, ListModelsRequest
 from stagecoach.v1.inference_pb2_grpc import InferenceStub
 from stagecoach_client.requests import GenerateOptions, Messages, generate_call, tokenize_request
 from stagecoach_client.results import Generation, Tokenization, read_tokenization
-from stagecoach_client.settings import DEFAULT_MAX_RETRIES, DEFAULT_TARGET, DEFAULT_TIMEOUT_S, Settings, peer_name
+from stagecoach_client.settings import (
+    CANCEL_TIMEOUT_S,
+    DEFAULT_MAX_RETRIES,
+    DEFAULT_TARGET,
+    DEFAULT_TIMEOUT_S,
+    Settings,
+    choose_api_key,
+    peer_name,
+)
 from stagecoach_client.status import ClusterStatus, Model, read_models, read_status
 from stagecoach_client.streams import AsyncGenerationStream, wait_for_event
+from stagecoach_client.tls import Tls
 
 
 class AsyncClient:
@@ -33,9 +42,13 @@ class AsyncClient:
         timeout_s: float = DEFAULT_TIMEOUT_S,
         connect_timeout_s: float = DEFAULT_CONNECT_TIMEOUT_S,
         max_retries: int = DEFAULT_MAX_RETRIES,
+        api_key: str | None = None,
+        tls: Tls | None = None,
         channel: grpc.aio.Channel | None = None,
     ) -> None:
-        self._settings = Settings(target, timeout_s, connect_timeout_s, max_retries)
+        self._settings = Settings(
+            target, timeout_s, connect_timeout_s, max_retries, tls=tls, api_key=choose_api_key(api_key)
+        )
         self._channel = channel
         self._own_channel: grpc.aio.Channel | None = None
         self._stub: Any = None
@@ -66,7 +79,14 @@ class AsyncClient:
         call = generate_call(prompt, options)
         stub = self._connected()
         chunks = AsyncGenerationStream(
-            lambda timeout_s: stub.Generate(call.request, timeout=timeout_s, wait_for_ready=False),
+            lambda timeout_s: stub.Generate(
+                call.request, timeout=timeout_s, wait_for_ready=False, metadata=self._settings.metadata
+            ),
+            lambda: stub.Cancel(
+                CancelRequest(request_id=call.request.request_id),
+                timeout=CANCEL_TIMEOUT_S,
+                metadata=self._settings.metadata,
+            ),
             call,
             self._settings.generate_attempts(call.timeout_s),
             self._peer,
@@ -119,8 +139,7 @@ class AsyncClient:
             raise RuntimeError("this client has been closed")
         if self._stub is None:
             if self._channel is None:
-                options = self._settings.channel_options()
-                self._own_channel = self._channel = grpc.aio.insecure_channel(self._settings.target, options)
+                self._own_channel = self._channel = self._settings.async_channel()
             self._stub = InferenceStub(self._channel)  # type: ignore[no-untyped-call]
         return self._stub
 
@@ -129,7 +148,9 @@ class AsyncClient:
         stub = self._connected()
         while True:
             try:
-                return await getattr(stub, method)(request, timeout=attempts.remaining_s(), wait_for_ready=False)
+                return await getattr(stub, method)(
+                    request, timeout=attempts.remaining_s(), wait_for_ready=False, metadata=self._settings.metadata
+                )
             except grpc.RpcError as failure:
                 error = from_rpc_error(failure, self._peer)
                 delay_s = attempts.delay_s(error)

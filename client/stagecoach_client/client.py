@@ -11,14 +11,23 @@ import grpc
 
 from stagecoach.channel import DEFAULT_CONNECT_TIMEOUT_S
 from stagecoach.errors import Cancelled, from_rpc_error
-from stagecoach.v1.inference_pb2 import GetClusterStatusRequest, ListModelsRequest
+from stagecoach.v1.inference_pb2 import CancelRequest, GetClusterStatusRequest, ListModelsRequest
 from stagecoach.v1.inference_pb2_grpc import InferenceStub
 from stagecoach_client.requests import GenerateOptions, Messages, generate_call, tokenize_request
 from stagecoach_client.results import Generation, Tokenization, read_tokenization
 from stagecoach_client.retry import Attempts
-from stagecoach_client.settings import DEFAULT_MAX_RETRIES, DEFAULT_TARGET, DEFAULT_TIMEOUT_S, Settings, peer_name
+from stagecoach_client.settings import (
+    CANCEL_TIMEOUT_S,
+    DEFAULT_MAX_RETRIES,
+    DEFAULT_TARGET,
+    DEFAULT_TIMEOUT_S,
+    Settings,
+    choose_api_key,
+    peer_name,
+)
 from stagecoach_client.status import ClusterStatus, Model, read_models, read_status
 from stagecoach_client.streams import GenerationStream
+from stagecoach_client.tls import Tls
 
 
 class Client:
@@ -26,11 +35,17 @@ class Client:
 
     `target` is HOST:PORT. `timeout_s` is the deadline of a generation, its retries included; calls that only read take
     at most 30 s. An address where nobody answers is Unavailable after `connect_timeout_s`, and the waits between the
-    attempts, 1.5 s with the default. A call is retried, at most `max_retries` times, only if nothing has come back and
-    the server was not there or had no room; a generation may then be computed twice. With the default, a cluster that
-    is starting gets some 15 s.
+    attempts, 1.5 s with the default. A call is retried, at most `max_retries` times, if nothing has come back and the
+    server was not there or had no room; it has the same request id, so that nothing is computed twice. With the
+    default, a cluster that is starting gets some 15 s. A stream that breaks later goes on where it was, without a gap
+    or a repeat, where the router still knows the request or has it in its journal, and is back within 30 s. With
+    `max_retries` 0 neither is tried.
 
-    A `channel` that is passed in (to add TLS or interceptors, or to test) is used as it is, and stays the caller's to
+    `tls` says what a router is that speaks TLS; without it nothing is encrypted.
+
+    `api_key` is sent with every call, to a router that wants one; None: what is in STAGECOACH_API_KEY, if anything.
+
+    A `channel` that is passed in (to add interceptors, or to test) is used as it is, and stays the caller's to
     close; without a `target`, errors name no address.
     """
 
@@ -41,10 +56,14 @@ class Client:
         timeout_s: float = DEFAULT_TIMEOUT_S,
         connect_timeout_s: float = DEFAULT_CONNECT_TIMEOUT_S,
         max_retries: int = DEFAULT_MAX_RETRIES,
+        api_key: str | None = None,
+        tls: Tls | None = None,
         channel: grpc.Channel | None = None,
     ) -> None:
-        self._settings = Settings(target, timeout_s, connect_timeout_s, max_retries)
-        self._own_channel = grpc.insecure_channel(target, self._settings.channel_options()) if channel is None else None
+        self._settings = Settings(
+            target, timeout_s, connect_timeout_s, max_retries, tls=tls, api_key=choose_api_key(api_key)
+        )
+        self._own_channel = self._settings.channel() if channel is None else None
         self._stub = InferenceStub(channel or self._own_channel)  # type: ignore[no-untyped-call]
         self._peer = peer_name(target, channel)
         self._closed = threading.Event()
@@ -70,8 +89,11 @@ class Client:
 
         Sampling: temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias,
         seed, max_tokens, stop (a string or several), stop_token_ids, ignore_eos, logprobs, n; their meaning, limits and
-        defaults are SamplingParams'. Besides them: model ("" for the only one), request_id (chosen by the server where
-        empty), priority (larger runs first) and timeout_s (the client's where None). None is as good as not given.
+        defaults are SamplingParams'. Besides them: model ("" for the only one), request_id (a random one where empty;
+        one that was sent before attaches to that request), priority (larger runs first), cache_salt (requests of
+        different salts share no K/V, so that their times say nothing about each other), linger_s (how long the request
+        runs on when its connection breaks, so that the stream can go on; closing it ends it all the same) and timeout_s
+        (the client's where None). None is as good as not given.
 
         Returns the whole Generation, or, when `stream`, an iterator of Chunks. Raises InvalidArgument before anything
         is sent, and the errors of the server: when `stream`, where the chunks are read.
@@ -80,7 +102,14 @@ class Client:
         call = generate_call(prompt, options)
         attempts = self._settings.generate_attempts(call.timeout_s)
         chunks = GenerationStream(
-            lambda timeout_s: self._stub.Generate(call.request, timeout=timeout_s, wait_for_ready=False),
+            lambda timeout_s: self._stub.Generate(
+                call.request, timeout=timeout_s, wait_for_ready=False, metadata=self._settings.metadata
+            ),
+            lambda: self._stub.Cancel.future(
+                CancelRequest(request_id=call.request.request_id),
+                timeout=CANCEL_TIMEOUT_S,
+                metadata=self._settings.metadata,
+            ),
             call,
             attempts,
             self._peer,
@@ -135,7 +164,9 @@ class Client:
         attempts: Attempts = self._settings.read_attempts(timeout_s)
         while True:
             try:
-                return method(request, timeout=attempts.remaining_s(), wait_for_ready=False)
+                return method(
+                    request, timeout=attempts.remaining_s(), wait_for_ready=False, metadata=self._settings.metadata
+                )
             except grpc.RpcError as failure:
                 error = from_rpc_error(failure, self._peer)
                 delay_s = attempts.delay_s(error)

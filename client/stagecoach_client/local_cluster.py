@@ -12,17 +12,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
-from stagecoach.channel import check_address, split_address
+from stagecoach.channel import check_address, is_loopback, split_address
 from stagecoach.errors import ConfigError, DeadlineExceeded, StagecoachError
 from stagecoach.topology import LayerRange
 from stagecoach_client.child_process import ChildProcess, ProcessDied, describe_exit
 from stagecoach_client.client import Client
 from stagecoach_client.layer_split import read_shape, split_layers
+from stagecoach_client.tls import Tls
+
+if TYPE_CHECKING:
+    from stagecoach_client.throwaway_ca import ClusterCertificates, Issued
 
 START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 10.0
+# Who stops a whole cluster wants it to stop: what runs gets a moment to end, well within the time for all of them.
+DRAIN_TIMEOUT_S = 2.0
 # Of this machine's free memory, for all shards together: each would take its own default of the same memory.
 KV_CACHE_FRACTION = 0.3
 # Between the choice of a free port and its use somebody else may take it; then all ports are chosen anew.
@@ -77,25 +83,37 @@ class StagecoachCommands:
     kv_cache_memory: str | None = None  # of each shard, for example 2G; None: an even share of KV_CACHE_FRACTION
     num_shards: int = 1
     threads_per_shard: int = 1
+    certificates: ClusterCertificates | None = None
+    edge_tls: bool = False  # callers, too, speak TLS to the router
+    insecure_listen: bool = False
 
     def shard(self, stage: int, layers: LayerRange, address: str) -> Sequence[str]:
         devices = self.device.split(",")
         command = [sys.executable, "-m", "stagecoach_shard", "--model", str(self.model), "--layers", str(layers)]
         command += ["--listen", address, "--device", devices[stage % len(devices)], "--dtype", self.dtype]
-        command += ["--threads", str(self.threads_per_shard)]
+        command += ["--threads", str(self.threads_per_shard), "--drain-timeout-s", f"{DRAIN_TIMEOUT_S:g}"]
+        if self.certificates is not None:
+            command += _identity(self.certificates.shard, self.certificates.ca)
         if self.kv_cache_memory is not None:
             return [*command, "--kv-cache-memory", self.kv_cache_memory]
         return [*command, "--kv-cache-fraction", f"{KV_CACHE_FRACTION / self.num_shards:.4f}"]
 
     def router(self, shard_addresses: Sequence[str], address: str) -> Sequence[str]:
-        return [sys.executable, "-m", "stagecoach_router", "--shards", ",".join(shard_addresses), "--listen", address]
+        command = [sys.executable, "-m", "stagecoach_router", "--shards", ",".join(shard_addresses)]
+        command += ["--listen", address, "--drain-timeout-s", f"{DRAIN_TIMEOUT_S:g}"]
+        if self.certificates is not None:
+            command += _identity(self.certificates.router, self.certificates.ca)
+            command += [] if self.edge_tls else ["--no-edge-tls"]
+        return [*command, "--insecure-listen"] if self.insecure_listen else command
 
 
 class LocalCluster:
     """Shards and a router for the checkpoint folder `model`; use it in a `with` statement.
 
     `stages` is how many the layers are split into, evenly, or the layer ranges themselves ("0:10,10:30").
-    `threads_per_shard` defaults to an even share of the cores. `on_line(process_name, line)` gets the processes'
+    `threads_per_shard` defaults to an even share of the cores. With `certificates` (see throwaway_ca) the processes'
+    links are encrypted, and callers speak TLS, too, where `listen` is not on loopback: `tls` is what they need for it.
+    Without them such a `listen` is refused, unless `insecure_listen`. `on_line(process_name, line)` gets the processes'
     output and `on_wait(reason)` what the start waits for, the former from other threads.
 
     Raises CheckpointError, TopologyError, InvalidArgument and ConfigError for what cannot work, ProcessDied with its
@@ -116,15 +134,27 @@ class LocalCluster:
         stop_timeout_s: float = STOP_TIMEOUT_S,
         on_line: Callable[[str, str], None] | None = None,
         on_wait: Callable[[str], None] | None = None,
+        certificates: ClusterCertificates | None = None,
+        insecure_listen: bool = False,
         commands: Commands | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.layers = split_layers(stages, read_shape(Path(model)))
         threads = threads_per_shard or max(1, _num_cores() // len(self.layers))
-        self._commands = commands or StagecoachCommands(
-            Path(model), device, dtype, kv_cache_memory, len(self.layers), threads
-        )
         self._listen = check_address(listen, "listen", listening=True)
+        edge_tls = certificates is not None and not is_loopback(split_address(listen, "listen")[0])
+        self.tls = Tls(certificates.ca) if certificates is not None and edge_tls else None
+        self._commands = commands or StagecoachCommands(
+            Path(model),
+            device,
+            dtype,
+            kv_cache_memory,
+            len(self.layers),
+            threads,
+            certificates,
+            edge_tls,
+            insecure_listen,
+        )
         self._start_timeout_s = start_timeout_s
         self._stop_timeout_s = stop_timeout_s
         self._on_line = on_line
@@ -224,7 +254,7 @@ class LocalCluster:
         deadline = self._clock() + self._start_timeout_s
         while True:
             self.check()
-            reason = _not_ready(self.address)
+            reason = _not_ready(self.address, self.tls)
             if reason is None:
                 return
             if self._on_wait is not None:
@@ -233,6 +263,10 @@ class LocalCluster:
                 limit = f"{self._start_timeout_s:g} s"
                 raise DeadlineExceeded(f"no pipeline is ready after {limit}: {reason}", field="start", limit=limit)
             time.sleep(_POLL_INTERVAL_S)
+
+
+def _identity(own: Issued, ca: Path) -> list[str]:
+    return ["--tls-cert", str(own.cert), "--tls-key", str(own.key), "--tls-ca", str(ca)]
 
 
 def _end(child: ChildProcess) -> ProcessExit:
@@ -271,13 +305,13 @@ def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _not_ready(address: str) -> str | None:
+def _not_ready(address: str, tls: Tls | None) -> str | None:
     """Why there is no ready pipeline behind `address`, or None when there is one.
 
     Each time with a new client: one that failed to connect would wait before it tries again.
     """
     try:
-        with Client(address, max_retries=0, connect_timeout_s=_PROBE_TIMEOUT_S) as client:
+        with Client(address, max_retries=0, connect_timeout_s=_PROBE_TIMEOUT_S, tls=tls) as client:
             status = client.status(timeout_s=_PROBE_TIMEOUT_S)
     except StagecoachError:
         return "the router is starting"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 from stagecoach.channel import MAX_PUBLIC_MESSAGE_BYTES
@@ -14,6 +14,7 @@ from stagecoach.v1.inference_pb2 import ChatMessage, ChatMessages, GenerateReque
 from stagecoach.v1.inference_pb2 import SamplingParams as SamplingParamsProto
 
 MAX_REQUEST_ID_LENGTH = 128
+MAX_CACHE_SALT_LENGTH = 128
 MIN_PRIORITY, MAX_PRIORITY = -(2**31), 2**31 - 1
 
 
@@ -39,6 +40,8 @@ class GenerateOptions(TypedDict, total=False):
     model: str | None
     request_id: str | None
     priority: int | None
+    cache_salt: str | None
+    linger_s: float | None
     timeout_s: float | None
     temperature: float | None
     top_k: int | None
@@ -61,7 +64,7 @@ class GenerateOptions(TypedDict, total=False):
 class GenerateCall:
     """One generation, checked and ready to be sent."""
 
-    request: GenerateRequest
+    request: GenerateRequest = field(repr=False)
     num_completions: int
     timeout_s: float | None  # None: the client's
 
@@ -81,6 +84,8 @@ def generate_call(prompt: str | None, options: GenerateOptions) -> GenerateCall:
     request.sampling.CopyFrom(sampling_to_proto(sampling))
     request.request_id = _string("request_id", given.get("request_id", ""), max_length=MAX_REQUEST_ID_LENGTH)
     request.priority = _priority(given.get("priority", 0))
+    request.cache_salt = _string("cache_salt", given.get("cache_salt", ""), max_length=MAX_CACHE_SALT_LENGTH)
+    request.linger_s = _linger(given.get("linger_s", 0.0))
     _check_size(request)
     return GenerateCall(request, sampling.n, check_timeout(options.get("timeout_s")))
 
@@ -161,14 +166,14 @@ def _set_input(
 
 def _chat(messages: Messages) -> ChatMessages:
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
-        raise InvalidArgument("messages must be a list with at least one message", field="messages", value=messages)
+        raise InvalidArgument("messages must be a list with at least one message", field="messages")
     chat = ChatMessages()
     for index, message in enumerate(messages):
-        field = f"messages[{index}]"
+        where = f"messages[{index}]"
         if not isinstance(message, Mapping) or message.keys() != {"role", "content"} or not message["role"]:
-            text = f"{field} must have a role and a content and nothing else; got {message!r:.200}"
-            raise InvalidArgument(text, field=field, value=message)
-        role, content = _string(f"{field}.role", message["role"]), _string(f"{field}.content", message["content"])
+            text = f"{where} must have a role and a content and nothing else"  # not quoted: it is somebody's prompt
+            raise InvalidArgument(text, field=where, limit="role, content")
+        role, content = _string(f"{where}.role", message["role"]), _string(f"{where}.content", message["content"])
         chat.messages.append(ChatMessage(role=role, content=content))
     return chat
 
@@ -190,11 +195,19 @@ def _priority(priority: object) -> int:
     return priority
 
 
+def _linger(linger_s: object) -> float:
+    if isinstance(linger_s, int | float) and not isinstance(linger_s, bool) and 0.0 <= linger_s < math.inf:
+        return float(linger_s)
+    text = f"linger_s must be a number of seconds, 0 or more; got {linger_s!r}"
+    raise InvalidArgument(text, field="linger_s", limit="[0, inf)", value=linger_s)
+
+
 def _tuple(name: str, value: object) -> tuple[Any, ...]:
     if isinstance(value, str) and name == "stop":
         return (value,)
     if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__iter__"):
-        raise InvalidArgument(f"{name} must be a list; got {value!r:.200}", field=name, value=value)
+        text = f"{name} must be a list; got {type(value).__name__}"  # its value may be somebody's prompt
+        raise InvalidArgument(text, field=name, value=type(value).__name__)
     return tuple(value)
 
 

@@ -105,6 +105,11 @@ class GenerationBuilder:
         self.request_id = ""
         self._parts = [_CompletionParts() for _ in range(num_completions)]
 
+    @property
+    def num_tokens(self) -> list[int]:
+        """How many tokens of each completion have come."""
+        return [len(parts.token_ids) for parts in self._parts]
+
     def add(self, response: pb.GenerateResponse) -> Chunk:
         """The response as a chunk."""
         self.request_id = self.request_id or response.request_id

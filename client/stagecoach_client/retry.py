@@ -12,15 +12,20 @@ FIRST_DELAY_S = 0.1
 MAX_DELAY_S = 2.0
 # The longest wait that a server's hint can lead to; one that asks for more is reported to the caller instead.
 MAX_RETRY_AFTER_S = 10.0
+# For a stream that broke: how long it is tried to go on with it. A router that restarts is back by then.
+MAX_BREAK_S = 30.0
+FIRST_REATTACH_DELAY_S = 0.05
+MAX_REATTACH_DELAY_S = 1.0
 _SHORTEST_TIMEOUT_S = 0.001
 
 
 class Attempts:
     """The attempts of one call: they share its deadline, and there are at most `max_retries` after the first.
 
-    Retried are Unavailable, and Overloaded with a hint when to come back; the caller sees to it that nothing has come
-    back before. A connection may break when the server has begun, so a generation may be computed twice. Delays double,
-    from the server's hint where there is one, with jitter, so that callers who failed together do not return together.
+    Retried are Unavailable, and Overloaded with a hint when to come back, as long as nothing has come back. Delays
+    double, from the server's hint where there is one, with jitter, so that callers who failed together do not return
+    together. A stream that breaks later is gone on with (`reattach_delay_s`), for `max_break_s` at a time and as often
+    as it breaks.
     """
 
     def __init__(
@@ -28,6 +33,7 @@ class Attempts:
         timeout_s: float,
         max_retries: int,
         *,
+        max_break_s: float = MAX_BREAK_S,
         clock: Callable[[], float] = time.monotonic,
         dice: Callable[[], float] = random.random,
     ) -> None:
@@ -36,6 +42,9 @@ class Attempts:
         self._deadline = clock() + timeout_s
         self._max_retries = max_retries
         self._num_retries = 0
+        self._max_break_s = max_break_s
+        self._broke_at: float | None = None  # None: it is not broken
+        self._num_reattaches = 0
 
     def remaining_s(self) -> float:
         """What is left of the call's time, for the next attempt."""
@@ -48,7 +57,7 @@ class Attempts:
             return None
         factor = 2.0**self._num_retries
         hinted_s = min(MAX_RETRY_AFTER_S, max(0.0, hint_s) * factor) * (1.0 + 0.25 * self._dice())
-        if isinstance(error, Unavailable):
+        if isinstance(error, Unavailable) and error.retryable:
             backoff_s = min(MAX_DELAY_S, FIRST_DELAY_S * factor) * (0.5 + 0.5 * self._dice())
             delay_s = max(backoff_s, hinted_s)
         elif isinstance(error, Overloaded) and hint_s > 0:
@@ -58,4 +67,23 @@ class Attempts:
         if self._clock() + delay_s >= self._deadline:
             return None
         self._num_retries += 1
+        return delay_s
+
+    def has_progressed(self) -> None:
+        """Something came: the next break is a new one."""
+        self._broke_at = None
+        self._num_reattaches = 0
+
+    def reattach_delay_s(self, error: StagecoachError) -> float | None:
+        """How long to wait before the stream is gone on with, or None when `error` is its end."""
+        now = self._clock()
+        if self._broke_at is None:
+            self._broke_at = now
+        if not (isinstance(error, Unavailable) and error.retryable) or self._max_retries == 0:
+            return None
+        delay_s = min(MAX_REATTACH_DELAY_S, FIRST_REATTACH_DELAY_S * 2.0**self._num_reattaches)
+        delay_s *= 0.5 + 0.5 * self._dice()
+        if now + delay_s >= min(self._deadline, self._broke_at + self._max_break_s):
+            return None
+        self._num_reattaches += 1
         return delay_s

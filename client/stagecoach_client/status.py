@@ -31,6 +31,7 @@ class StageStatus:
     first_layer: int
     end_layer: int  # the first one that it does not hold
     device: str
+    kernels: str  # "native" or "torch"
     dtype: str
     pid: int
     hostname: str
@@ -160,6 +161,7 @@ def _read_stage(stage: inference_pb2.StageStatus) -> StageStatus:
         first_layer=stage.layers.start,
         end_layer=stage.layers.end,
         device=stage.device,
+        kernels=stage.kernels,
         dtype=_dtype_name(stage.dtype),
         pid=stage.pid,
         hostname=stage.hostname,

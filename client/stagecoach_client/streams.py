@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from types import TracebackType
 from typing import Any, Self
 
 import grpc
+import grpc.aio
 
-from stagecoach.errors import Cancelled, StagecoachError, from_rpc_error
+from stagecoach.errors import Cancelled, FailedPrecondition, StagecoachError, from_rpc_error
 from stagecoach.v1.inference_pb2 import GenerateResponse
 from stagecoach_client.requests import GenerateCall
 from stagecoach_client.results import Chunk, Generation, GenerationBuilder
@@ -19,25 +21,33 @@ from stagecoach_client.retry import Attempts
 
 # Begins the call with so many seconds to its deadline, and returns gRPC's call object.
 Begin = Callable[[float], Any]
+# Asks the server to end a request at once, though it would linger; returns gRPC's call object.
+End = Callable[[], Any]
 
 
 class _Stream:
     """What the two streams share: what has come, how it ended, and whether a failure can be retried."""
 
-    def __init__(self, begin: Begin, call: GenerateCall, attempts: Attempts, peer: str) -> None:
+    def __init__(self, begin: Begin, end: End, call: GenerateCall, attempts: Attempts, peer: str) -> None:
         self._begin = begin
+        self._end = end
+        self._ending: Any = None  # what `end` returned
         self._peer = peer
         self._attempts = attempts
         self._builder = GenerationBuilder(call.num_completions)
+        self._request = call.request
+        # So that the request can be gone on with, and sending it twice is harmless.
+        self._request.request_id = self._request.request_id or uuid.uuid4().hex
         self._received = False
+        self._broken: StagecoachError | None = None  # why the call that brought the last chunk ended
         self._ended = False
         self._error: StagecoachError | None = None
         self._call = begin(attempts.remaining_s())
 
     @property
     def request_id(self) -> str:
-        """The request's name on the server; "" before the first chunk."""
-        return self._builder.request_id
+        """The request's name on the server."""
+        return self._builder.request_id or self._request.request_id
 
     def __del__(self) -> None:
         if hasattr(self, "_call"):  # `begin` did not fail
@@ -47,10 +57,16 @@ class _Stream:
         if not self._ended:
             self._ended = True
             self._error = Cancelled("the stream was closed before its end")
+            if self._request.linger_s:
+                # Where the channel or its event loop is closed, nobody can be told.
+                with contextlib.suppress(ValueError, RuntimeError, grpc.aio.UsageError):
+                    self._ending = self._end()
             self._call.cancel()
 
     def _accept(self, response: GenerateResponse) -> Chunk:
         self._received = True
+        self._broken = None
+        self._attempts.has_progressed()
         try:
             return self._builder.add(response)
         except StagecoachError as error:
@@ -71,7 +87,14 @@ class _Stream:
         error = from_rpc_error(failure, self._peer)
         if self._error is not None:  # it was closed meanwhile, which is why it failed, or might as well be
             raise self._error from failure
-        delay_s = None if self._received else self._attempts.delay_s(error)
+        if self._received:
+            # A server that knows nothing of the request says so; why the stream broke says more.
+            is_unknown = self._broken is not None and isinstance(error, FailedPrecondition)
+            self._broken = self._broken or error
+            error = self._broken if is_unknown else error
+            delay_s = None if is_unknown else self._attempts.reattach_delay_s(error)
+        else:
+            delay_s = self._attempts.delay_s(error)
         if delay_s is None:
             self._ended = True
             self._error = error
@@ -81,6 +104,8 @@ class _Stream:
     def _begin_again(self) -> None:
         if self._error is not None:  # it was closed in the meantime
             raise self._error
+        if self._received:
+            self._request.from_tokens[:] = self._builder.num_tokens
         self._call = self._begin(self._attempts.remaining_s())
 
     def _result(self) -> Generation:
@@ -102,9 +127,9 @@ class GenerationStream(_Stream, Iterator[Chunk]):
     Use it in a `with` statement, or call `close`, to leave before the end: that cancels the request on the server.
     """
 
-    def __init__(self, begin: Begin, call: GenerateCall, attempts: Attempts, peer: str) -> None:
+    def __init__(self, begin: Begin, end: End, call: GenerateCall, attempts: Attempts, peer: str) -> None:
         self._closed = threading.Event()
-        super().__init__(begin, call, attempts, peer)
+        super().__init__(begin, end, call, attempts, peer)
 
     def __next__(self) -> Chunk:
         while not self._ended:
@@ -129,6 +154,9 @@ class GenerationStream(_Stream, Iterator[Chunk]):
         """Ends the request, if it has not ended. May be called from another thread, and more than once."""
         self._cancel()
         self._closed.set()
+        if self._ending is not None:
+            with contextlib.suppress(grpc.RpcError, grpc.FutureCancelledError):
+                self._ending.result()
 
     def __enter__(self) -> Self:
         return self
@@ -146,9 +174,9 @@ class AsyncGenerationStream(_Stream, AsyncIterator[Chunk]):
     server, and so does cancelling the task that waits for a chunk.
     """
 
-    def __init__(self, begin: Begin, call: GenerateCall, attempts: Attempts, peer: str) -> None:
+    def __init__(self, begin: Begin, end: End, call: GenerateCall, attempts: Attempts, peer: str) -> None:
         self._closed = asyncio.Event()
-        super().__init__(begin, call, attempts, peer)
+        super().__init__(begin, end, call, attempts, peer)
 
     async def __anext__(self) -> Chunk:
         while not self._ended:
@@ -180,6 +208,9 @@ class AsyncGenerationStream(_Stream, AsyncIterator[Chunk]):
         """Ends the request, if it has not ended. May be called more than once."""
         self._cancel()
         self._closed.set()
+        if self._ending is not None:
+            with contextlib.suppress(grpc.RpcError):
+                await self._ending
 
     async def __aenter__(self) -> Self:
         return self

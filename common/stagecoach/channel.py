@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections.abc import Callable
+
+import grpc.aio
 
 from stagecoach.errors import InvalidArgument
 
@@ -18,6 +21,9 @@ KEEPALIVE_INTERVAL_S = 20.0
 KEEPALIVE_TIMEOUT_S = 10.0
 
 DEFAULT_CONNECT_TIMEOUT_S = 5.0
+# Whoever connects and does not say by then who they are is cut off: gRPC's own two minutes let few strangers take many
+# connections.
+HANDSHAKE_TIMEOUT_S = 10.0
 # Between two attempts to connect. Short at first, because a call fails at once while none is being made.
 FIRST_RECONNECT_DELAY_S = 0.1
 MAX_RECONNECT_DELAY_S = 3.0
@@ -26,6 +32,8 @@ _MAX_HOST_LENGTH = 253
 _HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
 
 Options = list[tuple[str, int]]
+# Opens a channel to the shard at HOST:PORT. How links are encrypted is decided where one is made (stagecoach.tls).
+Dial = Callable[[str], grpc.aio.Channel]
 
 
 def channel_options(max_message_bytes: int, *, connect_timeout_s: float = DEFAULT_CONNECT_TIMEOUT_S) -> Options:
@@ -63,7 +71,28 @@ def server_options(max_message_bytes: int) -> Options:
         ("grpc.http2.min_recv_ping_interval_without_data_ms", _milliseconds(KEEPALIVE_INTERVAL_S / 2)),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.so_reuseport", 0),
+        ("grpc.server_handshake_timeout_ms", _milliseconds(HANDSHAKE_TIMEOUT_S)),
     ]
+
+
+def dial_plainly(address: str) -> grpc.aio.Channel:
+    """A channel to a shard without encryption."""
+    return grpc.aio.insecure_channel(address, options=channel_options(MAX_SHARD_MESSAGE_BYTES))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine's processes can reach a listener on `host`, as `split_address` gives it.
+
+    Of names only `localhost` counts: what another one leads to is its resolver's to say.
+    """
+    if host.lower() == "localhost":
+        return True
+    try:
+        ip = ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return False
+    mapped = ip.ipv4_mapped if isinstance(ip, ipaddress.IPv6Address) else None
+    return (mapped or ip).is_loopback
 
 
 def check_address(address: str, field: str, *, listening: bool = False) -> str:

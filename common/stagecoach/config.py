@@ -97,7 +97,7 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 def parse_size(text: str, field: str) -> int:
     """Bytes from "512M", "1.5GiB" or "1000000"; units are powers of 1,024. Raises InvalidArgument."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
     if match is None:
         raise InvalidArgument(f"{field} must be a size such as 512M or 2G; got {text!r}", field=field, value=text)
     return int(float(match[1]) * _UNITS[match[2].upper()])

@@ -8,6 +8,11 @@ sender never waits for a credit that nothing more would set free.
 from __future__ import annotations
 
 
+def usable_credits(size: int) -> int:
+    """Of a window of `size` micro-batches, how many a sender can count on at any moment."""
+    return size - max(1, size // 4) + 1
+
+
 class CreditWindow:
     """Counts what is owed to one sender that may have `size` micro-batches on their way at a time."""
 

@@ -7,17 +7,26 @@ class that the server raised.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
 
+from stagecoach import handshake
 from stagecoach.v1.model_pb2 import ErrorDetail
 
 # The trailing metadata entry that holds a serialised ErrorDetail.
 DETAIL_METADATA_KEY = "stagecoach-error-bin"
-# Characters. A status travels in HTTP/2 metadata, of which gRPC takes 8 KiB; some characters take twelve bytes there.
+# Characters.
 MAX_MESSAGE_LENGTH = 300
+# UTF-8. A status travels in HTTP/2 metadata, of which gRPC takes 8 KiB: the message three times (once with three
+# characters for a byte, twice in base64), the facts twice.
+MAX_MESSAGE_BYTES = 600
+MAX_FACT_BYTES = 256
+# The longest wait that a peer's hint can ask for.
+MAX_RETRY_AFTER_S = 86_400.0
 
 
 class StagecoachError(Exception):
@@ -61,11 +70,27 @@ class NotFound(StagecoachError):
     code = grpc.StatusCode.NOT_FOUND
 
 
+class Unauthenticated(StagecoachError):
+    """The server wants an API key, and does not know the one that came, if any did."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+
+
+class PermissionDenied(StagecoachError):
+    """The caller is known, and may not do this."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
+
+
 class Overloaded(StagecoachError):
     """The server is full right now. Nothing was begun; `retry_after_s` is a hint."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
     retryable = True
+
+
+class RateLimited(Overloaded):
+    """The caller has used up what its API key allows for now, whatever room the server has."""
 
 
 class KVCacheFull(Overloaded):
@@ -116,6 +141,12 @@ class Unavailable(StagecoachError):
     retryable = True
 
 
+class HandshakeFailed(Unavailable):
+    """The two sides do not agree on TLS, or do not trust each other: files or options have to change first."""
+
+    retryable = False
+
+
 class DeadlineExceeded(StagecoachError):
     """The call's deadline passed."""
 
@@ -152,7 +183,10 @@ _KINDS: dict[str, type[StagecoachError]] = {
         InvalidArgument,
         OutOfRange,
         NotFound,
+        Unauthenticated,
+        PermissionDenied,
         Overloaded,
+        RateLimited,
         KVCacheFull,
         FailedPrecondition,
         ModelMismatch,
@@ -161,6 +195,7 @@ _KINDS: dict[str, type[StagecoachError]] = {
         StaleEpoch,
         ShardFault,
         Unavailable,
+        HandshakeFailed,
         DeadlineExceeded,
         Cancelled,
         Unimplemented,
@@ -174,6 +209,8 @@ _BY_CODE: dict[grpc.StatusCode, type[StagecoachError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidArgument,
     grpc.StatusCode.OUT_OF_RANGE: OutOfRange,
     grpc.StatusCode.NOT_FOUND: NotFound,
+    grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
+    grpc.StatusCode.PERMISSION_DENIED: PermissionDenied,
     grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
     grpc.StatusCode.FAILED_PRECONDITION: FailedPrecondition,
     grpc.StatusCode.ABORTED: ShardFault,
@@ -186,15 +223,15 @@ _BY_CODE: dict[grpc.StatusCode, type[StagecoachError]] = {
 
 
 def to_detail(error: StagecoachError) -> ErrorDetail:
-    """The error as a message. What a caller sent may be quoted in it, so its text is cut."""
+    """The error as a message. What a caller sent may be quoted in it, so its texts are cut, and made to be UTF-8."""
     return ErrorDetail(
         kind=type(error).__name__,
-        message=_cut(error.message),
-        field=error.field,
-        limit=error.limit,
-        value=error.value,
+        message=_within(_cut(error.message), MAX_MESSAGE_BYTES),
+        field=_within(error.field, MAX_FACT_BYTES),
+        limit=_within(error.limit, MAX_FACT_BYTES),
+        value=_within(error.value, MAX_FACT_BYTES),
         retryable=error.retryable,
-        retry_after_s=error.retry_after_s,
+        retry_after_s=_sane_wait(error.retry_after_s),
     )
 
 
@@ -205,18 +242,26 @@ def from_detail(detail: ErrorDetail) -> StagecoachError:
         return InternalError(f"{detail.kind}: {detail.message}", field=detail.field)
     error = kind(detail.message)
     error.field, error.limit, error.value = detail.field, detail.limit, detail.value
-    error.retry_after_s = detail.retry_after_s
+    error.retry_after_s = _sane_wait(detail.retry_after_s)
     return error
+
+
+def from_trailing_metadata(metadata: Iterable[tuple[str, str | bytes]] | None) -> StagecoachError | None:
+    """The error in a call's trailing metadata; None where there is none that can be read."""
+    for key, value in metadata or ():
+        if key == DETAIL_METADATA_KEY and isinstance(value, bytes):
+            try:
+                return from_detail(ErrorDetail.FromString(value))
+            except Exception:  # whatever a broken peer put there, the call's status still holds
+                return None
+    return None
 
 
 def from_rpc_error(error: grpc.RpcError, peer: str) -> StagecoachError:
     """The error behind a failed call to `peer` (HOST:PORT)."""
-    for key, value in getattr(error, "trailing_metadata", lambda: ())() or ():
-        if key == DETAIL_METADATA_KEY and isinstance(value, bytes):
-            try:
-                return from_detail(ErrorDetail.FromString(value))
-            except Exception:  # whatever a broken peer put there, the status below still holds
-                break
+    detailed = from_trailing_metadata(getattr(error, "trailing_metadata", lambda: ())())
+    if detailed is not None:
+        return detailed
     code = error.code() if hasattr(error, "code") else grpc.StatusCode.UNKNOWN
     details = error.details() if hasattr(error, "details") else str(error)
     kind = _BY_CODE.get(code, StagecoachError)
@@ -224,6 +269,10 @@ def from_rpc_error(error: grpc.RpcError, peer: str) -> StagecoachError:
         kind = OutOfRange  # gRPC's own limit on a message's size: sending it again cannot help
     if "metadata size exceeds" in (details or ""):
         kind = InternalError  # the status itself was lost on its way
+    if kind is Unavailable and details:
+        if (reason := handshake.explain(details)) is not None:
+            return HandshakeFailed(f"{peer}: {reason}")
+        details += handshake.hint(details)
     return kind(f"{peer}: {details or code.name}")
 
 
@@ -231,9 +280,26 @@ def _cut(text: str) -> str:
     return text if len(text) <= MAX_MESSAGE_LENGTH else f"{text[:MAX_MESSAGE_LENGTH]}… ({len(text)} characters)"
 
 
+def _within(text: str, max_bytes: int) -> str:
+    """The text as UTF-8 can say it, cut to so many bytes of it."""
+    data = text.encode("utf-8", "replace")
+    return data[:max_bytes].decode("utf-8", "ignore")
+
+
+def _sane_wait(seconds: float) -> float:
+    """A hint that somebody can wait for: not a number, or less than none, is none."""
+    return min(seconds, MAX_RETRY_AFTER_S) if math.isfinite(seconds) and seconds > 0 else 0.0
+
+
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: StagecoachError) -> NoReturn:
-    """Ends a call on the server's side with the error's status and facts."""
+    """Ends a call on the server's side with the error's status and facts: ours, and Google's for any other client."""
+    # Here, as the bare SDK shares this module and has neither need nor the packages for it.
+    from stagecoach.rich_status import STATUS_METADATA_KEY, rich_status
+
     detail = to_detail(error)
-    metadata = ((DETAIL_METADATA_KEY, detail.SerializeToString()),)
+    metadata = (
+        (DETAIL_METADATA_KEY, detail.SerializeToString()),
+        (STATUS_METADATA_KEY, rich_status(detail, error.code).SerializeToString()),
+    )
     await context.abort(error.code, detail.message, trailing_metadata=metadata)
     raise AssertionError("abort returned")

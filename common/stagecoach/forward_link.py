@@ -15,7 +15,7 @@ import grpc
 import grpc.aio
 
 from stagecoach import errors
-from stagecoach.channel import MAX_SHARD_MESSAGE_BYTES, channel_options
+from stagecoach.channel import Dial, dial_plainly
 from stagecoach.shard_rpc import ShardStub
 from stagecoach.v1.shard_pb2 import ForwardResponse
 
@@ -26,7 +26,9 @@ class ForwardLink:
     `on_failure` is called once, with a typed error, when the stream breaks. Nothing is sent after that.
     """
 
-    def __init__(self, address: str, *, on_failure: Callable[[errors.StagecoachError], None]) -> None:
+    def __init__(
+        self, address: str, *, on_failure: Callable[[errors.StagecoachError], None], dial: Dial = dial_plainly
+    ) -> None:
         self.address = address
         self._on_failure = on_failure
         self._waiting: deque[tuple[bytes, Callable[[], None] | None]] = deque()
@@ -34,12 +36,7 @@ class ForwardLink:
         self._wake = asyncio.Event()
         self._opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._tasks: list[asyncio.Task[None]] = []
-        self._channel = grpc.aio.insecure_channel(address, options=channel_options(MAX_SHARD_MESSAGE_BYTES))
-
-    @property
-    def num_credits(self) -> int:
-        """Frames that may leave now: right after `open`, all that the receiver queues."""
-        return self._credits
+        self._channel = dial(address)
 
     async def open(self, timeout_s: float) -> None:
         """Connects and waits for the first credits. Raises Unavailable."""
@@ -94,6 +91,8 @@ class ForwardLink:
         error: errors.StagecoachError
         try:
             while isinstance(response := await self._call.read(), ForwardResponse):
+                if not response.credits:
+                    raise errors.ShardFault(f"{self.address}: no credits in a credit message", field="credits", limit=1)
                 self._credits += response.credits
                 self._wake.set()
                 if not self._opened.done():
@@ -102,6 +101,8 @@ class ForwardLink:
             error = errors.Unavailable(f"{self.address}: the Forward stream ended ({status.name})")
         except grpc.RpcError as rpc_error:
             error = errors.from_rpc_error(rpc_error, self.address)
+        except errors.ShardFault as fault:
+            error = fault
         if self._opened.done():
             self._on_failure(error)
         else:

@@ -22,6 +22,9 @@ PAYLOAD_ALIGNMENT = 16  # bytes, from the frame's beginning; an allocator aligns
 _PAYLOAD_TAG = bytes([PAYLOAD_FIELD << 3 | 2])
 # At the top of a frame, where our contract has two. Each costs a turn of a Python loop.
 MAX_FIELDS = 64
+# Of what is not payload. Parsed, a header takes some 20 times as much memory where it is made of empty messages. Block
+# tables make up most of one: this is more than 40 million positions whose K/V a step finds in the prefix cache.
+MAX_HEADER_BYTES = 8 << 20
 _MAX_VARINT_BYTES = 10
 
 
@@ -67,7 +70,7 @@ def read_frame(
     """The message without its payload, and the payload: a view into `data`, empty where there is none.
 
     Fields may come in any order, as protobuf allows; only a payload that is not last costs a copy of the header.
-    Raises InvalidArgument(field="frame") where `data` is not a serialised message.
+    Raises InvalidArgument(field="frame") where `data` is not a serialised message, or passes a limit.
     """
     view = memoryview(data)
     payload = view[:0]
@@ -89,6 +92,11 @@ def read_frame(
         counter.num_frames += 1
         counter.num_fast_frames += not header_parts or header_start == len(data)
     header_parts.append(view[header_start:])
+    header_bytes = sum(map(len, header_parts))
+    if header_bytes > MAX_HEADER_BYTES:
+        raise InvalidArgument(
+            f"frame: a header of {header_bytes} bytes", field="frame", limit=MAX_HEADER_BYTES, value=header_bytes
+        )
     try:
         return message_type.FromString(b"".join(header_parts)), payload
     except Exception as error:  # protobuf's DecodeError is not the only one it raises

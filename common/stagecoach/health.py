@@ -1,34 +1,67 @@
-"""grpc.health.v1: "" and the service's own name tell readiness, "liveness" that the event loop turns."""
+"""grpc.health.v1: "" and the service's own name tell readiness, "liveness" that the event loop turns.
+
+Liveness is not a flag that somebody sets: the loop that does the work also answers, and where it does not turn, nothing
+answers. A watcher that does not read delays nobody's answer but its own.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
+import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
 
 LIVENESS = "liveness"
 
+Context = grpc.aio.ServicerContext[Any, Any]
+_Status = health_pb2.HealthCheckResponse
 
-class Health:
+
+class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # its package has no types
     """The health service of one process: not ready until told so."""
 
     def __init__(self, server: grpc.aio.Server, service_name: str) -> None:
         self._names = ("", service_name)
-        self._servicer = HealthServicer()
-        self._changes: set[asyncio.Task[None]] = set()
-        health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
-        self._set((LIVENESS,), health_pb2.HealthCheckResponse.SERVING)
+        self._statuses: dict[str, int] = {LIVENESS: _Status.SERVING}
+        self._watchers: set[asyncio.Event] = set()
+        self._draining = False
+        health_pb2_grpc.add_HealthServicer_to_server(self, server)
         self.set_ready(False)
 
     def set_ready(self, ready: bool) -> None:
         """From now on, to who asks and to who watches."""
-        status = health_pb2.HealthCheckResponse
-        self._set(self._names, status.SERVING if ready else status.NOT_SERVING)
+        ready = ready and not self._draining
+        for name in self._names:
+            self._statuses[name] = _Status.SERVING if ready else _Status.NOT_SERVING
+        for changed in self._watchers:
+            changed.set()
 
-    def _set(self, names: tuple[str, ...], status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
-        for name in names:
-            change = asyncio.ensure_future(self._servicer.set(name, status))
-            self._changes.add(change)
-            change.add_done_callback(self._changes.discard)
+    def drain(self) -> None:
+        """Not ready from now on, whatever comes back: this process is about to stop."""
+        self._draining = True
+        self.set_ready(False)
+
+    async def Check(self, request: Any, context: Context) -> Any:  # noqa: N802
+        """The status of a service now; NOT_FOUND for one that is not here."""
+        status = self._statuses.get(request.service)
+        if status is None:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"no such service: {request.service[:100]!r}")
+        return _Status(status=status)
+
+    async def Watch(self, request: Any, context: Context) -> None:  # noqa: N802
+        """The status now, and whenever it has changed. Who reads slowly may miss one that did not last."""
+        changed = asyncio.Event()
+        self._watchers.add(changed)
+        last = None
+        try:
+            while True:
+                changed.clear()
+                status = self._statuses.get(request.service, _Status.SERVICE_UNKNOWN)
+                if status != last:
+                    await context.write(_Status(status=status))
+                    last = status
+                await changed.wait()
+        finally:
+            self._watchers.discard(changed)

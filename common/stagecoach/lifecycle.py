@@ -6,29 +6,43 @@ import asyncio
 import logging
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 import grpc.aio
 import uvloop
 
-from stagecoach.channel import check_address, server_options
+from stagecoach.channel import check_address, is_loopback, server_options, split_address
 from stagecoach.errors import ConfigError, StagecoachError
+from stagecoach.tls import Identity
 
 logger = logging.getLogger(__name__)
 
 
 def run(program: str, main: Callable[[asyncio.Event], Awaitable[None]]) -> int:
-    """Runs `main(stop)` until it returns; a signal sets `stop`. Returns the exit status.
+    """Runs `main(stop)` until it returns. Returns the exit status.
 
-    A typed error ends the process with status 1 and one line on stderr.
+    A signal sets `stop`, on which `main` ends in its own time; a second one cancels it. A typed error
+    ends the process with status 1 and one line on stderr.
     """
 
     async def supervised() -> None:
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
+        running = asyncio.ensure_future(main(stop))
+
+        def on_signal() -> None:
+            if stop.is_set():
+                running.cancel()
+            stop.set()
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.set)
-        await main(stop)
+            loop.add_signal_handler(number, on_signal)
+        try:
+            await running
+        except asyncio.CancelledError:
+            if not stop.is_set():
+                raise
+            logger.warning("stopped at once, as a second signal asked")
 
     try:
         uvloop.run(supervised())
@@ -38,17 +52,33 @@ def run(program: str, main: Callable[[asyncio.Event], Awaitable[None]]) -> int:
     return 0
 
 
-def listen(max_message_bytes: int, address: str, max_calls: int | None = None) -> tuple[grpc.aio.Server, int]:
+def listen(
+    max_message_bytes: int,
+    address: str,
+    max_calls: int | None = None,
+    *,
+    identity: Identity | None = None,
+    insecure: bool = False,
+    interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+) -> tuple[grpc.aio.Server, int]:
     """A gRPC server, not yet started, bound to `address`, and its port (chosen by the system for port 0).
 
-    Beyond `max_calls` at a time, calls are refused with RESOURCE_EXHAUSTED.
+    Beyond `max_calls` at a time, calls are refused with RESOURCE_EXHAUSTED. With an `identity` it speaks TLS only.
+    Without one it listens on loopback only, unless `insecure`.
 
-    Raises ConfigError where another process has the port.
+    Raises ConfigError where it may not listen there, and where another process has the port.
     """
     check_address(address, "listen", listening=True)
-    server = grpc.aio.server(options=server_options(max_message_bytes), maximum_concurrent_rpcs=max_calls)
+    if identity is None and not insecure:
+        _check_loopback(address)
+    server = grpc.aio.server(
+        interceptors=interceptors, options=server_options(max_message_bytes), maximum_concurrent_rpcs=max_calls
+    )
     try:
-        port = server.add_insecure_port(address)
+        if identity is None:
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, identity.server_credentials())
     except RuntimeError as error:
         raise ConfigError(
             f"listen: cannot listen on {address}: is the port in use?", field="listen", value=address
@@ -56,3 +86,15 @@ def listen(max_message_bytes: int, address: str, max_calls: int | None = None) -
     if port == 0:
         raise ConfigError(f"listen: cannot listen on {address}: is the port in use?", field="listen", value=address)
     return server, port
+
+
+def _check_loopback(address: str) -> None:
+    host, _ = split_address(address, "listen")
+    if not is_loopback(host):
+        raise ConfigError(
+            f"listen: {address} is open to other machines, and without TLS to anyone on the way: give --tls-cert, "
+            "--tls-key and --tls-ca (`stagecoach certs` makes them) or, on a network that you trust, --insecure-listen",
+            field="listen",
+            limit="a loopback address",
+            value=address,
+        )

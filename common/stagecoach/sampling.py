@@ -112,7 +112,8 @@ def _integer(name: str, value: object, low: int, high: int) -> None:
 
 def _kind(name: str, value: object, kind: type | UnionType, what: str) -> None:
     if not isinstance(value, kind):
-        raise InvalidArgument(f"{name} must be {what}; got {value!r}", field=name, limit=what, value=repr(value))
+        text = f"{name} must be {what}; got {type(value).__name__}"
+        raise InvalidArgument(text, field=name, limit=what, value=type(value).__name__)
 
 
 def _length(name: str, count: int, limit: int, what: str) -> None:

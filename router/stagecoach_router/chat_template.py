@@ -1,9 +1,8 @@
 """Renders a conversation with the checkpoint's chat template, as transformers does, but bounded.
 
 A template is a program from whoever made the checkpoint. Bounded are its length, the output's length, loop rounds and
-calls together, and the size of what `+`, `~` and `*` make. Not bounded is what one single operation may take: a
-`replace` on a long text, a format with a huge width, a filter's result. Messages that name a special token, such as
-<|im_end|>, become that token, as with transformers.
+calls together, the size of what one operation makes, and the time that all of them take. Messages that name a special
+token, such as <|im_end|>, become that token, as with transformers.
 """
 
 from __future__ import annotations
@@ -22,6 +21,8 @@ MAX_TEMPLATE_LENGTH = 1 << 20
 MAX_OUTPUT_LENGTH = 16 << 20
 # A loop round or a call is a step, of some 100 ns.
 MAX_STEPS = 2_000_000
+# Of the rendering thread's own time: what steps do not measure, such as copies of long texts.
+MAX_RENDER_S = 5.0
 
 Message = Mapping[str, Any] | tuple[str, str]
 
@@ -41,10 +42,12 @@ class ChatTemplate:
         now: Callable[[], datetime] = datetime.now,
         max_output_length: int = MAX_OUTPUT_LENGTH,
         max_steps: int = MAX_STEPS,
+        max_render_s: float = MAX_RENDER_S,
     ) -> None:
         self._variables = dict(variables)
         self._max_output_length = max_output_length
         self._max_steps = max_steps
+        self._max_render_s = max_render_s
         self._template: jinja2.Template | None = None
         # A broken template must not keep a model from answering plain prompts: it is reported when it is needed.
         self._problem = "the checkpoint has no chat template; send a prompt instead" if source is None else ""
@@ -63,8 +66,8 @@ class ChatTemplate:
             return cls(files.text("chat_template.jinja"), variables)
         entry = files.json("tokenizer_config.json").get("chat_template")
         if isinstance(entry, list):
-            named = {item.get("name"): item.get("template") for item in entry if isinstance(item, dict)}
-            entry = named.get("default")
+            templates = [item for item in entry if isinstance(item, dict) and item.get("name") == "default"]
+            entry = templates[-1].get("template") if templates else None
         return cls(entry if isinstance(entry, str) else None, variables)
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
@@ -84,7 +87,7 @@ class ChatTemplate:
             "documents": None,
         }
         try:
-            with step_budget(self._max_steps):
+            with step_budget(self._max_steps, self._max_render_s):
                 return self._bounded_output(self._template, variables)
         except StagecoachError:
             raise

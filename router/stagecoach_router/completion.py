@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from stagecoach.sampling import SamplingParams
 from stagecoach_router.outputs import Sampled
@@ -24,9 +24,9 @@ class Piece:
     """What one token added. The text may be empty (held back) or that of several tokens."""
 
     index: int
-    text: str
-    token_id: int
-    sampled: Sampled
+    text: str = field(repr=False)
+    token_id: int = field(repr=False)
+    sampled: Sampled = field(repr=False)
     finish_reason: FinishReason | None
 
 

@@ -10,10 +10,11 @@ import grpc
 import grpc.aio
 
 from stagecoach import PROTOCOL_VERSION, errors
-from stagecoach.channel import MAX_SHARD_MESSAGE_BYTES, channel_options
+from stagecoach.channel import Dial, dial_plainly
 from stagecoach.shard_rpc import ShardStub
 from stagecoach.topology import LayerRange, order_stages
 from stagecoach.v1 import model_pb2, shard_pb2
+from stagecoach_router.description import check_description
 
 DESCRIBE_TIMEOUT_S = 10.0
 FETCH_TIMEOUT_S = 20.0
@@ -37,13 +38,17 @@ class Stage:
         return LayerRange(self.description.layers.start, self.description.layers.end)
 
 
-async def discover(addresses: Sequence[str]) -> list[Stage]:
+async def discover(addresses: Sequence[str], dial: Dial = dial_plainly, *, lease_id: int = 0) -> list[Stage]:
     """Asks every shard who it is, and puts them into pipeline order.
+
+    What the lease `lease_id` still holds somewhere counts as free, as it can be opened anew.
 
     Raises Unavailable for a shard that does not answer, TopologyError for a gap or an overlap, ModelMismatch for shards
     of different models, dtypes, block sizes or protocols.
     """
-    answers = await asyncio.gather(*(_describe(address) for address in addresses), return_exceptions=True)
+    answers = await asyncio.gather(
+        *(_describe(address, dial, lease_id) for address in addresses), return_exceptions=True
+    )
     for answer in answers:
         if isinstance(answer, BaseException):
             raise answer
@@ -76,14 +81,14 @@ def check_same_pipeline(before: Stage, now: Stage) -> None:
         _check_same(name, now, theirs, ours, "this pipeline")
 
 
-async def fetch_files(address: str) -> dict[str, bytes]:
+async def fetch_files(address: str, dial: Dial = dial_plainly) -> dict[str, bytes]:
     """The tokenizer and configuration files of a shard's checkpoint."""
     files: dict[str, bytearray] = {}
     total = 0
-    async with grpc.aio.insecure_channel(address, options=channel_options(MAX_SHARD_MESSAGE_BYTES)) as channel:
+    async with dial(address) as channel:
         try:
             async for chunk in ShardStub(channel).fetch_files(shard_pb2.FetchFilesRequest(), timeout=FETCH_TIMEOUT_S):
-                total += len(chunk.data)
+                total += len(chunk.data) + len(chunk.name)
                 if total > MAX_FILE_BYTES:
                     raise errors.OutOfRange(
                         f"{address}: files of more than {MAX_FILE_BYTES} bytes", field="files", limit=MAX_FILE_BYTES
@@ -94,14 +99,17 @@ async def fetch_files(address: str) -> dict[str, bytes]:
     return {name: bytes(data) for name, data in files.items()}
 
 
-async def _describe(address: str) -> Stage:
-    async with grpc.aio.insecure_channel(address, options=channel_options(MAX_SHARD_MESSAGE_BYTES)) as channel:
+async def _describe(address: str, dial: Dial, lease_id: int) -> Stage:
+    async with dial(address) as channel:
         try:
-            description = await ShardStub(channel).describe(shard_pb2.DescribeRequest(), timeout=DESCRIBE_TIMEOUT_S)
+            request = shard_pb2.DescribeRequest(lease_id=lease_id)
+            description = await ShardStub(channel).describe(request, timeout=DESCRIBE_TIMEOUT_S)
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise errors.Unavailable(f"{address}: no answer to Describe in {DESCRIBE_TIMEOUT_S:g} s") from error
             raise errors.from_rpc_error(error, address) from error
+    if description.protocol_version == PROTOCOL_VERSION:  # of another one nothing else can be told
+        check_description(address, description)
     return Stage(address, description)
 
 

@@ -14,21 +14,26 @@ from stagecoach import errors
 from stagecoach.sampling import SamplingParams
 from stagecoach.v1 import inference_pb2 as pb
 from stagecoach.v1 import inference_pb2_grpc, model_pb2
+from stagecoach_router.callers import Caller, Callers
 from stagecoach_router.completion import FinishReason, Piece
 from stagecoach_router.discovery import Stage
 from stagecoach_router.engine import Engine, Generation
+from stagecoach_router.idempotency import AcceptedRequests, content_digest
 from stagecoach_router.pipeline_totals import StageTotals
-from stagecoach_router.request import Request, check_params, check_prompt, with_max_tokens
+from stagecoach_router.request import Request, check_delivery, check_params, check_prompt, with_max_tokens
 from stagecoach_router.tokenizer import Tokenizer
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 MAX_CHAT_MESSAGES = 4096
 MAX_REQUEST_ID_LENGTH = 128
+MAX_CACHE_SALT_LENGTH = 128
 # Of a request that is tokenized on the event loop; some 0.1 ms of work.
 MAX_BYTES_ON_LOOP = 4096
 # For the stages' figures of now. Where one does not answer in time, those that it sent last are shown.
 LOAD_REPORT_TIMEOUT_S = 1.0
+# Another router, or this one when it is back.
+STOPPING_RETRY_AFTER_S = 1.0
 # Long texts that are tokenized at a time; the others wait, and the event loop keeps a core.
 _ENCODERS = asyncio.Semaphore(1)
 _FINISH_REASONS = {
@@ -38,53 +43,87 @@ _FINISH_REASONS = {
 
 
 class Serving:
-    """What the service serves once the pipeline has been open: the model, its tokenizer, its engine."""
+    """What the service serves once the pipeline has been open: the model, its tokenizer, its engine, its requests."""
 
-    def __init__(self, model: model_pb2.ModelDescription, tokenizer: Tokenizer, engine: Engine) -> None:
+    def __init__(
+        self, model: model_pb2.ModelDescription, tokenizer: Tokenizer, engine: Engine, accepted: AcceptedRequests
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.engine = engine
+        self.accepted = accepted
 
 
 class InferenceService(inference_pb2_grpc.InferenceServicer):
-    """Answers Unavailable until `serving` is set; `reason` says why."""
+    """Answers Unavailable until `serving` is set; `reason` says why. `callers` may change while it serves.
 
-    def __init__(self) -> None:
+    While `draining`, it takes no request that is not known yet.
+    """
+
+    def __init__(self, callers: Callers) -> None:
+        self._callers = callers
         self.serving: Serving | None = None
         self.reason = "starting"
+        self.draining = False
         self._started = time.monotonic()
 
     async def Generate(  # noqa: N802
         self, request: pb.GenerateRequest, context: Context
     ) -> None:
-        generation: Generation | None = None
-        serving: Serving | None = None
         try:
-            serving = self._require(request.model)
-            checked = await read_request(request, serving)
-            generation = serving.engine.submit(checked)
-            unfinished = checked.params.n
-            while unfinished:
-                pieces = await generation.pieces.read()
-                for response in write_pieces(pieces, generation, serving.tokenizer):
-                    await context.write(response)
-                unfinished -= sum(piece.finish_reason is not None for piece in pieces)
+            caller = self._callers.identify(context.invocation_metadata())
+            serving = self._require(request.model, caller)
+            caller.check_priority(request.priority)
+            check_delivery(request.from_tokens, request.linger_s)
+            request.request_id = request.request_id or uuid.uuid4().hex
+            key, digest = (caller.name, request.request_id), content_digest(request)
+            accepted = serving.accepted.find(key, digest)
+            if accepted is None:
+                with caller.admit(time.monotonic()) as visit:
+                    checked = await self._read_new(request, serving, caller)
+                    visit.charge_up_to(len(checked.prompt_tokens), time.monotonic())
+                    # While it was read, another call may have brought the same.
+                    accepted = serving.accepted.find(key, digest)
+                    accepted = accepted or serving.accepted.accept(key, digest, checked, visit=visit)
+            with serving.accepted.reading(
+                accepted,
+                from_tokens=request.from_tokens,
+                linger_s=request.linger_s,
+                remaining_s=context.time_remaining(),
+            ) as reader:
+                while pieces := await reader.read():
+                    accepted.charge()
+                    for response in write_pieces(pieces, accepted.generation, serving.tokenizer):
+                        await context.write(response)
         except errors.StagecoachError as error:
             await errors.abort(context, error)
-        finally:
-            if generation is not None and serving is not None:
-                serving.engine.cancel(generation)
+
+    async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:  # noqa: N802
+        try:
+            caller = self._callers.identify(context.invocation_metadata())
+        except errors.StagecoachError as error:
+            await errors.abort(context, error)
+        if self.serving is not None:
+            self.serving.accepted.cancel((caller.name, request.request_id))
+        return pb.CancelResponse()
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:  # noqa: N802
         try:
-            serving = self._require(request.model)
-            token_ids = await _tokens(request, serving.tokenizer)
+            caller = self._callers.identify(context.invocation_metadata())
+            serving = self._require(request.model, caller)
+            with caller.admit(time.monotonic()):
+                token_ids = await _tokens(request, serving.tokenizer)
         except errors.StagecoachError as error:
             await errors.abort(context, error)
         return pb.TokenizeResponse(token_ids=token_ids, context_length=serving.model.context_length)
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:  # noqa: N802
-        return pb.ListModelsResponse(models=[] if self.serving is None else [self.serving.model])
+        try:
+            caller = self._callers.identify(context.invocation_metadata())
+        except errors.StagecoachError as error:
+            await errors.abort(context, error)
+        served = [] if self.serving is None else [self.serving.model]
+        return pb.ListModelsResponse(models=[model for model in served if caller.may_use(model.name)])
 
     async def GetClusterStatus(  # noqa: N802
         self, request: pb.GetClusterStatusRequest, context: Context
@@ -99,9 +138,21 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             await pipeline.refresh_loads(LOAD_REPORT_TIMEOUT_S)
         return write_status(self.serving, uptime_s)
 
-    def _require(self, model: str) -> Serving:
+    async def _read_new(self, request: pb.GenerateRequest, serving: Serving, caller: Caller) -> Request:
+        if self.draining:
+            raise errors.Unavailable("the router is stopping", retry_after_s=STOPPING_RETRY_AFTER_S)
+        if any(request.from_tokens):
+            raise errors.FailedPrecondition(
+                f"request_id: {request.request_id!r} is not known here, or not any more, so it cannot go on",
+                field="from_tokens",
+                value=request.request_id,
+            )
+        return await read_request(request, serving, caller)
+
+    def _require(self, model: str, caller: Caller) -> Serving:
         if self.serving is None:
             raise errors.Unavailable(f"no pipeline yet: {self.reason}", retry_after_s=1.0)
+        caller.check_model(model or self.serving.model.name)
         if model and model != self.serving.model.name:
             raise errors.NotFound(
                 f"model: {model!r} is not served here; {self.serving.model.name!r} is",
@@ -112,7 +163,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         return self.serving
 
 
-async def read_request(request: pb.GenerateRequest, serving: Serving) -> Request:
+async def read_request(request: pb.GenerateRequest, serving: Serving, caller: Caller) -> Request:
     """The request, checked against the model. Raises typed errors that name the field."""
     params = read_params(request.sampling)
     model = serving.model
@@ -120,12 +171,16 @@ async def read_request(request: pb.GenerateRequest, serving: Serving) -> Request
         raise errors.InvalidArgument(
             "request_id: too long", field="request_id", limit=MAX_REQUEST_ID_LENGTH, value=len(request.request_id)
         )
+    if len(request.cache_salt) > MAX_CACHE_SALT_LENGTH:
+        raise errors.InvalidArgument(
+            "cache_salt: too long", field="cache_salt", limit=MAX_CACHE_SALT_LENGTH, value=len(request.cache_salt)
+        )
     check_params(params, vocab_size=model.vocab_size)
     prompt_tokens = tuple(await _tokens(request, serving.tokenizer))
     check_prompt(prompt_tokens, vocab_size=model.vocab_size, context_length=model.context_length)
     blocks = serving.engine.scheduler.blocks
     return Request(
-        request_id=request.request_id or uuid.uuid4().hex,
+        request_id=request.request_id,
         prompt_tokens=prompt_tokens,
         params=with_max_tokens(
             params,
@@ -134,6 +189,7 @@ async def read_request(request: pb.GenerateRequest, serving: Serving) -> Request
             capacity=blocks.num_blocks * blocks.block_size,
         ),
         priority=request.priority,
+        cache_salt=caller.cache_salt(request.cache_salt),
     )
 
 
@@ -261,8 +317,8 @@ def write_status(serving: Serving, uptime_s: float) -> pb.GetClusterStatusRespon
     status = response.pipelines.add(
         model=serving.model,
         epoch=pipeline.epoch,
-        ready=pipeline.lost is None,
-        reason="" if pipeline.lost is None else str(pipeline.lost),
+        ready=engine.ready,
+        reason="" if engine.ready else str(pipeline.lost or "no token has come through it yet"),
     )
     for stage in pipeline.stages:
         status.stages.append(_stage_status(stage, totals.stage(stage.address)))
@@ -278,6 +334,7 @@ def _stage_status(stage: Stage, totals: StageTotals) -> pb.StageStatus:
         dtype=description.dtype,
         pid=description.pid,
         hostname=description.hostname,
+        kernels=description.kernels,
         weights_bytes=description.weights_bytes,
         kv_cache_bytes=description.kv_cache_bytes,
         num_steps=totals.num_steps,

@@ -138,6 +138,10 @@ class Pacing:
             self._hops_s = median(self._hop_samples) if len(self._hop_samples) >= MIN_OBSERVATIONS else 0.0
             self._decided.clear()
 
+    def stage_costs(self) -> list[StageCost]:
+        """What is known now of each stage, to be compared with what comes."""
+        return [stage.frozen() for stage in self._stages]
+
     def expected_s(self, shape: StepShape) -> float | None:
         """What a step's whole way takes when it waits for no other. None: too little is known of such steps."""
         costs = [stage.step_s(shape) for stage in self._stages]

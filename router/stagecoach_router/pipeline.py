@@ -9,23 +9,28 @@ import asyncio
 import contextlib
 import logging
 import math
+import time
 from collections.abc import Callable
 
 import grpc
 import grpc.aio
 
 from stagecoach import PROTOCOL_VERSION, errors
-from stagecoach.channel import MAX_SHARD_MESSAGE_BYTES, channel_options
+from stagecoach.channel import Dial, dial_plainly
+from stagecoach.credits import usable_credits
 from stagecoach.forward_link import ForwardLink
 from stagecoach.framing import read_frame
 from stagecoach.shard_rpc import ShardStub
-from stagecoach.v1 import model_pb2, shard_pb2
+from stagecoach.v1 import shard_pb2
 from stagecoach_router.discovery import Stage
 from stagecoach_router.pipeline_totals import PipelineTotals
+from stagecoach_router.watchdog import DEFAULT_LIMITS, FaultLimits, Watchdog
 
 logger = logging.getLogger(__name__)
 
 OPEN_TIMEOUT_S = 20.0
+# A shard that hears nothing from us for so many times the fault timeout ends the lease: we have given it up by then.
+SILENCE_PER_FAULT_TIMEOUT = 2.0
 
 ResultHandler = Callable[[shard_pb2.StepResult, memoryview], None]
 LostHandler = Callable[[errors.StagecoachError], None]
@@ -36,7 +41,8 @@ class Pipeline:
     """The stages of one model, opened under one lease and one epoch.
 
     `on_result` gets the last stage's results in the order of the steps. `on_lost` is called once when any part breaks;
-    nothing is delivered after it. What the pipeline does is added to `totals`.
+    nothing is delivered after it. What the pipeline does is added to `totals`. A stage that hangs and a step that does
+    not come back break it, too, within what `faults` allows them.
     """
 
     def __init__(
@@ -48,11 +54,14 @@ class Pipeline:
         on_result: ResultHandler,
         on_lost: LostHandler,
         totals: PipelineTotals,
+        dial: Dial = dial_plainly,
+        faults: FaultLimits = DEFAULT_LIMITS,
     ) -> None:
         self.stages = stages
         self.epoch = epoch
         self.num_blocks = 0
-        self.max_queued_steps = 1  # that the first stage gives credits for
+        # Steps that may be in flight and wait for no credit anywhere.
+        self.max_queued_steps = min(usable_credits(max(1, stage.description.max_queued_steps)) for stage in stages)
         self.max_batch_tokens = min(stage.description.max_batch_tokens for stage in stages)
         self.lease_id = lease_id
         self.totals = totals
@@ -60,6 +69,9 @@ class Pipeline:
         self._num_report_requests = 0
         self._on_result = on_result
         self._on_lost = on_lost
+        self._faults = faults
+        self._watchdog = Watchdog([stage.address for stage in stages], faults)
+        self._dial = dial
         self._link: ForwardLink | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -70,16 +82,17 @@ class Pipeline:
             await asyncio.gather(
                 *(self._open_session(index, num_blocks, max_slots) for index in range(len(self.stages)))
             )
-            self._link = ForwardLink(self.stages[0].address, on_failure=self._lose)
+            self._link = ForwardLink(self.stages[0].address, on_failure=self._lose, dial=self._dial)
             await self._link.open(OPEN_TIMEOUT_S)
-            self.max_queued_steps = self._link.num_credits
+            self._tasks.append(asyncio.create_task(self._watch()))
         except BaseException:
             await self.close()
             raise
 
-    def send(self, frame: bytes) -> None:
-        """Queues a framed MicroBatch for the first stage."""
+    def send(self, frame: bytes, expected_s: float | None = None) -> None:
+        """Queues a framed MicroBatch for the first stage; `expected_s` is what its whole way takes, where known."""
         assert self._link is not None, "send before open"
+        self._watchdog.sent(expected_s)
         self._link.send(frame)
 
     async def refresh_loads(self, timeout_s: float) -> None:
@@ -109,9 +122,22 @@ class Pipeline:
                 request = shard_pb2.ReportLoad(number=self._num_report_requests)
                 await call.write(shard_pb2.SessionRequest(report_load=request))
 
+    async def _watch(self) -> None:
+        """Asks every stage again and again whether it is there, until the watchdog gives the pipeline up."""
+        while self.lost is None:
+            self._num_report_requests += 1
+            reason = self._watchdog.look(time.monotonic(), self._num_report_requests)
+            if reason is not None:
+                self._lose(errors.Unavailable(reason))
+                return
+            for stage in self.stages:
+                stage.report_wanted.set()
+            await asyncio.sleep(self._watchdog.interval_s)
+
     def _take_load(self, stage: Stage, report: shard_pb2.LoadReport) -> None:
         stage.queue_depth = report.queue_depth
         self.totals.stage(stage.address).add(stage.description.shard_id, report)
+        self._watchdog.answered(stage.address, report.number, compute_s=report.compute_s, num_steps=report.num_steps)
         for number, arrived in stage.reports.items():
             if number <= report.number and not arrived.done():
                 arrived.set_result(None)
@@ -129,7 +155,7 @@ class Pipeline:
     async def _open_session(self, index: int, num_blocks: int, max_slots: int) -> None:
         stage = self.stages[index]
         description = stage.description
-        stage.channel = grpc.aio.insecure_channel(stage.address, options=channel_options(MAX_SHARD_MESSAGE_BYTES))
+        stage.channel = self._dial(stage.address)
         call = ShardStub(stage.channel).session()
         request = shard_pb2.OpenRequest(
             protocol_version=PROTOCOL_VERSION,
@@ -142,10 +168,12 @@ class Pipeline:
             block_size=description.block_size,
             max_slots=max_slots,
             next_hop=self.stages[index + 1].address if index + 1 < len(self.stages) else "",
+            silence_timeout_s=SILENCE_PER_FAULT_TIMEOUT * self._faults.fault_timeout_s,
         )
         try:
-            await call.write(shard_pb2.SessionRequest(open=request))
-            data = await asyncio.wait_for(call.read(), OPEN_TIMEOUT_S)
+            async with asyncio.timeout(OPEN_TIMEOUT_S):
+                await call.write(shard_pb2.SessionRequest(open=request))
+                data = await call.read()
         except TimeoutError:
             raise errors.Unavailable(f"{stage.address}: no answer to Open in {OPEN_TIMEOUT_S:g} s") from None
         except asyncio.InvalidStateError:
@@ -167,6 +195,7 @@ class Pipeline:
                 if kind == "result" and self.lost is None:
                     check_timings(message.result, len(self.stages))
                     self.totals.add_result(len(payload), len(data))
+                    self._watchdog.returned()
                     self._on_result(message.result, payload)
                 elif kind == "load":
                     self._take_load(stage, message.load)
@@ -210,7 +239,5 @@ def check_timings(result: shard_pb2.StepResult, num_stages: int) -> None:
 async def _why_ended(call: Session, address: str) -> errors.StagecoachError:
     """The error behind a session that the shard has ended."""
     code = await call.code()
-    for key, value in await call.trailing_metadata() or ():
-        if key == errors.DETAIL_METADATA_KEY and isinstance(value, bytes):
-            return errors.from_detail(model_pb2.ErrorDetail.FromString(value))
-    return errors.Unavailable(f"{address}: the session ended ({code.name}: {await call.details()})")
+    detailed = errors.from_trailing_metadata(await call.trailing_metadata())
+    return detailed or errors.Unavailable(f"{address}: the session ended ({code.name}: {await call.details()})")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from stagecoach.errors import InvalidArgument, OutOfRange
-from stagecoach.sampling import SamplingParams
+from stagecoach.sampling import MAX_N, SamplingParams
+
+# Whose request (an API key's name, or ""), and its id: one caller's ids mean nothing to another.
+RequestKey = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,9 +18,10 @@ class Request:
     """One prompt, already in tokens, and what is wanted of it."""
 
     request_id: str
-    prompt_tokens: tuple[int, ...]
-    params: SamplingParams  # max_tokens is set, and within the context length
+    prompt_tokens: tuple[int, ...] = field(repr=False)
+    params: SamplingParams = field(repr=False)  # max_tokens is set, and within the context length
     priority: int = 0
+    cache_salt: bytes = field(default=b"", repr=False)  # requests of different salts share no blocks
 
 
 def check_prompt(token_ids: Sequence[int], *, vocab_size: int, context_length: int) -> None:
@@ -39,14 +44,29 @@ def check_prompt(token_ids: Sequence[int], *, vocab_size: int, context_length: i
         )
 
 
+def check_delivery(from_tokens: Sequence[int], linger_s: float) -> None:
+    """Raises InvalidArgument for what cannot be: more completions than there may be, or no time."""
+    if len(from_tokens) > MAX_N:
+        raise InvalidArgument(
+            f"from_tokens: {len(from_tokens)} completions; at most {MAX_N}",
+            field="from_tokens",
+            limit=MAX_N,
+            value=len(from_tokens),
+        )
+    if not 0.0 <= linger_s < math.inf:
+        raise InvalidArgument(
+            f"linger_s must be a number of seconds; got {linger_s}", field="linger_s", limit="[0, inf)", value=linger_s
+        )
+
+
 def check_params(params: SamplingParams, *, vocab_size: int) -> None:
     """Raises InvalidArgument for token ids outside the vocabulary. The rest SamplingParams has checked itself."""
-    for field, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+    for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
         highest = max(ids, default=0)
         if highest >= vocab_size:
             raise InvalidArgument(
-                f"{field}: {highest} is outside the vocabulary of {vocab_size}",
-                field=field,
+                f"{name}: {highest} is outside the vocabulary of {vocab_size}",
+                field=name,
                 limit=vocab_size,
                 value=highest,
             )

@@ -19,6 +19,7 @@ from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from stagecoach_router.admission import WaitingLine, by_order, by_priority_then_arrival, token_limit
+from stagecoach_router.deadlines import Deadlines
 from stagecoach_router.kv_blocks import BlockManager
 from stagecoach_router.pacing import NO_PROMPTS, Pace, Pacing, Prompts, StageSeconds
 from stagecoach_router.sequence import Sequence
@@ -115,6 +116,7 @@ class Scheduler:
         self._prefilling: list[Sequence] = []  # by order
         self._ready: OrderedDict[Sequence, None] = OrderedDict()  # one token to compute; longest ready first
         self._in_flight: set[Plan] = set()
+        self._deadlines = Deadlines()
         self._prefill_is_due = False
 
     @property
@@ -216,6 +218,26 @@ class Scheduler:
         elif sequence.order is not None and not sequence.removed:
             self._waiting.leave(sequence)
         sequence.removed = True
+        self._deadlines.discard(sequence)
+
+    @property
+    def next_deadline_s(self) -> float | None:
+        """When `expire` has something to do."""
+        return self._deadlines.next_s
+
+    def set_deadline(self, sequence: Sequence, deadline_s: float | None) -> None:
+        """When a sequence that was added has to be finished, in seconds of `expire`'s clock; None: whenever."""
+        if deadline_s is None or sequence.removed:
+            self._deadlines.discard(sequence)
+        else:
+            self._deadlines.set(sequence, deadline_s)
+
+    def expire(self, now_s: float) -> list[Sequence]:
+        """Removes those whose deadline is past, wherever they are; returns them."""
+        expired = self._deadlines.take_expired(now_s)
+        for sequence in expired:
+            self.remove(sequence)
+        return expired
 
     def preempt_all(self) -> None:
         """The pipeline is lost: what ran waits again, in order, and what was in flight or cached is forgotten.

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
+from pydantic_settings import CliImplicitFlag
 
-from stagecoach.config import ProcessSettings
+from stagecoach.link_settings import LinkSettings
 
 
-class RouterSettings(ProcessSettings):
+class RouterSettings(LinkSettings):
     """Serves a model whose layers are spread over shards."""
 
     shards: str = Field(description="HOST:PORT of every shard, separated by commas, in any order")
@@ -18,7 +19,7 @@ class RouterSettings(ProcessSettings):
     model: Path | None = Field(None, description="folder with the tokenizer; unset: fetched from the first shard")
     model_name: str | None = Field(None, description="what callers call the model; unset: the checkpoint folder's name")
     max_batch_tokens: int = Field(512, ge=1, le=65536, description="most tokens in one micro-batch")
-    max_running: int = Field(256, ge=1, le=4096, description="most sequences that run at a time")
+    max_running: int = Field(256, ge=1, le=4095, description="most sequences that run at a time")
     max_waiting: int = Field(1024, ge=1, le=1_000_000, description="most sequences that wait; more are refused")
     lanes: int = Field(
         0,
@@ -29,5 +30,35 @@ class RouterSettings(ProcessSettings):
     kv_blocks: int = Field(0, ge=0, description="K/V blocks to lease from every shard; 0: all that are free")
     recovery_timeout_s: float = Field(
         60.0, gt=0, description="how long requests wait for a broken pipeline to come back"
+    )
+    drain_timeout_s: float = Field(
+        30.0, ge=0, description="how long running requests have to end when the router is told to stop"
+    )
+    max_linger_s: float = Field(
+        60.0, ge=0, description="how long, at most, a request runs on for a caller whose connection broke"
+    )
+    fault_timeout_s: float = Field(
+        5.0,
+        ge=0.1,
+        le=3600.0,
+        description="within it a shard that hangs or is cut off is found; more than the largest message takes",
+    )
+    step_timeout_s: float = Field(
+        120.0, gt=0, description="longest that a shard may compute a step of which it is not known how long it takes"
+    )
+    canary_interval_s: float = Field(
+        1.0, gt=0, le=3600.0, description="without a request, one token is generated so often to see that it can be"
+    )
+    journal: Path | None = Field(
+        None, description="SQLite file in which accepted requests outlive the router; unset: they do not"
+    )
+    tls_client_ca: Path | None = Field(
+        None, description="PEM: callers must show a certificate of this CA; unset: they need none"
+    )
+    edge_tls: CliImplicitFlag[bool] = Field(
+        True, description="with TLS to the shards, speak TLS to callers, too; needless on loopback"
+    )
+    api_keys: Path | None = Field(
+        None, description="file of API keys, see `stagecoach keys new`; unset: whoever reaches the port is let in"
     )
     log_level: Literal["debug", "info", "warning", "error"] = "info"

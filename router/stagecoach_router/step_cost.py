@@ -90,6 +90,12 @@ class CostFit:
         sizes = [size for size, seen in self._sizes.items() if seen.weight > 1]
         return 2.0 ** ((max(sizes) - min(sizes)) / SIZES_PER_OCTAVE) if sizes else 1.0
 
+    def frozen(self) -> CostFit:
+        """A copy of the parts, which learns nothing from what this one is told."""
+        copy = CostFit(len(self.parts))
+        copy.parts, copy.num_observations = list(self.parts), self.num_observations
+        return copy
+
     def predict(self, features: Sequence[float]) -> float:
         """The cost of a step with these features; unit of what was observed."""
         return sum(part * feature for part, feature in zip(self.parts, features, strict=True))
@@ -191,6 +197,12 @@ class StageCost:
         self.prefill = CostFit(2)  # each token, each pair of query and key
         self.added = CostFit(2)  # each token, each pair, beside decodes
 
+    def frozen(self) -> StageCost:
+        """What is known now, to be compared with what will be learnt later."""
+        copy = StageCost()
+        copy.decodes, copy.prefill, copy.added = self.decodes.frozen(), self.prefill.frozen(), self.added.frozen()
+        return copy
+
     def observe(self, shape: StepShape, compute_s: float) -> bool:
         """Learns from one step. True: what is predicted may have changed."""
         rows, tokens = shape.num_decodes, shape.num_prefill_tokens
@@ -210,6 +222,18 @@ class StageCost:
     def fixed_s(self) -> float:
         """What a step costs before its first row; 0 as long as nothing is known."""
         return self.decodes.parts[0]
+
+    def step_s(self, shape: StepShape) -> float | None:
+        """Of a whole step. None: too little is known of such steps."""
+        if not self.decodes.is_known:
+            return None
+        seconds = self.decode_s(shape.num_decodes, shape.decode_context)
+        if shape.num_prefill_tokens:
+            fit = self.added if shape.num_decodes and self.added.is_known else self.prefill
+            if not fit.is_known:
+                return None
+            seconds += fit.predict((shape.num_prefill_tokens, shape.prefill_context))
+        return seconds
 
     def decode_s(self, num_rows: float, context: float) -> float:
         """Of `num_rows` decodes that attend to `context` positions in all."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 import tokenizers
@@ -26,7 +25,7 @@ class Tokenizer:
 
     def __init__(self, files: ModelFiles) -> None:
         self._tokenizer = _load(files)
-        self._decoder = text_decoder(json.loads(files["tokenizer.json"]).get("decoder"))
+        self._decoder = text_decoder(files.json("tokenizer.json").get("decoder"))
         named = _named_tokens(files)
         self._mark_special(list(named.values()))
         self._chat_template = ChatTemplate.from_files(files, named)
@@ -127,9 +126,14 @@ def _named_tokens(files: ModelFiles) -> dict[str, str]:
     for name in _NAMED_TOKENS:
         entry = entries.get(name)
         content = entry.get("content") if isinstance(entry, dict) else entry
-        if isinstance(content, str):
+        if isinstance(content, str) and _is_unicode(content):
             named[name] = content
     return named
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether UTF-8 can say it: JSON may hold halves of characters, which no text of a tokenizer is."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _ids(entry: object) -> list[int]:

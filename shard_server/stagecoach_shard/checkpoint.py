@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -28,6 +29,10 @@ TOKENIZER_FILES = (
     "generation_config.json",
     "chat_template.jinja",
 )
+# config.json is kilobytes.
+_MAX_JSON_BYTES = 8 << 20
+_LAYER = re.compile(r"model\.layers\.([0-9]+)(?:\.|$)")
+_MAX_DIGITS = 9
 # The dtypes that a weight may be stored in; it is cast to the stage's.
 _WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 
@@ -54,13 +59,13 @@ class Checkpoint:
         config = ModelConfig.parse(read_json_object(path / "config.json"))
         tensors = read_tensor_table(path)
         for name in tensors:
-            layer = name.removeprefix("model.layers.").split(".")[0]
-            if name.startswith("model.layers.") and layer.isdigit() and int(layer) >= config.num_layers:
+            layer = _LAYER.match(name)
+            if layer is not None and (len(layer[1]) > _MAX_DIGITS or int(layer[1]) >= config.num_layers):
                 raise CheckpointError(
                     f"{name}: config.json says there are {config.num_layers} layers",
                     field="num_hidden_layers",
                     limit=config.num_layers,
-                    value=layer,
+                    value=layer[1],
                 )
         return cls(path.resolve().name, path, config, fingerprint(config, tensors), tensors)
 
@@ -159,10 +164,15 @@ class TensorReader:
 def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file of the checkpoint. Raises CheckpointError with the file's name."""
     try:
+        num_bytes = path.stat().st_size
+        if num_bytes > _MAX_JSON_BYTES:
+            raise CheckpointError(
+                f"{path.name} has {num_bytes} bytes", field=path.name, limit=_MAX_JSON_BYTES, value=num_bytes
+            )
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing", field=path.name) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}", field=path.name) from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object", field=path.name)

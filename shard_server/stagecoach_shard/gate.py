@@ -1,18 +1,22 @@
-"""Stands before the shard's service while it loads: callers learn at once that it is up and not ready yet."""
+"""Stands before the shard's service: lets in who may call it, and says at once that it is up while it still loads."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 
-from stagecoach import errors
+from stagecoach import errors, tls
 from stagecoach.v1 import shard_pb2
 from stagecoach_shard.service import Context, ShardService
 
 
 class LoadingGate:
-    """Passes calls on to `service` once it is set, and answers Unavailable before."""
+    """Passes calls on to `service` once it is set, and answers Unavailable before.
 
-    def __init__(self) -> None:
+    `allowed_callers` are the names that certificates may carry; None where links are not encrypted.
+    """
+
+    def __init__(self, allowed_callers: Collection[str] | None = None) -> None:
+        self._allowed_callers = allowed_callers
         self.service: ShardService | None = None
 
     async def describe(self, request: shard_pb2.DescribeRequest, context: Context) -> shard_pb2.DescribeResponse:
@@ -31,6 +35,11 @@ class LoadingGate:
         await (await self._ready(context)).forward(requests, context)
 
     async def _ready(self, context: Context) -> ShardService:
+        if self._allowed_callers is not None:
+            try:
+                tls.check_caller(context, self._allowed_callers)
+            except errors.PermissionDenied as error:
+                await errors.abort(context, error)
         if self.service is None:
             await errors.abort(context, errors.Unavailable("the shard is loading its layers", retry_after_s=1.0))
         return self.service

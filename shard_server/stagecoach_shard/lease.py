@@ -14,10 +14,13 @@ import numpy.typing as npt
 
 from stagecoach.errors import InvalidArgument, KVCacheFull, OutOfRange, StaleEpoch
 from stagecoach.v1 import shard_pb2 as pb
+from stagecoach_shard.written_positions import WrittenPositions
 
 IntArray = npt.NDArray[np.int64]
 
 MAX_SLOTS = 4096
+# In one micro-batch, for each slot of the lease; a router sends one.
+_MAX_DELTAS_PER_SLOT = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +49,13 @@ class BlockRanges:
     @property
     def num_free(self) -> int:
         """The most blocks that a lease can have now: the largest range that is free."""
-        starts = [0, *(first + num for first, num in sorted(self._used.items()))]
-        ends = [*sorted(self._used), self.num_blocks]
+        return self.num_free_without(None)
+
+    def num_free_without(self, former: int | None) -> int:
+        """The same, once the range that begins at `former` has been given back."""
+        used = sorted((first, num) for first, num in self._used.items() if first != former)
+        starts = [0, *(first + num for first, num in used)]
+        ends = [*(first for first, _ in used), self.num_blocks]
         return max(end - start for start, end in zip(starts, ends, strict=True))
 
     def allocate(self, num_blocks: int) -> int:
@@ -94,15 +102,16 @@ class Lease:
         self._context_length = context_length
         self._max_batch_tokens = max_batch_tokens
         self._next_step = 1
-        # Absolute block ids; a slot's table is as long as `_lengths` says.
+        # The lease's own block ids; a slot's table is as long as `_lengths` says.
         self._tables = np.zeros((max_slots, -(-context_length // block_size)), dtype=np.int32)
         self._lengths = np.zeros(max_slots, dtype=np.int64)
+        self._written = WrittenPositions(num_blocks, block_size, max_slots)
 
     def accept(self, header: pb.MicroBatchHeader) -> Rows:
         """Checks a micro-batch, applies its block-table deltas, and returns its rows.
 
         Raises StaleEpoch for another epoch or a gap in the steps, InvalidArgument and OutOfRange for rows, slots,
-        blocks and positions that are not this lease's.
+        blocks and positions that are not this lease's. Deltas before the one at fault are then applied; no row is.
         """
         if header.epoch != self.epoch:
             raise StaleEpoch(
@@ -118,6 +127,7 @@ class Lease:
                 limit=self._next_step,
                 value=header.step,
             )
+        _check_below("deltas", len(header.deltas), _MAX_DELTAS_PER_SLOT * len(self._lengths) + 1)
         for delta in header.deltas:
             self._apply(delta.slot, delta.first, delta.block_ids)
         rows = self._rows(header)
@@ -145,8 +155,9 @@ class Lease:
                 limit=self.num_blocks,
                 value=ids.max(),
             )
-        self._tables[slot, first : first + len(block_ids)] = ids + self.first_block
+        self._tables[slot, first : first + len(block_ids)] = ids
         self._lengths[slot] = first + len(block_ids)
+        self._written.table_changed(slot, first)
 
     def _rows(self, header: pb.MicroBatchHeader) -> Rows:
         num_rows = len(header.row_slots)
@@ -155,6 +166,7 @@ class Lease:
                 f"rows: {num_rows} slots, {len(header.row_starts)} starts, {len(header.row_num_tokens)} lengths",
                 field="row_slots",
             )
+        _check_below("row_slots", num_rows, len(self._lengths) + 1)  # no slot twice, so no more rows than slots
         slots = np.array(header.row_slots, dtype=np.int64)
         starts = np.array(header.row_starts, dtype=np.int64)
         num_tokens = np.array(header.row_num_tokens, dtype=np.int64)
@@ -177,10 +189,20 @@ class Lease:
                 limit=self._lengths[slots[row]],
                 value=needed[row],
             )
-        return Rows(starts, num_tokens, self._tables[slots, : int(needed.max())])
+        tables = self._tables[slots, : int(needed.max())]
+        gap = self._written.write(slots, starts, ends, tables)
+        if gap is not None:
+            row, position = gap
+            raise OutOfRange(
+                f"slot {slots[row]}: a row from position {starts[row]}, and {position} was never written",
+                field="row_starts",
+                limit=position,
+                value=starts[row],
+            )
+        return Rows(starts, num_tokens, tables + np.int32(self.first_block))
 
 
-def _check_below(field: str, values: IntArray | np.int64, limit: int) -> None:
+def _check_below(field: str, values: IntArray | np.int64 | int, limit: int) -> None:
     highest = int(np.max(values))
     if highest >= limit:
         raise OutOfRange(f"{field}: {highest} is not below {limit}", field=field, limit=limit, value=highest)

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from stagecoach import lifecycle
-from stagecoach.channel import MAX_SHARD_MESSAGE_BYTES
+from stagecoach import lifecycle, tls
+from stagecoach.channel import MAX_SHARD_MESSAGE_BYTES, Dial
 from stagecoach.errors import ConfigError, InternalError
 from stagecoach.health import Health
 from stagecoach.shard_rpc import SERVICE_NAME, shard_handlers
@@ -35,15 +35,20 @@ logger = logging.getLogger(__name__)
 async def serve(settings: ShardSettings, stop: asyncio.Event) -> None:
     """Takes the port, loads, serves until `stop`."""
     layers = LayerRange.parse(settings.layers)
-    server, port = lifecycle.listen(MAX_SHARD_MESSAGE_BYTES, settings.listen)
-    gate = LoadingGate()
+    identity = tls.read_identity(settings.tls_cert, settings.tls_key, settings.tls_ca)
+    allowed = None if identity is None else tls.read_names(settings.allow_peer, "allow_peer")
+    server, port = lifecycle.listen(
+        MAX_SHARD_MESSAGE_BYTES, settings.listen, identity=identity, insecure=settings.insecure_listen
+    )
+    dial = tls.shard_dial(identity, settings.tls_shard_name)
+    gate = LoadingGate(allowed)
     handlers = shard_handlers(
         describe=gate.describe, fetch_files=gate.fetch_files, session=gate.session, forward=gate.forward
     )
     server.add_generic_rpc_handlers((handlers,))
     health = Health(server, SERVICE_NAME)
     await server.start()
-    loading = asyncio.create_task(asyncio.to_thread(load, settings, layers))
+    loading = asyncio.create_task(asyncio.to_thread(load, settings, layers, dial))
     stopped = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait([loading, stopped], return_when=asyncio.FIRST_COMPLETED)
@@ -56,13 +61,17 @@ async def serve(settings: ShardSettings, stop: asyncio.Event) -> None:
         logger.info("layers %s ready on port %d", layers, port)
         ended = asyncio.create_task(_end_of(runner))
         await asyncio.wait([stopped, ended], return_when=asyncio.FIRST_COMPLETED)
-        logger.info("stopping")
-        gate.service.end_sessions()
+        health.drain()
+        if not ended.done():
+            await _drain(settings.drain_timeout_s, gate.service, ended)
         if ended.done():
             raise InternalError("the compute thread has ended")
         ended.cancel()
     finally:
+        logger.info("stopping")
         health.set_ready(False)
+        if gate.service is not None:
+            gate.service.end_sessions()
         stopped.cancel()
         await server.stop(STOP_GRACE_S)
     try:
@@ -74,13 +83,24 @@ async def serve(settings: ShardSettings, stop: asyncio.Event) -> None:
         os._exit(1)  # a thread that hangs in a kernel cannot be ended
 
 
+async def _drain(timeout_s: float, service: ShardService, compute_ended: asyncio.Task[None]) -> None:
+    """Opens no new leases, and returns when those that are open have ended, or their time or the computing has."""
+    if num_leases := service.drain():
+        logger.info("draining: %d leases have %g s to end; a second signal stops at once", num_leases, timeout_s)
+    drained = asyncio.create_task(service.leases_ended())
+    try:
+        await asyncio.wait([drained, compute_ended], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        drained.cancel()
+
+
 async def _end_of(runner: StageRunner) -> None:
     """Returns when the compute thread has ended, which only a bug makes it do."""
     while runner.alive:  # noqa: ASYNC110  # a thread has no event to wait for
         await asyncio.sleep(ALIVE_CHECK_INTERVAL_S)
 
 
-def load(settings: ShardSettings, layers: LayerRange) -> tuple[ShardService, StageRunner]:
+def load(settings: ShardSettings, layers: LayerRange, dial: Dial) -> tuple[ShardService, StageRunner]:
     """Everything between the settings and a service that is ready; the compute thread runs."""
     device = _device(settings.device)
     dtype: torch.dtype = getattr(torch, settings.dtype)
@@ -120,6 +140,7 @@ def load(settings: ShardSettings, layers: LayerRange) -> tuple[ShardService, Sta
         kv_cache_bytes=num_blocks * bytes_per_block,
         max_batch_tokens=settings.max_batch_tokens,
         max_queued_steps=settings.max_queued_steps,
+        dial=dial,
     )
     return service, runner
 

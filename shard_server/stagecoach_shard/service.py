@@ -19,6 +19,7 @@ import grpc
 import grpc.aio
 
 from stagecoach import PROTOCOL_VERSION, __version__, errors
+from stagecoach.channel import Dial, dial_plainly
 from stagecoach.credits import CreditWindow
 from stagecoach.forward_link import ForwardLink
 from stagecoach.framing import FrameCounter, read_frame, write_frame
@@ -26,7 +27,7 @@ from stagecoach.v1 import model_pb2, shard_pb2
 from stagecoach_shard import wire
 from stagecoach_shard.checkpoint import Checkpoint
 from stagecoach_shard.lease import BlockRanges, Lease
-from stagecoach_shard.session import LeaseSession, check_open
+from stagecoach_shard.session import LeaseSession, LoadReportDue, check_open
 from stagecoach_shard.stage_runner import StageInput, StageResult, StageRunner, StepTimes
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 LOAD_REPORT_INTERVAL_S = 1.0
 LINK_TIMEOUT_S = 10.0
 FILE_CHUNK_BYTES = 1 << 20
+# For who wants a lease of a shard that will be gone soon: another may take its place by then.
+STOPPING_RETRY_AFTER_S = 1.0
 
 Context = grpc.aio.ServicerContext[Any, Any]
 # What goes back on a Forward stream: credits, at last the error that ends it, or None where the sender has ended it.
@@ -53,6 +56,7 @@ class ShardService:
         kv_cache_bytes: int,
         max_batch_tokens: int,
         max_queued_steps: int,
+        dial: Dial = dial_plainly,
     ) -> None:
         self._checkpoint = checkpoint
         self._runner = runner
@@ -60,8 +64,11 @@ class ShardService:
         self._kv_cache_bytes = kv_cache_bytes
         self._max_batch_tokens = max_batch_tokens
         self._max_queued_steps = max_queued_steps
+        self._dial = dial
         self._blocks = BlockRanges(num_blocks)
         self._sessions: dict[int, LeaseSession] = {}
+        self._draining = False
+        self._lease_ended = asyncio.Event()
         self._frames = FrameCounter()
         self._decode_s = 0.0
         self._encode_s = 0.0
@@ -88,12 +95,14 @@ class ShardService:
             device=str(stage.device),
             block_size=self._block_size,
             num_blocks=self._blocks.num_blocks,
-            num_free_blocks=self._blocks.num_free,
+            num_free_blocks=self._num_free_blocks(request.lease_id),
             kv_cache_bytes=self._kv_cache_bytes,
             weights_bytes=stage.weights_bytes,
             max_batch_tokens=self._max_batch_tokens,
             pid=os.getpid(),
             hostname=socket.gethostname(),
+            max_queued_steps=self._max_queued_steps,
+            kernels="native" if stage.is_native else "torch",
         )
 
     async def fetch_files(
@@ -114,24 +123,25 @@ class ShardService:
         except errors.StagecoachError as error:
             await errors.abort(context, error)
             return
-        watcher: asyncio.Task[None] | None = None
-        reporter: asyncio.Task[None] | None = None
+        tasks: list[asyncio.Task[None]] = []
         try:
             await self._connect(session, request.open.next_hop)
             await context.write(write_frame(shard_pb2.SessionResponse(opened=shard_pb2.OpenResponse())))
-            watcher = asyncio.create_task(self._watch(session, context))
-            reporter = asyncio.create_task(self._report_load_regularly(session))
-            while (item := await session.outbox.get()) is not None:
-                frame, on_sent = item
-                await context.write(frame)
-                if on_sent is not None:
-                    on_sent()
+            # Apart from each other: a router that hangs reads nothing, and a write to it does not come back.
+            ends = [asyncio.create_task(self._send(session, context)), asyncio.create_task(session.wait_for_silence())]
+            tasks = [
+                *ends,
+                asyncio.create_task(self._watch(session, context)),
+                asyncio.create_task(self._report_load_regularly(session)),
+            ]
+            ended, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            for task in ended:
+                task.result()
         except errors.StagecoachError as error:
             await errors.abort(context, error)
         finally:
-            for task in (watcher, reporter):
-                if task is not None:
-                    task.cancel()
+            for task in tasks:
+                task.cancel()
             await self._close(session)
 
     async def forward(self, _: object, context: Context) -> None:
@@ -148,6 +158,17 @@ class ShardService:
                     await context.write(shard_pb2.ForwardResponse(credits=due))
         finally:
             reader.cancel()
+
+    def drain(self) -> int:
+        """Opens no lease from now on. Returns how many are open."""
+        self._draining = True
+        return len(self._sessions)
+
+    async def leases_ended(self) -> None:
+        """Returns when no lease is open."""
+        while self._sessions:
+            self._lease_ended.clear()
+            await self._lease_ended.wait()
 
     def end_sessions(self) -> None:
         """Tells every router that this shard stops."""
@@ -167,6 +188,8 @@ class ShardService:
             outbox.put_nowait(errors.InternalError(f"the shard cannot read micro-batches: {error!r}"))
 
     def _open(self, request: shard_pb2.OpenRequest) -> LeaseSession:
+        if self._draining:
+            raise errors.Unavailable("the shard is stopping", retry_after_s=STOPPING_RETRY_AFTER_S)
         check_open(request, self._runner.stage, self._checkpoint.fingerprint, self._block_size)
         former = self._sessions.get(request.lease_id)
         if former is not None:
@@ -193,7 +216,7 @@ class ShardService:
         except errors.StagecoachError:
             self._blocks.free(first_block)
             raise
-        session = LeaseSession(lease)
+        session = LeaseSession(lease, request.silence_timeout_s)
         self._sessions[lease.lease_id] = session
         logger.info("lease %x opened: epoch %d, %d blocks", lease.lease_id, lease.epoch, lease.num_blocks)
         return session
@@ -201,24 +224,35 @@ class ShardService:
     async def _connect(self, session: LeaseSession, next_hop: str) -> None:
         if not next_hop:
             return
-        session.link = ForwardLink(next_hop, on_failure=session.fail)
+        session.link = ForwardLink(next_hop, on_failure=session.fail, dial=self._dial)
         await session.link.open(LINK_TIMEOUT_S)
+
+    async def _send(self, session: LeaseSession, context: Context) -> None:
+        while (item := await session.outbox.get()) is not None:
+            if isinstance(item, LoadReportDue):
+                session.report_is_sent()
+                item = self._load_report(item.number), None
+            frame, on_sent = item
+            await context.write(frame)
+            if on_sent is not None:
+                on_sent()
 
     async def _watch(self, session: LeaseSession, context: Context) -> None:
         """Answers what the router asks, until it ends its side."""
         while (request := await context.read()) is not grpc.aio.EOF:
+            session.heard()
             if request.WhichOneof("kind") == "report_load":
-                self._report_load(session, request.report_load.number)
+                session.ask_for_report(request.report_load.number)
             else:
                 session.fail(errors.InvalidArgument("a session is opened once", field="kind"))
         session.outbox.put_nowait(None)
 
     async def _report_load_regularly(self, session: LeaseSession) -> None:
         while True:
-            self._report_load(session)
+            session.ask_for_report()
             await asyncio.sleep(LOAD_REPORT_INTERVAL_S)
 
-    def _report_load(self, session: LeaseSession, number: int = 0) -> None:
+    def _load_report(self, number: int) -> bytes:
         load = self._runner.load
         report = shard_pb2.LoadReport(
             num_steps=load.num_steps,
@@ -233,12 +267,18 @@ class ShardService:
             num_frames=self._frames.num_frames,
             number=number,
         )
-        session.outbox.put_nowait((write_frame(shard_pb2.SessionResponse(load=report)), None))
+        return write_frame(shard_pb2.SessionResponse(load=report))
+
+    def _num_free_blocks(self, lease_id: int) -> int:
+        """The most that a lease can have now, or that the lease `lease_id` can have when it is opened anew."""
+        session = self._sessions.get(lease_id)
+        return self._blocks.num_free_without(None if session is None else session.lease.first_block)
 
     def _release(self, session: LeaseSession) -> None:
         session.ended = True
         if self._sessions.get(session.lease.lease_id) is session:
             del self._sessions[session.lease.lease_id]
+            self._lease_ended.set()
             self._blocks.free(session.lease.first_block)
         session.outbox.put_nowait(None)
 
@@ -323,7 +363,9 @@ class ShardService:
         return StageInput(
             inputs=inputs,
             rows=rows,
-            outputs=wire.read_wanted(header.outputs, rows.total_tokens) if stage.is_last else [],
+            outputs=wire.read_wanted(header.outputs, rows.total_tokens, stage.config.vocab_size)
+            if stage.is_last
+            else [],
             is_current=lambda: not session.ended,
         )
 

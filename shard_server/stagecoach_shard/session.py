@@ -4,29 +4,78 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from stagecoach import PROTOCOL_VERSION, errors
+from stagecoach.channel import check_address
 from stagecoach.forward_link import ForwardLink
 from stagecoach.framing import write_frame
 from stagecoach.v1 import shard_pb2
+from stagecoach.watch_clock import Silence
 from stagecoach_shard import wire
 from stagecoach_shard.lease import Lease
 from stagecoach_shard.stage import Stage
 
 logger = logging.getLogger(__name__)
 
+# What a router may ask for, in seconds.
+MIN_SILENCE_TIMEOUT_S = 0.1
+MAX_SILENCE_TIMEOUT_S = 86_400.0
+
+
+@dataclass(slots=True)
+class LoadReportDue:
+    """A place in the line for a load report. `number`: of the latest question; 0 where none was asked."""
+
+    number: int = 0
+
 
 class LeaseSession:
-    """A lease with its way out: frames for the router, and the link to the next stage where there is one."""
+    """A lease with its way out: frames for the router, and the link to the next stage where there is one.
 
-    def __init__(self, lease: Lease) -> None:
+    `silence_timeout_s`: for how long the router may say nothing; 0: for ever.
+    """
+
+    def __init__(self, lease: Lease, silence_timeout_s: float = 0.0) -> None:
         self.lease = lease
         self.link: ForwardLink | None = None
         self.ended = False
         self.num_queued = 0  # micro-batches whose credit has not gone back
-        # Frames with what to call when gRPC has taken them; None ends the session.
-        self.outbox: asyncio.Queue[tuple[bytes, Callable[[], None] | None] | None] = asyncio.Queue()
+        # Frames with what to call when gRPC has taken them, and load reports to be made when it is their turn; None
+        # ends the session.
+        self.outbox: asyncio.Queue[tuple[bytes, Callable[[], None] | None] | LoadReportDue | None] = asyncio.Queue()
+        self._report_due: LoadReportDue | None = None
+        self._silence = Silence(silence_timeout_s) if silence_timeout_s else None
+
+    def ask_for_report(self, number: int = 0) -> None:
+        """Queues a load report that answers question `number`, and all before it.
+
+        There is one at a time, so that a router that asks and does not read fills no memory.
+        """
+        if self._report_due is None:
+            self._report_due = LoadReportDue()
+            self.outbox.put_nowait(self._report_due)
+        self._report_due.number = max(self._report_due.number, number)
+
+    def report_is_sent(self) -> None:
+        """The next question is answered by another report."""
+        self._report_due = None
+
+    def heard(self) -> None:
+        """The router has said something."""
+        if self._silence is not None:
+            self._silence.heard()
+
+    async def wait_for_silence(self) -> None:
+        """Returns when the router has said nothing for too long: it is gone, or as good as gone."""
+        if self._silence is None:
+            await asyncio.Event().wait()
+            return
+        while not self._silence.is_over_limit(time.monotonic()):  # noqa: ASYNC110  # there is no event to wait for
+            await asyncio.sleep(self._silence.interval_s)
+        logger.warning("lease %x: its router has been silent for %g s", self.lease.lease_id, self._silence.timeout_s)
 
     def fail(self, error: errors.StagecoachError, step: int = 0) -> None:
         """Tells the router; the lease runs nothing more."""
@@ -55,7 +104,15 @@ def check_open(request: shard_pb2.OpenRequest, stage: Stage, fingerprint: str, b
                 limit=ours,
                 value=theirs,
             )
+    timeout_s = request.silence_timeout_s
+    if timeout_s and not MIN_SILENCE_TIMEOUT_S <= timeout_s <= MAX_SILENCE_TIMEOUT_S:
+        limit = f"0 or [{MIN_SILENCE_TIMEOUT_S}, {MAX_SILENCE_TIMEOUT_S}]"
+        raise errors.InvalidArgument(
+            f"silence_timeout_s must be {limit}", field="silence_timeout_s", limit=limit, value=timeout_s
+        )
     if bool(request.next_hop) == stage.is_last:
         raise errors.InvalidArgument(
             "next_hop must be given to every stage but the last", field="next_hop", value=request.next_hop
         )
+    if request.next_hop:
+        check_address(request.next_hop, "next_hop")

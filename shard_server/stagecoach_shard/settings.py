@@ -7,10 +7,11 @@ from typing import Literal
 
 from pydantic import Field
 
-from stagecoach.config import ProcessSettings
+from stagecoach.link_settings import LinkSettings
+from stagecoach.tls import ROUTER_NAME, SHARD_NAME
 
 
-class ShardSettings(ProcessSettings):
+class ShardSettings(LinkSettings):
     """Serves a contiguous block of a model's layers."""
 
     model: Path = Field(description="checkpoint folder: config.json and safetensors")
@@ -29,5 +30,12 @@ class ShardSettings(ProcessSettings):
     kernels: Literal["auto", "native", "torch"] = Field(
         "auto",
         description="native: our own, for bfloat16 on a CPU with a C compiler; auto: native where possible",
+    )
+    drain_timeout_s: float = Field(
+        30.0, ge=0, description="how long routers may go on with the leases they have when the shard is told to stop"
+    )
+    allow_peer: str = Field(
+        f"{ROUTER_NAME},{SHARD_NAME}",
+        description="with TLS: names, separated by commas; a caller's certificate must have one of them",
     )
     log_level: Literal["debug", "info", "warning", "error"] = "info"

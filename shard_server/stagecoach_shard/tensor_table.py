@@ -19,6 +19,10 @@ INDEX_FILE = "model.safetensors.index.json"
 _LENGTH_BYTES = 8
 # The limit of the format's own implementation.
 _MAX_HEADER_BYTES = 100_000_000
+# A file can hold no more dimensions, and no larger numbers, that mean anything; larger ones take for ever to multiply.
+_MAX_DIMENSIONS = 8
+_MAX_NUMBER = 2**63 - 1
+_MAX_INDEX_BYTES = 64 << 20
 _ITEM_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
     "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
@@ -90,13 +94,13 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 def _parse_entry(path: Path, name: str, fields: Any, start: int, data_bytes: int) -> TensorEntry:
     try:
         dtype, shape, (begin, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
-        numbers = [*shape, begin, end]
-        good = dtype in _ITEM_BYTES and all(type(number) is int and number >= 0 for number in numbers)
+        good = dtype in _ITEM_BYTES and isinstance(shape, list) and len(shape) <= _MAX_DIMENSIONS
+        good = good and all(type(number) is int and 0 <= number <= _MAX_NUMBER for number in [*shape, begin, end])
     except (KeyError, TypeError, ValueError):
         good = False
     if not good:
         raise CheckpointError(
-            f"{name}: its entry in {path.name} is not well-formed: {fields}", field=name, value=fields
+            f"{name}: its entry in {path.name} is not well-formed: {str(fields)[:200]}", field=name, value=fields
         )
     num_bytes = math.prod(shape) * _ITEM_BYTES[dtype]
     if end - begin != num_bytes:
@@ -118,6 +122,11 @@ def _parse_entry(path: Path, name: str, fields: Any, start: int, data_bytes: int
 
 def _read_weight_map(path: Path) -> dict[str, str]:
     try:
+        num_bytes = path.stat().st_size
+        if num_bytes > _MAX_INDEX_BYTES:
+            raise CheckpointError(
+                f"{path.name} has {num_bytes} bytes", field=path.name, limit=_MAX_INDEX_BYTES, value=num_bytes
+            )
         weight_map: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         good = isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values())
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

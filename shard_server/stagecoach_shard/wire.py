@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from stagecoach.channel import MAX_SHARD_MESSAGE_BYTES
 from stagecoach.errors import InvalidArgument, OutOfRange
 from stagecoach.framing import write_frame
 from stagecoach.v1 import model_pb2, shard_pb2
@@ -22,6 +23,8 @@ DTYPES: dict[torch.dtype, model_pb2.DType] = {
 }
 
 MAX_CANDIDATES = 4096
+# What a step's result may come to, with room for what is around the arrays: more could not be sent.
+MAX_RESULT_BYTES = MAX_SHARD_MESSAGE_BYTES - (1 << 20)
 
 # A received frame is `bytes`; we never write into the tensors that look into it.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
@@ -78,36 +81,58 @@ def _check_token_ids(token_ids: Tensor, vocab_size: int) -> None:
         )
 
 
-def read_wanted(groups: Sequence[shard_pb2.OutputGroup], num_tokens: int) -> list[WantedOutput]:
+def read_wanted(groups: Sequence[shard_pb2.OutputGroup], num_tokens: int, vocab_size: int) -> list[WantedOutput]:
     """The output groups of a micro-batch. Raises InvalidArgument and OutOfRange."""
+    num_left, result_bytes = num_tokens, 0
     wanted = []
     for group in groups:
-        if not group.token_indices or max(group.token_indices) >= num_tokens:
-            raise OutOfRange(
-                "outputs.token_indices: empty, or past the micro-batch", field="outputs.token_indices", limit=num_tokens
-            )
-        if group.num_candidates > MAX_CANDIDATES:
-            raise OutOfRange(
-                f"outputs.num_candidates: at most {MAX_CANDIDATES}",
-                field="outputs.num_candidates",
-                limit=MAX_CANDIDATES,
-                value=group.num_candidates,
-            )
-        if len(group.temperatures) != (len(group.token_indices) if group.log_sum_exp else 0):
-            raise InvalidArgument(
-                "outputs.temperatures: one for each index where log_sum_exp is set, else none",
-                field="outputs.temperatures",
-            )
-        wanted.append(
-            WantedOutput(
-                token_indices=torch.tensor(group.token_indices, dtype=torch.int64),
-                num_candidates=group.num_candidates,
-                temperatures=torch.tensor(group.temperatures, dtype=torch.float32) if group.log_sum_exp else None,
-            )
+        num_indices = len(group.token_indices)  # before anything is made of them
+        if num_indices > num_left:
+            raise OutOfRange("outputs: more outputs than tokens", field="outputs", limit=num_tokens)
+        num_left -= num_indices
+        wanted.append(_read_group(group, num_tokens))
+        num_columns = min(group.num_candidates, vocab_size) or vocab_size
+        result_bytes += num_indices * num_columns * (8 if group.num_candidates else 4)
+    if result_bytes > MAX_RESULT_BYTES:
+        raise OutOfRange(
+            f"outputs: their result would have {result_bytes} bytes",
+            field="outputs",
+            limit=MAX_RESULT_BYTES,
+            value=result_bytes,
         )
-    if sum(len(group.token_indices) for group in wanted) > num_tokens:
-        raise OutOfRange("outputs: more outputs than tokens", field="outputs", limit=num_tokens)
     return wanted
+
+
+def _read_group(group: shard_pb2.OutputGroup, num_tokens: int) -> WantedOutput:
+    if not group.token_indices or max(group.token_indices) >= num_tokens:
+        raise OutOfRange(
+            "outputs.token_indices: empty, or past the micro-batch", field="outputs.token_indices", limit=num_tokens
+        )
+    if group.num_candidates > MAX_CANDIDATES:
+        raise OutOfRange(
+            f"outputs.num_candidates: at most {MAX_CANDIDATES}",
+            field="outputs.num_candidates",
+            limit=MAX_CANDIDATES,
+            value=group.num_candidates,
+        )
+    if len(group.temperatures) != (len(group.token_indices) if group.log_sum_exp else 0):
+        raise InvalidArgument(
+            "outputs.temperatures: one for each index where log_sum_exp is set, else none",
+            field="outputs.temperatures",
+        )
+    for temperature in group.temperatures:
+        if not 0.0 <= temperature < math.inf:
+            raise OutOfRange(
+                f"outputs.temperatures: {temperature}",
+                field="outputs.temperatures",
+                limit="[0, inf)",
+                value=temperature,
+            )
+    return WantedOutput(
+        token_indices=torch.tensor(group.token_indices, dtype=torch.int64),
+        num_candidates=group.num_candidates,
+        temperatures=torch.tensor(group.temperatures, dtype=torch.float32) if group.log_sum_exp else None,
+    )
 
 
 def check_timings(timings: Sequence[shard_pb2.StageTiming], first_layer: int) -> None:

@@ -89,6 +89,7 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer):
         self.stay_open = stay_open  # after the answer, until the caller goes away
         self.failures: deque[StagecoachError | grpc.StatusCode] = deque()
         self.requests: list[Any] = []
+        self.metadata: list[dict[str, Any]] = []
         self.timeouts_s: list[float] = []
         self.begun = threading.Event()
         self.failed = threading.Event()
@@ -132,6 +133,7 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer):
 
     def _begin(self, request: Any, context: Any, *, stays: bool = False) -> None:
         self.requests.append(request)
+        self.metadata.append(dict(context.invocation_metadata()))
         self.timeouts_s.append(context.time_remaining())
         self.begun.set()
         if stays:  # then it is not this side that ends the call

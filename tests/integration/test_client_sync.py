@@ -164,8 +164,10 @@ def test_other_failures_are_not_tried_again(router: FakeRouter, client: Client, 
     assert len(router.requests) == 1
 
 
-def test_nothing_is_tried_again_after_the_first_chunk(client: Client, router: FakeRouter) -> None:
+def test_after_the_first_chunk_only_the_rest_is_asked_for(client: Client, router: FakeRouter) -> None:
     def broken(request: pb.GenerateRequest) -> Iterator[pb.GenerateResponse]:
+        if request.from_tokens:
+            raise sdk.FailedPrecondition("not known here", field="from_tokens")
         yield next(words(request))
         raise sdk.Unavailable("gone")
 
@@ -174,7 +176,9 @@ def test_nothing_is_tried_again_after_the_first_chunk(client: Client, router: Fa
     assert next(stream).text == "Hello"
     with pytest.raises(sdk.Unavailable, match="gone"):
         next(stream)
-    assert len(router.requests) == 1
+    first, second = router.requests
+    assert (list(first.from_tokens), list(second.from_tokens)) == ([], [2])
+    assert first.request_id == second.request_id != ""
     assert list(stream) == []
     with pytest.raises(sdk.Unavailable, match="gone"):
         stream.collect()

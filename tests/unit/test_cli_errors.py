@@ -77,6 +77,9 @@ def test_version(capfd: pytest.CaptureFixture[str]) -> None:
     [
         (["up", "--model", "."], "torch", "[router] and [shard] extras"),
         (["demo", "--model", "."], "jinja2", "[router] and [shard] extras"),
+        (["up", "--model", "."], "cryptography", "[cli] extra"),
+        (["demo", "--model", "."], "cryptography", "[cli] extra"),
+        (["certs", "x"], "cryptography", "[cli] extra"),
         (["import", "a.gguf", "b"], "gguf", "[import] extra"),
     ],
 )

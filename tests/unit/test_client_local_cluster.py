@@ -97,8 +97,19 @@ def test_commands_name_everything() -> None:
         "bfloat16",
         "--threads",
         "3",
+        "--drain-timeout-s",
+        "2",
         "--kv-cache-memory",
         "2G",
     ]
     router = list(commands.router(["a:1", "b:2"], "127.0.0.1:8"))
-    assert router[1:] == ["-m", "stagecoach_router", "--shards", "a:1,b:2", "--listen", "127.0.0.1:8"]
+    assert router[1:] == [
+        "-m",
+        "stagecoach_router",
+        "--shards",
+        "a:1,b:2",
+        "--listen",
+        "127.0.0.1:8",
+        "--drain-timeout-s",
+        "2",
+    ]

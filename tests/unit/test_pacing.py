@@ -244,7 +244,7 @@ def test_many_prompts_beside_few_decodes_get_more():
     pacing = taught([stage_cost(0.02, 0.002, 0.001)] * 2)
     sizes = [pacing.pace(8, Prompts(count, 200 * count)).chunk_tokens for count in (1, 2, 8, 24)]
     assert sizes == sorted(sizes)
-    assert sizes[0] == sizes[1] < sizes[2] < sizes[3]
+    assert sizes[0] <= sizes[1] < sizes[2] < sizes[3]
 
 
 @settings(max_examples=60, deadline=None)

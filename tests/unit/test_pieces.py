@@ -1,4 +1,4 @@
-"""The pieces of one request reach its one reader in order, all that wait at a time, and then the error."""
+"""The pieces of one request reach its readers in order, all that wait at a time, and then the end or the error."""
 
 from __future__ import annotations
 
@@ -6,48 +6,66 @@ import asyncio
 
 import pytest
 
-from stagecoach.errors import Unavailable
-from stagecoach_router.completion import Piece
+from stagecoach.errors import StagecoachError, Unavailable
+from stagecoach_router.completion import FinishReason, Piece
 from stagecoach_router.outputs import Sampled
-from stagecoach_router.pieces import Pieces
+from stagecoach_router.pieces import PieceReader, Pieces
 
 
-def piece(token_id: int) -> Piece:
-    return Piece(0, "x", token_id, Sampled(token_id, None, ()), None)
+def piece(token_id: int, index: int = 0, *, last: bool = False) -> Piece:
+    return Piece(index, "x", token_id, Sampled(token_id, None, ()), FinishReason.LENGTH if last else None)
+
+
+async def read(reader: PieceReader) -> list[int]:
+    return [each.token_id for each in await reader.read()]
 
 
 async def test_what_waits_is_read_at_once_and_in_order() -> None:
     pieces = Pieces()
+    reader = pieces.reader()
     for token_id in range(3):
         pieces.put(piece(token_id))
     assert len(pieces) == 3
-    assert [each.token_id for each in await pieces.read()] == [0, 1, 2]
+    assert await read(reader) == [0, 1, 2]
     assert len(pieces) == 0
 
 
 async def test_a_reader_that_waits_is_woken_by_each_piece() -> None:
     pieces = Pieces()
+    reader = pieces.reader()
     for token_id in range(3):
-        reading = asyncio.create_task(pieces.read())
+        reading = asyncio.create_task(read(reader))
         await asyncio.sleep(0)
         assert not reading.done()
         pieces.put(piece(token_id))
-        assert [each.token_id for each in await reading] == [token_id]
+        assert await reading == [token_id]
+
+
+async def test_after_the_last_piece_of_every_completion_comes_the_end() -> None:
+    pieces = Pieces(2)
+    reader = pieces.reader()
+    pieces.put(piece(1, 0, last=True))
+    assert await read(reader) == [1]
+    assert not pieces.ended
+    pieces.put(piece(2, 1, last=True))
+    assert pieces.ended
+    assert [await read(reader) for _ in range(3)] == [[2], [], []]
 
 
 async def test_an_error_comes_after_what_was_put_before_it() -> None:
     pieces = Pieces()
+    reader = pieces.reader()
     pieces.put(piece(1))
     pieces.fail(Unavailable("lost"))
-    assert len(await pieces.read()) == 1
+    assert len(await reader.read()) == 1
     for _ in range(2):
         with pytest.raises(Unavailable, match="lost"):
-            await pieces.read()
+            await reader.read()
 
 
 async def test_an_error_wakes_a_reader_that_waits() -> None:
     pieces = Pieces()
-    reading = asyncio.create_task(pieces.read())
+    reading = asyncio.create_task(pieces.reader().read())
     await asyncio.sleep(0)
     pieces.fail(Unavailable("lost"))
     with pytest.raises(Unavailable):
@@ -56,10 +74,90 @@ async def test_an_error_wakes_a_reader_that_waits() -> None:
 
 async def test_a_reader_that_was_cancelled_loses_nothing() -> None:
     pieces = Pieces()
-    reading = asyncio.create_task(pieces.read())
+    reader = pieces.reader()
+    reading = asyncio.create_task(reader.read())
     await asyncio.sleep(0)
     reading.cancel()
     pieces.put(piece(7))
     with pytest.raises(asyncio.CancelledError):
         await reading
-    assert [each.token_id for each in await pieces.read()] == [7]
+    assert await read(reader) == [7]
+
+
+async def test_a_second_reader_begins_where_it_says_in_each_completion() -> None:
+    pieces = Pieces(2)
+    first = pieces.reader()
+    for token_id in range(10):
+        pieces.put(piece(token_id, token_id % 2))
+    assert await read(first) == list(range(10))
+    second = pieces.reader([3, 4])
+    assert await read(second) == [6, 8, 9]
+    pieces.put(piece(10))
+    assert await read(first) == await read(second) == [10]
+
+
+async def test_a_reader_that_is_ahead_of_what_there_is_waits_for_the_next_one() -> None:
+    pieces = Pieces()
+    reader = pieces.reader([2])
+    pieces.put(piece(0))
+    reading = asyncio.create_task(read(reader))
+    await asyncio.sleep(0)
+    pieces.put(piece(1))
+    await asyncio.sleep(0)
+    assert not reading.done()
+    pieces.put(piece(2))
+    assert await reading == [2]
+
+
+async def test_a_reader_that_has_everything_gets_the_end_or_the_error() -> None:
+    finished, failed = Pieces(), Pieces()
+    finished.put(piece(0, last=True))
+    failed.put(piece(0))
+    failed.fail(Unavailable("lost"))
+    assert await read(finished.reader([1])) == []
+    with pytest.raises(Unavailable, match="lost"):
+        await read(failed.reader([1]))
+
+
+async def test_nothing_waits_where_nobody_reads_or_one_of_two_keeps_up() -> None:
+    pieces = Pieces()
+    pieces.put(piece(0))
+    assert len(pieces) == 0
+    slow, quick = pieces.reader(), pieces.reader()
+    assert len(pieces) == 1
+    await quick.read()
+    assert len(pieces) == 0
+    for reader in (slow, quick):
+        reader.close()
+    assert pieces.num_readers == 0
+
+
+async def test_what_is_tapped_is_read_when_it_is_shown_and_not_before() -> None:
+    pieces = Pieces()
+    tapped: list[Piece] = []
+    ends: list[StagecoachError | None] = []
+    pieces.tap, pieces.on_end = tapped.append, ends.append
+    reader = pieces.reader()
+    pieces.put(piece(1))
+    pieces.put(piece(2, last=True))
+    reading = asyncio.create_task(read(reader))
+    await asyncio.sleep(0)
+    assert not reading.done()
+    pieces.show(1)
+    assert await reading == [1]
+    assert not pieces.ended
+    pieces.show(1)
+    assert await read(reader) == [2]
+    assert [each.token_id for each in tapped] == [1, 2]
+    assert ends == [None]
+
+
+async def test_the_end_is_told_once() -> None:
+    pieces = Pieces()
+    ends: list[StagecoachError | None] = []
+    pieces.on_end = ends.append
+    error = Unavailable("lost")
+    pieces.fail(error)
+    pieces.fail(Unavailable("again"))
+    pieces.show(1)
+    assert ends == [error]

@@ -169,11 +169,20 @@ def test_output_groups_are_read() -> None:
             pb.OutputGroup(token_indices=[1], num_candidates=40, log_sum_exp=True, temperatures=[0.5]),
         ],
         num_tokens=3,
+        vocab_size=260,
     )
     assert (whole.token_indices.tolist(), whole.num_candidates, whole.temperatures) == ([0, 2], 0, None)
     assert candidates.temperatures is not None
     assert (candidates.num_candidates, candidates.temperatures.tolist()) == (40, [0.5])
-    assert wire.read_wanted([], num_tokens=3) == []
+    assert wire.read_wanted([], num_tokens=3, vocab_size=260) == []
+
+
+def test_a_result_that_could_not_be_sent_is_refused_before_it_is_computed() -> None:
+    whole_rows = pb.OutputGroup(token_indices=range(1000))
+    with pytest.raises(OutOfRange) as caught:
+        wire.read_wanted([whole_rows], num_tokens=1000, vocab_size=128_256)
+    assert (caught.value.field, caught.value.value) == ("outputs", str(1000 * 128_256 * 4))
+    assert len(wire.read_wanted([whole_rows], num_tokens=1000, vocab_size=32_000)) == 1
 
 
 @pytest.mark.parametrize(
@@ -189,13 +198,21 @@ def test_output_groups_are_read() -> None:
         ([pb.OutputGroup(token_indices=[0, 1], log_sum_exp=True)], "outputs.temperatures", InvalidArgument),
         ([pb.OutputGroup(token_indices=[0], temperatures=[1.0])], "outputs.temperatures", InvalidArgument),
         ([pb.OutputGroup(token_indices=[0, 1]), pb.OutputGroup(token_indices=[0, 0])], "outputs", OutOfRange),
+        *(
+            (
+                [pb.OutputGroup(token_indices=[0], log_sum_exp=True, temperatures=[temperature])],
+                "outputs.temperatures",
+                OutOfRange,
+            )
+            for temperature in (float("nan"), float("inf"), -1.0)
+        ),
     ],
 )
 def test_output_groups_that_cannot_be_are_refused(
     groups: list[pb.OutputGroup], field: str, kind: type[InvalidArgument]
 ) -> None:
     with pytest.raises(kind) as caught:
-        wire.read_wanted(groups, num_tokens=3)
+        wire.read_wanted(groups, num_tokens=3, vocab_size=260)
     assert caught.value.field == field
 
 

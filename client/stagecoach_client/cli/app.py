@@ -8,10 +8,12 @@ import typer
 
 from stagecoach import __version__
 from stagecoach_client.cli.bench import bench
+from stagecoach_client.cli.certs import certs
 from stagecoach_client.cli.chat import chat
 from stagecoach_client.cli.demo import demo
 from stagecoach_client.cli.generate import generate
 from stagecoach_client.cli.import_checkpoint import import_checkpoint
+from stagecoach_client.cli.keys import keys
 from stagecoach_client.cli.status import status
 from stagecoach_client.cli.up import up
 
@@ -22,7 +24,9 @@ app.command()(generate)
 app.command()(status)
 app.command()(bench)
 app.command()(demo)
+app.command()(certs)
 app.command("import")(import_checkpoint)
+app.add_typer(keys, name="keys")
 
 
 def _print_version(wanted: bool) -> None:

@@ -14,11 +14,22 @@ import typer
 
 from stagecoach import __version__
 from stagecoach.errors import ConfigError, InvalidArgument, OutOfRange
-from stagecoach_client.cli.options import DEFAULT_TARGET, ModelName, Target
+from stagecoach_client.cli.options import (
+    DEFAULT_TARGET,
+    ApiKey,
+    ModelName,
+    Target,
+    TlsCA,
+    TlsCert,
+    TlsKey,
+    TlsServerName,
+    choose_tls,
+)
 
 if TYPE_CHECKING:
     from stagecoach_client import Model
     from stagecoach_client.load import Load, LoadResult
+    from stagecoach_client.tls import Tls
 
 _WARM_UP_TOKENS = 8
 _COLUMNS = ("concurrency", "requests", "tokens", "wall s", "e2e tok/s", "decode tok/s", "TTFT p50/p90/p99 ms",
@@ -27,6 +38,7 @@ _COLUMNS = ("concurrency", "requests", "tokens", "wall s", "e2e tok/s", "decode 
 
 def bench(
     target: Target = DEFAULT_TARGET,
+    api_key: ApiKey = None,
     model: ModelName = "",
     concurrency: Annotated[
         str, typer.Option(metavar="N,N,...", help="Simultaneous requests; one run each.")
@@ -39,6 +51,10 @@ def bench(
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Also write the results here.")
     ] = None,
+    tls_ca: TlsCA = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_server_name: TlsServerName = "",
 ) -> None:
     """Measure throughput and latency. Prompts differ, so that the prefix cache does not help."""
     from stagecoach_client.load import DEFINITIONS, Load
@@ -47,7 +63,8 @@ def bench(
     if json_file is not None:
         _check_writable(json_file)
     seed = random.SystemRandom().randrange(2**32) if seed is None else seed
-    served, results = asyncio.run(_run(target, model, loads, warmup, seed))
+    tls = choose_tls(tls_ca, tls_cert, tls_key, tls_server_name)
+    served, results = asyncio.run(_run(target, api_key, tls, model, loads, warmup, seed))
     _print_results(served, loads[0], results)
     if json_file is not None:
         report = {
@@ -75,11 +92,13 @@ def parse_counts(text: str) -> list[int]:
         raise InvalidArgument(message, field="concurrency", value=text) from error
 
 
-async def _run(target: str, model: str, loads: list[Load], warmup: bool, seed: int) -> tuple[Model, list[LoadResult]]:
+async def _run(
+    target: str, api_key: str | None, tls: Tls | None, model: str, loads: list[Load], warmup: bool, seed: int
+) -> tuple[Model, list[LoadResult]]:
     from stagecoach_client import AsyncClient
     from stagecoach_client.load import run_load
 
-    async with AsyncClient(target, max_retries=0) as client:
+    async with AsyncClient(target, max_retries=0, api_key=api_key, tls=tls) as client:
         served = _choose(await client.models(), model, target)
         for load in loads:
             needed = load.prompt_tokens + load.output_tokens

@@ -10,7 +10,22 @@ import typer
 
 from stagecoach.errors import InvalidArgument, OutOfRange, StagecoachError
 from stagecoach_client.cli import describe
-from stagecoach_client.cli.options import DEFAULT_TARGET, MaxTokens, ModelName, Seed, Target, Temperature, TopK, TopP
+from stagecoach_client.cli.options import (
+    DEFAULT_TARGET,
+    ApiKey,
+    MaxTokens,
+    ModelName,
+    Seed,
+    Target,
+    Temperature,
+    TlsCA,
+    TlsCert,
+    TlsKey,
+    TlsServerName,
+    TopK,
+    TopP,
+    choose_tls,
+)
 
 if TYPE_CHECKING:
     from stagecoach_client import Client, Message
@@ -20,6 +35,7 @@ _KEYS = "ctrl-C stops an answer; /new forgets the conversation; /exit or ctrl-D 
 
 def chat(
     target: Target = DEFAULT_TARGET,
+    api_key: ApiKey = None,
     model: ModelName = "",
     system: Annotated[str | None, typer.Option(help="What the model is told to be.")] = None,
     max_tokens: MaxTokens = None,
@@ -27,6 +43,10 @@ def chat(
     top_k: TopK = None,
     top_p: TopP = None,
     seed: Seed = None,
+    tls_ca: TlsCA = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_server_name: TlsServerName = "",
 ) -> None:
     """Talk to a chat model. ctrl-C stops an answer; /new forgets the conversation; /exit or ctrl-D leaves."""
     from stagecoach_client import Client
@@ -36,7 +56,7 @@ def chat(
 
     options = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     options = {name: value for name, value in options.items() if value is not None}
-    with Client(target) as client:
+    with Client(target, api_key=api_key, tls=choose_tls(tls_ca, tls_cert, tls_key, tls_server_name)) as client:
         names = [served.name for served in client.models()]
         print(f"{model or ', '.join(names)} at {target}. {_KEYS}")
         converse(Conversation(client, system, {**options, "model": model}))

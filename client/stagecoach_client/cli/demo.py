@@ -62,12 +62,20 @@ def demo(
     from stagecoach_client.local_cluster import LocalCluster
 
     extras.require("demo", extras.CLUSTER, "[router] and [shard] extras")
+    extras.require("demo", extras.CERTIFICATES, "[cli] extra")
+    from stagecoach_client.throwaway_ca import throwaway_certificates
+
     console = make_console()
     progress = console.status("starting")
-    cluster = LocalCluster(
-        model, stages, dtype=dtype.value, on_wait=lambda reason: progress.update(f"starting: {reason}")
-    )
-    faults = run_demo(cluster, console, progress)
+    with throwaway_certificates() as certificates:
+        cluster = LocalCluster(
+            model,
+            stages,
+            dtype=dtype.value,
+            certificates=certificates,
+            on_wait=lambda reason: progress.update(f"starting: {reason}"),
+        )
+        faults = run_demo(cluster, console, progress)
     for fault in faults:
         print(f"error: {fault}", file=sys.stderr)
     if faults:

@@ -13,6 +13,8 @@ CLUSTER = (
     *("jinja2", "numpy", "psutil", "safetensors", "tokenizers", "torch", "tqdm"),
 )
 
+CERTIFICATES = ("cryptography",)
+
 
 def require(command: str, packages: Sequence[str], extras: str) -> None:
     """Raises ConfigError with what `stagecoach COMMAND` misses, and the `extras` of our package that bring it."""

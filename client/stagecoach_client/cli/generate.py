@@ -10,12 +10,28 @@ from typing import Annotated, Any
 import typer
 
 from stagecoach.errors import InvalidArgument, StagecoachError
-from stagecoach_client.cli.options import DEFAULT_TARGET, MaxTokens, ModelName, Seed, Target, Temperature, TopK, TopP
+from stagecoach_client.cli.options import (
+    DEFAULT_TARGET,
+    ApiKey,
+    MaxTokens,
+    ModelName,
+    Seed,
+    Target,
+    Temperature,
+    TlsCA,
+    TlsCert,
+    TlsKey,
+    TlsServerName,
+    TopK,
+    TopP,
+    choose_tls,
+)
 
 
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="The text to continue; - reads standard input.")] = None,
     target: Target = DEFAULT_TARGET,
+    api_key: ApiKey = None,
     model: ModelName = "",
     chat: Annotated[bool, typer.Option("--chat", help="PROMPT is a user's message to a chat model.")] = False,
     token_ids: Annotated[str | None, typer.Option(metavar="ID,ID,...", help="Instead of PROMPT.")] = None,
@@ -33,8 +49,13 @@ def generate(
     logprobs: Annotated[int | None, typer.Option(help="With --json: log-probabilities, and the N likeliest.")] = None,
     n: Annotated[int | None, typer.Option("--n", help="So many completions.")] = None,
     priority: Annotated[int, typer.Option(help="Larger runs first.")] = 0,
+    cache_salt: Annotated[str, typer.Option(help="Share no K/V with requests of other salts.")] = "",
     timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="Give up after this long.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole answer as JSON.")] = False,
+    tls_ca: TlsCA = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_server_name: TlsServerName = "",
 ) -> None:
     """Continue a text, or answer one message, and print it as it comes."""
     from stagecoach_client import Client
@@ -55,8 +76,9 @@ def generate(
         "timeout_s": timeout,
     }
     options = {name: value for name, value in options.items() if value is not None}
-    options |= {"model": model, "priority": priority, "ignore_eos": ignore_eos, **_input(prompt, token_ids, chat)}
-    with Client(target) as client:
+    options |= {"model": model, "priority": priority, "cache_salt": cache_salt, "ignore_eos": ignore_eos}
+    options |= _input(prompt, token_ids, chat)
+    with Client(target, api_key=api_key, tls=choose_tls(tls_ca, tls_cert, tls_key, tls_server_name)) as client:
         if as_json:
             print(json.dumps(dataclasses.asdict(client.generate(**options)), ensure_ascii=False, indent=2))
         elif (n or 1) > 1:

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stagecoach_client.cli.options import DEFAULT_TARGET, Target
+from stagecoach_client.cli.options import (
+    DEFAULT_TARGET,
+    ApiKey,
+    Target,
+    TlsCA,
+    TlsCert,
+    TlsKey,
+    TlsServerName,
+    choose_tls,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,11 +31,16 @@ _NUMBERS = {"stage", "pid", "weights", "K/V", "queue"}
 
 def status(
     target: Target = DEFAULT_TARGET,
+    api_key: ApiKey = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     interval_s: Annotated[
         float,
         typer.Option("--interval", min=0.0, metavar="SECONDS", help="What the stages did in so many seconds from now."),
     ] = 0.0,
+    tls_ca: TlsCA = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_server_name: TlsServerName = "",
 ) -> None:
     """Show the pipelines, their stages, and how busy they were: since the router started, or for an interval.
 
@@ -37,7 +51,7 @@ def status(
     from stagecoach_client.cli.activity_table import activity_line, stage_table
     from stagecoach_client.cli.terminal import make_console
 
-    with Client(target) as client:
+    with Client(target, api_key=api_key, tls=choose_tls(tls_ca, tls_cert, tls_key, tls_server_name)) as client:
         before = client.status() if interval_s else None
         time.sleep(interval_s)
         cluster = client.status()
@@ -86,7 +100,7 @@ def _table(pipeline: PipelineStatus) -> Table:
             str(index),
             f"{stage.first_layer}:{stage.end_layer}",
             stage.address,
-            stage.device,
+            f"{stage.device} ({stage.kernels})",
             stage.dtype,
             stage.hostname,
             str(stage.pid),

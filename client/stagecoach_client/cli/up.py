@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from stagecoach.channel import check_address, split_address
+from stagecoach.tls import ROUTER_NAME
 from stagecoach_client.cli import extras
 from stagecoach_client.cli.options import DEFAULT_TARGET, DType
 
@@ -17,8 +20,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from stagecoach_client.local_cluster import LocalCluster
+    from stagecoach_client.throwaway_ca import ClusterCertificates
 
 _COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red")
+_WILDCARD_HOSTS = ("0.0.0.0", "[::]")
 
 
 def up(
@@ -35,15 +40,26 @@ def up(
         str | None, typer.Option(metavar="SIZE", help="Of each shard, for example 2G; default: the shard decides.")
     ] = None,
     threads_per_shard: Annotated[int | None, typer.Option(min=1, help="Default: an even share of the cores.")] = None,
+    tls: Annotated[
+        bool,
+        typer.Option(
+            help="Encrypt the links between the processes, and to callers unless --listen is on loopback, "
+            "with certificates made for this run."
+        ),
+    ] = True,
+    insecure_listen: Annotated[
+        bool, typer.Option("--insecure-listen", help="With --no-tls: let other machines reach --listen.")
+    ] = False,
 ) -> None:
     """Start shards and a router here, and stay until ctrl-C."""
     from stagecoach_client.cli.terminal import make_console
     from stagecoach_client.local_cluster import LocalCluster
 
     extras.require("up", extras.CLUSTER, "[router] and [shard] extras")
+    extras.require("up", extras.CERTIFICATES if tls else (), "[cli] extra")
     console = make_console()
     log = _Log(console)
-    with console.status("starting") as progress:
+    with _certificates(listen, tls) as certificates, console.status("starting") as progress:
         cluster = LocalCluster(
             model,
             stages,
@@ -52,6 +68,8 @@ def up(
             dtype=dtype.value,
             kv_cache_memory=kv_cache_memory,
             threads_per_shard=threads_per_shard,
+            certificates=certificates,
+            insecure_listen=insecure_listen,
             on_line=log.print,
             on_wait=lambda reason: progress.update(f"starting: {reason}"),
         )
@@ -64,6 +82,15 @@ def up(
                 cluster.wait()
         except KeyboardInterrupt:
             console.print("stopped")
+
+
+def _certificates(listen: str, tls: bool) -> contextlib.AbstractContextManager[ClusterCertificates | None]:
+    if not tls:
+        return contextlib.nullcontext()
+    from stagecoach_client.throwaway_ca import throwaway_certificates
+
+    host, _ = split_address(check_address(listen, "listen", listening=True), "listen")
+    return throwaway_certificates(router_hosts=() if host in _WILDCARD_HOSTS else (host,))
 
 
 class _Log:
@@ -86,9 +113,12 @@ def _print_welcome(console: Console, cluster: LocalCluster) -> None:
     for process in cluster.processes:
         layers = "router" if process.layers is None else f"layers {process.layers}"
         console.print(f"  {layers:<14} pid {process.pid:<8} {process.address}", soft_wrap=True)
+    where = f"--target {cluster.address}" + (f" --tls-ca {cluster.tls.ca}" if cluster.tls is not None else "")
     console.print(f"ready at {cluster.address}. Try, in another terminal:", soft_wrap=True)
-    console.print(f"  stagecoach chat --target {cluster.address}", soft_wrap=True)
-    console.print(f'  stagecoach generate "Once upon a time" --target {cluster.address}', soft_wrap=True)
+    console.print(f"  stagecoach chat {where}", soft_wrap=True)
+    console.print(f'  stagecoach generate "Once upon a time" {where}', soft_wrap=True)
+    if cluster.tls is not None:
+        console.print(f"At another of this machine's addresses, add --tls-server-name {ROUTER_NAME}.", soft_wrap=True)
     console.print("ctrl-C stops it.")
 
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from stagecoach.v1 import model_pb2 as stagecoach_dot_v1_dot_model__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dstagecoach/v1/inference.proto\x12\rstagecoach.v1\x1a\x19stagecoach/v1/model.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"<\n\x0c\x43hatMessages\x12,\n\x08messages\x18\x01 \x03(\x0b\x32\x1a.stagecoach.v1.ChatMessage\"\xed\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12,\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x17.stagecoach.v1.TokenIdsH\x00\x12+\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x1b.stagecoach.v1.ChatMessagesH\x00\x12/\n\x08sampling\x18\x05 \x01(\x0b\x32\x1d.stagecoach.v1.SamplingParams\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x10\n\x08priority\x18\x07 \x01(\x05\x42\x07\n\x05input\"\x8f\x04\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\r\n\x05min_p\x18\x04 \x01(\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x01\x12@\n\nlogit_bias\x18\x08 \x03(\x0b\x32,.stagecoach.v1.SamplingParams.LogitBiasEntry\x12\x11\n\x04seed\x18\t \x01(\x04H\x03\x88\x01\x01\x12\x17\n\nmax_tokens\x18\n \x01(\rH\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x0b \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\r\x12\x12\n\nignore_eos\x18\r \x01(\x08\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\x05\x88\x01\x01\x12\x0e\n\x01n\x18\x0f \x01(\rH\x06\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\r\n\x0b_max_tokensB\x0b\n\t_logprobsB\x04\n\x02_n\"?\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\"i\n\x10PositionLogprobs\x12+\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x1b.stagecoach.v1.TokenLogprob\x12(\n\x03top\x18\x02 \x03(\x0b\x32\x1b.stagecoach.v1.TokenLogprob\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\"\xe2\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x31\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1f.stagecoach.v1.PositionLogprobs\x12\x32\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x1b.stagecoach.v1.FinishReason\x12#\n\x05usage\x18\x07 \x01(\x0b\x32\x14.stagecoach.v1.Usage\"h\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12+\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x1b.stagecoach.v1.ChatMessagesH\x00\x42\x07\n\x05input\"=\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x16\n\x0e\x63ontext_length\x18\x02 \x01(\r\"\x13\n\x11ListModelsRequest\"E\n\x12ListModelsResponse\x12/\n\x06models\x18\x01 \x03(\x0b\x32\x1f.stagecoach.v1.ModelDescription\"\x19\n\x17GetClusterStatusRequest\"\x86\x04\n\x18GetClusterStatusResponse\x12\x30\n\tpipelines\x18\x01 \x03(\x0b\x32\x1d.stagecoach.v1.PipelineStatus\x12\x13\n\x0bnum_running\x18\x02 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x03 \x01(\r\x12\x14\n\x0cnum_finished\x18\x04 \x01(\x04\x12\x17\n\x0fnum_preemptions\x18\x05 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x06 \x01(\x04\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x07 \x01(\x04\x12\x19\n\x11\x63ompletion_tokens\x18\x08 \x01(\x04\x12\x12\n\nnum_blocks\x18\t \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\n \x01(\r\x12\x12\n\nblock_size\x18\x0b \x01(\r\x12\x10\n\x08uptime_s\x18\x0c \x01(\x01\x12\x1f\n\x17looked_up_prompt_tokens\x18\r \x01(\x04\x12\x13\n\x0bnum_repeats\x18\x0e \x01(\x04\x12\x10\n\x08\x61\x63tive_s\x18\x0f \x01(\x01\x12\x13\n\x0bnum_results\x18\x10 \x01(\x04\x12\x1c\n\x14result_payload_bytes\x18\x11 \x01(\x04\x12\x14\n\x0cresult_bytes\x18\x12 \x01(\x04\x12\x12\n\nnum_frames\x18\x13 \x01(\x04\x12\x17\n\x0fnum_fast_frames\x18\x14 \x01(\x04\"\x9a\x01\n\x0ePipelineStatus\x12.\n\x05model\x18\x01 \x01(\x0b\x32\x1f.stagecoach.v1.ModelDescription\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12*\n\x06stages\x18\x05 \x03(\x0b\x32\x1a.stagecoach.v1.StageStatus\"\x8d\x03\n\x0bStageStatus\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12)\n\x06layers\x18\x02 \x01(\x0b\x32\x19.stagecoach.v1.LayerRange\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12#\n\x05\x64type\x18\x04 \x01(\x0e\x32\x14.stagecoach.v1.DType\x12\x0b\n\x03pid\x18\x05 \x01(\r\x12\x10\n\x08hostname\x18\x06 \x01(\t\x12\x15\n\rweights_bytes\x18\x07 \x01(\x04\x12\x16\n\x0ekv_cache_bytes\x18\x08 \x01(\x04\x12\x11\n\tnum_steps\x18\t \x01(\x04\x12\x11\n\tcompute_s\x18\n \x01(\x01\x12\x0e\n\x06wait_s\x18\x0b \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\x0c \x01(\x01\x12\x13\n\x0bqueue_depth\x18\r \x01(\r\x12\x12\n\nnum_tokens\x18\x0e \x01(\x04\x12\x0f\n\x07queue_s\x18\x0f \x01(\x01\x12\x10\n\x08\x65ncode_s\x18\x10 \x01(\x01\x12\x12\n\nnum_frames\x18\x11 \x01(\x04\x12\x17\n\x0fnum_fast_frames\x18\x12 \x01(\x04*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xdf\x02\n\tInference\x12M\n\x08Generate\x12\x1e.stagecoach.v1.GenerateRequest\x1a\x1f.stagecoach.v1.GenerateResponse0\x01\x12K\n\x08Tokenize\x12\x1e.stagecoach.v1.TokenizeRequest\x1a\x1f.stagecoach.v1.TokenizeResponse\x12Q\n\nListModels\x12 .stagecoach.v1.ListModelsRequest\x1a!.stagecoach.v1.ListModelsResponse\x12\x63\n\x10GetClusterStatus\x12&.stagecoach.v1.GetClusterStatusRequest\x1a\'.stagecoach.v1.GetClusterStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dstagecoach/v1/inference.proto\x12\rstagecoach.v1\x1a\x19stagecoach/v1/model.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"<\n\x0c\x43hatMessages\x12,\n\x08messages\x18\x01 \x03(\x0b\x32\x1a.stagecoach.v1.ChatMessage\"\xa8\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12,\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x17.stagecoach.v1.TokenIdsH\x00\x12+\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x1b.stagecoach.v1.ChatMessagesH\x00\x12/\n\x08sampling\x18\x05 \x01(\x0b\x32\x1d.stagecoach.v1.SamplingParams\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x10\n\x08priority\x18\x07 \x01(\x05\x12\x12\n\ncache_salt\x18\x08 \x01(\t\x12\x13\n\x0b\x66rom_tokens\x18\t \x03(\r\x12\x10\n\x08linger_s\x18\n \x01(\x01\x42\x07\n\x05input\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x10\n\x0e\x43\x61ncelResponse\"\x8f\x04\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\r\n\x05min_p\x18\x04 \x01(\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x01\x12@\n\nlogit_bias\x18\x08 \x03(\x0b\x32,.stagecoach.v1.SamplingParams.LogitBiasEntry\x12\x11\n\x04seed\x18\t \x01(\x04H\x03\x88\x01\x01\x12\x17\n\nmax_tokens\x18\n \x01(\rH\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x0b \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\r\x12\x12\n\nignore_eos\x18\r \x01(\x08\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\x05\x88\x01\x01\x12\x0e\n\x01n\x18\x0f \x01(\rH\x06\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\r\n\x0b_max_tokensB\x0b\n\t_logprobsB\x04\n\x02_n\"?\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\"i\n\x10PositionLogprobs\x12+\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x1b.stagecoach.v1.TokenLogprob\x12(\n\x03top\x18\x02 \x03(\x0b\x32\x1b.stagecoach.v1.TokenLogprob\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\"\xe2\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x31\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1f.stagecoach.v1.PositionLogprobs\x12\x32\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x1b.stagecoach.v1.FinishReason\x12#\n\x05usage\x18\x07 \x01(\x0b\x32\x14.stagecoach.v1.Usage\"h\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12+\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x1b.stagecoach.v1.ChatMessagesH\x00\x42\x07\n\x05input\"=\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x16\n\x0e\x63ontext_length\x18\x02 \x01(\r\"\x13\n\x11ListModelsRequest\"E\n\x12ListModelsResponse\x12/\n\x06models\x18\x01 \x03(\x0b\x32\x1f.stagecoach.v1.ModelDescription\"\x19\n\x17GetClusterStatusRequest\"\x86\x04\n\x18GetClusterStatusResponse\x12\x30\n\tpipelines\x18\x01 \x03(\x0b\x32\x1d.stagecoach.v1.PipelineStatus\x12\x13\n\x0bnum_running\x18\x02 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x03 \x01(\r\x12\x14\n\x0cnum_finished\x18\x04 \x01(\x04\x12\x17\n\x0fnum_preemptions\x18\x05 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x06 \x01(\x04\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x07 \x01(\x04\x12\x19\n\x11\x63ompletion_tokens\x18\x08 \x01(\x04\x12\x12\n\nnum_blocks\x18\t \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\n \x01(\r\x12\x12\n\nblock_size\x18\x0b \x01(\r\x12\x10\n\x08uptime_s\x18\x0c \x01(\x01\x12\x1f\n\x17looked_up_prompt_tokens\x18\r \x01(\x04\x12\x13\n\x0bnum_repeats\x18\x0e \x01(\x04\x12\x10\n\x08\x61\x63tive_s\x18\x0f \x01(\x01\x12\x13\n\x0bnum_results\x18\x10 \x01(\x04\x12\x1c\n\x14result_payload_bytes\x18\x11 \x01(\x04\x12\x14\n\x0cresult_bytes\x18\x12 \x01(\x04\x12\x12\n\nnum_frames\x18\x13 \x01(\x04\x12\x17\n\x0fnum_fast_frames\x18\x14 \x01(\x04\"\x9a\x01\n\x0ePipelineStatus\x12.\n\x05model\x18\x01 \x01(\x0b\x32\x1f.stagecoach.v1.ModelDescription\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12*\n\x06stages\x18\x05 \x03(\x0b\x32\x1a.stagecoach.v1.StageStatus\"\x9e\x03\n\x0bStageStatus\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12)\n\x06layers\x18\x02 \x01(\x0b\x32\x19.stagecoach.v1.LayerRange\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12#\n\x05\x64type\x18\x04 \x01(\x0e\x32\x14.stagecoach.v1.DType\x12\x0b\n\x03pid\x18\x05 \x01(\r\x12\x10\n\x08hostname\x18\x06 \x01(\t\x12\x15\n\rweights_bytes\x18\x07 \x01(\x04\x12\x16\n\x0ekv_cache_bytes\x18\x08 \x01(\x04\x12\x11\n\tnum_steps\x18\t \x01(\x04\x12\x11\n\tcompute_s\x18\n \x01(\x01\x12\x0e\n\x06wait_s\x18\x0b \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\x0c \x01(\x01\x12\x13\n\x0bqueue_depth\x18\r \x01(\r\x12\x12\n\nnum_tokens\x18\x0e \x01(\x04\x12\x0f\n\x07queue_s\x18\x0f \x01(\x01\x12\x10\n\x08\x65ncode_s\x18\x10 \x01(\x01\x12\x12\n\nnum_frames\x18\x11 \x01(\x04\x12\x17\n\x0fnum_fast_frames\x18\x12 \x01(\x04\x12\x0f\n\x07kernels\x18\x13 \x01(\t*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xa6\x03\n\tInference\x12M\n\x08Generate\x12\x1e.stagecoach.v1.GenerateRequest\x1a\x1f.stagecoach.v1.GenerateResponse0\x01\x12\x45\n\x06\x43\x61ncel\x12\x1c.stagecoach.v1.CancelRequest\x1a\x1d.stagecoach.v1.CancelResponse\x12K\n\x08Tokenize\x12\x1e.stagecoach.v1.TokenizeRequest\x1a\x1f.stagecoach.v1.TokenizeResponse\x12Q\n\nListModels\x12 .stagecoach.v1.ListModelsRequest\x1a!.stagecoach.v1.ListModelsResponse\x12\x63\n\x10GetClusterStatus\x12&.stagecoach.v1.GetClusterStatusRequest\x1a\'.stagecoach.v1.GetClusterStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,8 +34,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=2827
-  _globals['_FINISHREASON']._serialized_end=2922
+  _globals['_FINISHREASON']._serialized_start=2958
+  _globals['_FINISHREASON']._serialized_end=3053
   _globals['_TOKENIDS']._serialized_start=75
   _globals['_TOKENIDS']._serialized_end=98
   _globals['_CHATMESSAGE']._serialized_start=100
@@ -43,35 +43,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHATMESSAGES']._serialized_start=146
   _globals['_CHATMESSAGES']._serialized_end=206
   _globals['_GENERATEREQUEST']._serialized_start=209
-  _globals['_GENERATEREQUEST']._serialized_end=446
-  _globals['_SAMPLINGPARAMS']._serialized_start=449
-  _globals['_SAMPLINGPARAMS']._serialized_end=976
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=836
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=884
-  _globals['_TOKENLOGPROB']._serialized_start=978
-  _globals['_TOKENLOGPROB']._serialized_end=1041
-  _globals['_POSITIONLOGPROBS']._serialized_start=1043
-  _globals['_POSITIONLOGPROBS']._serialized_end=1148
-  _globals['_USAGE']._serialized_start=1150
-  _globals['_USAGE']._serialized_end=1230
-  _globals['_GENERATERESPONSE']._serialized_start=1233
-  _globals['_GENERATERESPONSE']._serialized_end=1459
-  _globals['_TOKENIZEREQUEST']._serialized_start=1461
-  _globals['_TOKENIZEREQUEST']._serialized_end=1565
-  _globals['_TOKENIZERESPONSE']._serialized_start=1567
-  _globals['_TOKENIZERESPONSE']._serialized_end=1628
-  _globals['_LISTMODELSREQUEST']._serialized_start=1630
-  _globals['_LISTMODELSREQUEST']._serialized_end=1649
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1651
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1720
-  _globals['_GETCLUSTERSTATUSREQUEST']._serialized_start=1722
-  _globals['_GETCLUSTERSTATUSREQUEST']._serialized_end=1747
-  _globals['_GETCLUSTERSTATUSRESPONSE']._serialized_start=1750
-  _globals['_GETCLUSTERSTATUSRESPONSE']._serialized_end=2268
-  _globals['_PIPELINESTATUS']._serialized_start=2271
-  _globals['_PIPELINESTATUS']._serialized_end=2425
-  _globals['_STAGESTATUS']._serialized_start=2428
-  _globals['_STAGESTATUS']._serialized_end=2825
-  _globals['_INFERENCE']._serialized_start=2925
-  _globals['_INFERENCE']._serialized_end=3276
+  _globals['_GENERATEREQUEST']._serialized_end=505
+  _globals['_CANCELREQUEST']._serialized_start=507
+  _globals['_CANCELREQUEST']._serialized_end=542
+  _globals['_CANCELRESPONSE']._serialized_start=544
+  _globals['_CANCELRESPONSE']._serialized_end=560
+  _globals['_SAMPLINGPARAMS']._serialized_start=563
+  _globals['_SAMPLINGPARAMS']._serialized_end=1090
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=950
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=998
+  _globals['_TOKENLOGPROB']._serialized_start=1092
+  _globals['_TOKENLOGPROB']._serialized_end=1155
+  _globals['_POSITIONLOGPROBS']._serialized_start=1157
+  _globals['_POSITIONLOGPROBS']._serialized_end=1262
+  _globals['_USAGE']._serialized_start=1264
+  _globals['_USAGE']._serialized_end=1344
+  _globals['_GENERATERESPONSE']._serialized_start=1347
+  _globals['_GENERATERESPONSE']._serialized_end=1573
+  _globals['_TOKENIZEREQUEST']._serialized_start=1575
+  _globals['_TOKENIZEREQUEST']._serialized_end=1679
+  _globals['_TOKENIZERESPONSE']._serialized_start=1681
+  _globals['_TOKENIZERESPONSE']._serialized_end=1742
+  _globals['_LISTMODELSREQUEST']._serialized_start=1744
+  _globals['_LISTMODELSREQUEST']._serialized_end=1763
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1765
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1834
+  _globals['_GETCLUSTERSTATUSREQUEST']._serialized_start=1836
+  _globals['_GETCLUSTERSTATUSREQUEST']._serialized_end=1861
+  _globals['_GETCLUSTERSTATUSRESPONSE']._serialized_start=1864
+  _globals['_GETCLUSTERSTATUSRESPONSE']._serialized_end=2382
+  _globals['_PIPELINESTATUS']._serialized_start=2385
+  _globals['_PIPELINESTATUS']._serialized_end=2539
+  _globals['_STAGESTATUS']._serialized_start=2542
+  _globals['_STAGESTATUS']._serialized_end=2956
+  _globals['_INFERENCE']._serialized_start=3056
+  _globals['_INFERENCE']._serialized_end=3478
 # @@protoc_insertion_point(module_scope)

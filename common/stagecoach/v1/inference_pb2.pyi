@@ -38,7 +38,7 @@ class ChatMessages(_message.Message):
     def __init__(self, messages: _Optional[_Iterable[_Union[ChatMessage, _Mapping]]] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("model", "prompt", "token_ids", "chat", "sampling", "request_id", "priority")
+    __slots__ = ("model", "prompt", "token_ids", "chat", "sampling", "request_id", "priority", "cache_salt", "from_tokens", "linger_s")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -46,6 +46,9 @@ class GenerateRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    FROM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LINGER_S_FIELD_NUMBER: _ClassVar[int]
     model: str
     prompt: str
     token_ids: TokenIds
@@ -53,7 +56,20 @@ class GenerateRequest(_message.Message):
     sampling: SamplingParams
     request_id: str
     priority: int
-    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[ChatMessages, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., request_id: _Optional[str] = ..., priority: _Optional[int] = ...) -> None: ...
+    cache_salt: str
+    from_tokens: _containers.RepeatedScalarFieldContainer[int]
+    linger_s: float
+    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[ChatMessages, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., request_id: _Optional[str] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., from_tokens: _Optional[_Iterable[int]] = ..., linger_s: _Optional[float] = ...) -> None: ...
+
+class CancelRequest(_message.Message):
+    __slots__ = ("request_id",)
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+
+class CancelResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class SamplingParams(_message.Message):
     __slots__ = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "seed", "max_tokens", "stop", "stop_token_ids", "ignore_eos", "logprobs", "n")
@@ -233,7 +249,7 @@ class PipelineStatus(_message.Message):
     def __init__(self, model: _Optional[_Union[_model_pb2.ModelDescription, _Mapping]] = ..., epoch: _Optional[int] = ..., ready: bool = ..., reason: _Optional[str] = ..., stages: _Optional[_Iterable[_Union[StageStatus, _Mapping]]] = ...) -> None: ...
 
 class StageStatus(_message.Message):
-    __slots__ = ("address", "layers", "device", "dtype", "pid", "hostname", "weights_bytes", "kv_cache_bytes", "num_steps", "compute_s", "wait_s", "decode_s", "queue_depth", "num_tokens", "queue_s", "encode_s", "num_frames", "num_fast_frames")
+    __slots__ = ("address", "layers", "device", "dtype", "pid", "hostname", "weights_bytes", "kv_cache_bytes", "num_steps", "compute_s", "wait_s", "decode_s", "queue_depth", "num_tokens", "queue_s", "encode_s", "num_frames", "num_fast_frames", "kernels")
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
@@ -252,6 +268,7 @@ class StageStatus(_message.Message):
     ENCODE_S_FIELD_NUMBER: _ClassVar[int]
     NUM_FRAMES_FIELD_NUMBER: _ClassVar[int]
     NUM_FAST_FRAMES_FIELD_NUMBER: _ClassVar[int]
+    KERNELS_FIELD_NUMBER: _ClassVar[int]
     address: str
     layers: _model_pb2.LayerRange
     device: str
@@ -270,4 +287,5 @@ class StageStatus(_message.Message):
     encode_s: float
     num_frames: int
     num_fast_frames: int
-    def __init__(self, address: _Optional[str] = ..., layers: _Optional[_Union[_model_pb2.LayerRange, _Mapping]] = ..., device: _Optional[str] = ..., dtype: _Optional[_Union[_model_pb2.DType, str]] = ..., pid: _Optional[int] = ..., hostname: _Optional[str] = ..., weights_bytes: _Optional[int] = ..., kv_cache_bytes: _Optional[int] = ..., num_steps: _Optional[int] = ..., compute_s: _Optional[float] = ..., wait_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., queue_depth: _Optional[int] = ..., num_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., encode_s: _Optional[float] = ..., num_frames: _Optional[int] = ..., num_fast_frames: _Optional[int] = ...) -> None: ...
+    kernels: str
+    def __init__(self, address: _Optional[str] = ..., layers: _Optional[_Union[_model_pb2.LayerRange, _Mapping]] = ..., device: _Optional[str] = ..., dtype: _Optional[_Union[_model_pb2.DType, str]] = ..., pid: _Optional[int] = ..., hostname: _Optional[str] = ..., weights_bytes: _Optional[int] = ..., kv_cache_bytes: _Optional[int] = ..., num_steps: _Optional[int] = ..., compute_s: _Optional[float] = ..., wait_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., queue_depth: _Optional[int] = ..., num_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., encode_s: _Optional[float] = ..., num_frames: _Optional[int] = ..., num_fast_frames: _Optional[int] = ..., kernels: _Optional[str] = ...) -> None: ...

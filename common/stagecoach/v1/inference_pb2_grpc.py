@@ -39,6 +39,11 @@ class InferenceStub(object):
                 request_serializer=stagecoach_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=stagecoach_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Cancel = channel.unary_unary(
+                '/stagecoach.v1.Inference/Cancel',
+                request_serializer=stagecoach_dot_v1_dot_inference__pb2.CancelRequest.SerializeToString,
+                response_deserializer=stagecoach_dot_v1_dot_inference__pb2.CancelResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/stagecoach.v1.Inference/Tokenize',
                 request_serializer=stagecoach_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
@@ -60,7 +65,15 @@ class InferenceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """Text or tokens as they come. Closing the call cancels the request.
+        """Text or tokens as they come. Closing the call cancels the request, unless it is to linger. A second call with the
+        same request_id and content attaches to the first one's request while that runs or is remembered.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Cancel(self, request, context):
+        """Ends a request at once, also one that would linger.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -91,6 +104,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=stagecoach_dot_v1_dot_inference__pb2.GenerateRequest.FromString,
                     response_serializer=stagecoach_dot_v1_dot_inference__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Cancel': grpc.unary_unary_rpc_method_handler(
+                    servicer.Cancel,
+                    request_deserializer=stagecoach_dot_v1_dot_inference__pb2.CancelRequest.FromString,
+                    response_serializer=stagecoach_dot_v1_dot_inference__pb2.CancelResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -135,6 +153,33 @@ class Inference(object):
             '/stagecoach.v1.Inference/Generate',
             stagecoach_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
             stagecoach_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Cancel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stagecoach.v1.Inference/Cancel',
+            stagecoach_dot_v1_dot_inference__pb2.CancelRequest.SerializeToString,
+            stagecoach_dot_v1_dot_inference__pb2.CancelResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -8,11 +8,13 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class DescribeRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("lease_id",)
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    lease_id: int
+    def __init__(self, lease_id: _Optional[int] = ...) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("protocol_version", "software_version", "shard_id", "model", "layers", "dtype", "device", "block_size", "num_blocks", "num_free_blocks", "kv_cache_bytes", "weights_bytes", "max_batch_tokens", "pid", "hostname")
+    __slots__ = ("protocol_version", "software_version", "shard_id", "model", "layers", "dtype", "device", "block_size", "num_blocks", "num_free_blocks", "kv_cache_bytes", "weights_bytes", "max_batch_tokens", "pid", "hostname", "max_queued_steps", "kernels")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_VERSION_FIELD_NUMBER: _ClassVar[int]
     SHARD_ID_FIELD_NUMBER: _ClassVar[int]
@@ -28,6 +30,8 @@ class DescribeResponse(_message.Message):
     MAX_BATCH_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     HOSTNAME_FIELD_NUMBER: _ClassVar[int]
+    MAX_QUEUED_STEPS_FIELD_NUMBER: _ClassVar[int]
+    KERNELS_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     software_version: str
     shard_id: str
@@ -43,7 +47,9 @@ class DescribeResponse(_message.Message):
     max_batch_tokens: int
     pid: int
     hostname: str
-    def __init__(self, protocol_version: _Optional[int] = ..., software_version: _Optional[str] = ..., shard_id: _Optional[str] = ..., model: _Optional[_Union[_model_pb2.ModelDescription, _Mapping]] = ..., layers: _Optional[_Union[_model_pb2.LayerRange, _Mapping]] = ..., dtype: _Optional[_Union[_model_pb2.DType, str]] = ..., device: _Optional[str] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., kv_cache_bytes: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., pid: _Optional[int] = ..., hostname: _Optional[str] = ...) -> None: ...
+    max_queued_steps: int
+    kernels: str
+    def __init__(self, protocol_version: _Optional[int] = ..., software_version: _Optional[str] = ..., shard_id: _Optional[str] = ..., model: _Optional[_Union[_model_pb2.ModelDescription, _Mapping]] = ..., layers: _Optional[_Union[_model_pb2.LayerRange, _Mapping]] = ..., dtype: _Optional[_Union[_model_pb2.DType, str]] = ..., device: _Optional[str] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., kv_cache_bytes: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., pid: _Optional[int] = ..., hostname: _Optional[str] = ..., max_queued_steps: _Optional[int] = ..., kernels: _Optional[str] = ...) -> None: ...
 
 class FetchFilesRequest(_message.Message):
     __slots__ = ()
@@ -72,7 +78,7 @@ class ReportLoad(_message.Message):
     def __init__(self, number: _Optional[int] = ...) -> None: ...
 
 class OpenRequest(_message.Message):
-    __slots__ = ("protocol_version", "model_fingerprint", "layers", "dtype", "lease_id", "epoch", "num_blocks", "block_size", "max_slots", "next_hop")
+    __slots__ = ("protocol_version", "model_fingerprint", "layers", "dtype", "lease_id", "epoch", "num_blocks", "block_size", "max_slots", "next_hop", "silence_timeout_s")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
@@ -83,6 +89,7 @@ class OpenRequest(_message.Message):
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     MAX_SLOTS_FIELD_NUMBER: _ClassVar[int]
     NEXT_HOP_FIELD_NUMBER: _ClassVar[int]
+    SILENCE_TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     model_fingerprint: str
     layers: _model_pb2.LayerRange
@@ -93,7 +100,8 @@ class OpenRequest(_message.Message):
     block_size: int
     max_slots: int
     next_hop: str
-    def __init__(self, protocol_version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., layers: _Optional[_Union[_model_pb2.LayerRange, _Mapping]] = ..., dtype: _Optional[_Union[_model_pb2.DType, str]] = ..., lease_id: _Optional[int] = ..., epoch: _Optional[int] = ..., num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., max_slots: _Optional[int] = ..., next_hop: _Optional[str] = ...) -> None: ...
+    silence_timeout_s: float
+    def __init__(self, protocol_version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., layers: _Optional[_Union[_model_pb2.LayerRange, _Mapping]] = ..., dtype: _Optional[_Union[_model_pb2.DType, str]] = ..., lease_id: _Optional[int] = ..., epoch: _Optional[int] = ..., num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., max_slots: _Optional[int] = ..., next_hop: _Optional[str] = ..., silence_timeout_s: _Optional[float] = ...) -> None: ...
 
 class SessionResponse(_message.Message):
     __slots__ = ("opened", "result", "fault", "load", "payload")

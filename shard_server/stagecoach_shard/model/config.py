@@ -18,6 +18,10 @@ _FAMILIES: dict[str, Callable[[RawConfig, int], Traits]] = {
 }
 
 
+# Something is kept of each.
+MAX_LAYERS = 4096
+
+
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """A decoder-only model: pre-norm layers of grouped-query attention and a SiLU-gated MLP."""
@@ -48,7 +52,7 @@ class ModelConfig:
         if family not in _FAMILIES:
             raw.refuse("model_type", f"must be one of {', '.join(_FAMILIES)}", limit=", ".join(_FAMILIES))
         _refuse_unsupported(raw)
-        num_layers = raw.integer("num_hidden_layers")
+        num_layers = raw.integer("num_hidden_layers", maximum=MAX_LAYERS)
         traits = _FAMILIES[family](raw, num_layers)
         hidden_size, num_heads = raw.integer("hidden_size"), raw.integer("num_attention_heads")
         num_kv_heads = raw.integer("num_key_value_heads", num_heads)

@@ -8,6 +8,9 @@ from typing import NoReturn
 
 from stagecoach.errors import CheckpointError
 
+# The largest whole number that may mean something: counts of layers, positions, tokens and numbers in a vector.
+MAX_INTEGER = 2**31 - 1
+
 
 class RawConfig:
     """A JSON object read field by field. `null` counts as absent, as it does for transformers."""
@@ -16,8 +19,8 @@ class RawConfig:
         self._fields = fields
         self._prefix = prefix
 
-    def integer(self, name: str, default: int | None = None, *, minimum: int = 1) -> int:
-        """A whole number of at least `minimum`; without a default it must be there."""
+    def integer(self, name: str, default: int | None = None, *, minimum: int = 1, maximum: int = MAX_INTEGER) -> int:
+        """A whole number in [minimum, maximum]; without a default it must be there."""
         value = self.get(name)
         if value is None:
             if default is None:
@@ -25,6 +28,8 @@ class RawConfig:
             return default
         if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
             self.refuse(name, f"must be a whole number of at least {minimum}", limit=minimum)
+        if value > maximum:
+            self.refuse(name, f"must be at most {maximum}", limit=maximum)
         return value
 
     def number(self, name: str, default: float | None = None, *, minimum: float = 0.0) -> float:
@@ -34,7 +39,7 @@ class RawConfig:
             if default is None:
                 self.refuse(name, "is missing")
             return default
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not _is_finite(value):
             self.refuse(name, "must be a finite number")
         if value <= 0 or value < minimum:
             self.refuse(name, f"must be above 0 and at least {minimum:g}", limit=minimum)
@@ -96,3 +101,11 @@ class RawConfig:
             limit=limit,
             value="" if value is None else value,
         )
+
+
+def _is_finite(value: float) -> bool:
+    """Also for a whole number that no float can hold."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False

@@ -1,0 +1,51 @@
+"""How a client reaches a router that speaks TLS."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from stagecoach.errors import ConfigError
+from stagecoach.tls import check_ca, check_key_pair, name_override, read_file
+
+FilePath = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """The PEM files of a connection, which are read when a client is made.
+
+    `ca`: the authority of the router's certificate; None: those that gRPC brings, which are the web's. `cert` and
+    `key`: who we are, for a router that asks (`--tls-client-ca`). `server_name`: what the router's certificate must be
+    for; "": the host of the address. Raises ConfigError for files that cannot be used.
+    """
+
+    ca: FilePath | None = None
+    cert: FilePath | None = None
+    key: FilePath | None = None
+    server_name: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.cert is None) != (self.key is None):
+            field = "tls_cert" if self.cert is None else "tls_key"
+            raise ConfigError(f"{field}: a certificate and its key go together", field=field)
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """For a channel to the router."""
+        ca = None if self.ca is None else read_file(Path(self.ca), "tls_ca")
+        if ca is not None:
+            check_ca(ca, str(self.ca))
+        if self.cert is None or self.key is None:
+            return grpc.ssl_channel_credentials(ca)
+        cert, key = Path(self.cert), Path(self.key)
+        pair = read_file(key, "tls_key"), read_file(cert, "tls_cert")
+        check_key_pair(cert, key)
+        return grpc.ssl_channel_credentials(ca, *pair)
+
+    def channel_options(self) -> list[tuple[str, Any]]:
+        """For the same channel."""
+        return name_override(self.server_name)

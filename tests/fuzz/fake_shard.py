@@ -1,0 +1,148 @@
+"""The shard's real service with a runner that computes nothing, and the two ends of a call."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+import grpc
+import grpc.aio
+import numpy as np
+import torch
+
+from stagecoach import PROTOCOL_VERSION, errors
+from stagecoach.topology import LayerRange
+from stagecoach.v1 import model_pb2
+from stagecoach.v1 import shard_pb2 as pb
+from stagecoach.v1.model_pb2 import ErrorDetail
+from stagecoach_shard.service import ShardService
+from stagecoach_shard.stage_runner import Load, StageInput, StepTimes
+from stagecoach_shard.wire import DTYPES
+
+LEASE_ID = 77
+EPOCH = 3
+NUM_BLOCKS = 8
+BLOCK_SIZE = 4
+MAX_SLOTS = 4
+CONTEXT_LENGTH = 40
+MAX_BATCH_TOKENS = 24
+VOCAB_SIZE = 50
+HIDDEN_SIZE = 6
+FINGERPRINT = "f" * 64
+WAIT_S = 10.0
+
+
+class Aborted(Exception):
+    """The call was ended with a status."""
+
+    def __init__(self, code: grpc.StatusCode, error: errors.StagecoachError) -> None:
+        super().__init__(f"{code.name}: {error!r}")
+        self.code = code
+        self.error = error
+
+
+class FakeContext:
+    """A call whose requests are given, then over; with `stays_open` only after `close`."""
+
+    def __init__(self, *requests: Any, stays_open: bool = False) -> None:
+        self._requests = list(requests)
+        self._closed = asyncio.Event()
+        self.answered = asyncio.Event()
+        self.answers: list[Any] = []
+        if not stays_open:
+            self._closed.set()
+
+    def close(self) -> None:
+        self._closed.set()
+
+    async def read(self) -> Any:
+        if self._requests:
+            return self._requests.pop(0)
+        await self._closed.wait()
+        return grpc.aio.EOF
+
+    async def write(self, answer: Any) -> None:
+        self.answers.append(answer)
+        self.answered.set()
+
+    async def abort(self, code: grpc.StatusCode, details: str, trailing_metadata: Any = ()) -> NoReturn:
+        detail = ErrorDetail.FromString(dict(trailing_metadata)[errors.DETAIL_METADATA_KEY])
+        assert details == detail.message
+        raise Aborted(code, errors.from_detail(detail))
+
+
+class CheckingRunner:
+    """Checks what the service would have computed: everything that a stage uses without looking again."""
+
+    def __init__(self, *, is_first: bool) -> None:
+        layers = LayerRange(0, 2) if is_first else LayerRange(2, 4)
+        config = SimpleNamespace(
+            family="llama",
+            num_layers=2 if is_first else 6,
+            hidden_size=HIDDEN_SIZE,
+            vocab_size=VOCAB_SIZE,
+            context_length=CONTEXT_LENGTH,
+        )
+        self.stage: Any = SimpleNamespace(
+            layers=layers, is_first=is_first, is_last=is_first, dtype=torch.float32, config=config
+        )
+        self.load = Load()
+        self.queue_depth = 0
+        self.num_steps = 0
+
+    def submit(self, step: StageInput, on_done: Any) -> None:
+        rows = step.rows
+        assert rows.total_tokens <= MAX_BATCH_TOKENS
+        assert int((rows.starts + rows.num_tokens).max()) <= CONTEXT_LENGTH
+        blocks = rows.block_tables
+        assert blocks.min() >= 0
+        assert blocks.max() < NUM_BLOCKS
+        assert np.all(-(-(rows.starts + rows.num_tokens) // BLOCK_SIZE) <= blocks.shape[1])
+        shape = (rows.total_tokens,) if self.stage.is_first else (rows.total_tokens, HIDDEN_SIZE)
+        assert step.inputs.shape == shape
+        if self.stage.is_first:
+            assert 0 <= int(step.inputs.min()) <= int(step.inputs.max()) < VOCAB_SIZE
+        for wanted in step.outputs:
+            assert 0 <= int(wanted.token_indices.min()) <= int(wanted.token_indices.max()) < rows.total_tokens
+            if wanted.temperatures is not None:
+                assert bool(torch.isfinite(wanted.temperatures).all() and (wanted.temperatures >= 0).all())
+        self.num_steps += 1
+        on_done(None if not self.stage.is_last else [], StepTimes(queue_s=0.0, compute_s=0.0))
+
+
+def _no_dial(address: str) -> NoReturn:
+    raise errors.Unavailable(f"{address}: no links here")
+
+
+def make_service(*, is_first: bool) -> tuple[ShardService, CheckingRunner]:
+    """The service of a stage: one that is first and last, or one in the middle."""
+    runner = CheckingRunner(is_first=is_first)
+    checkpoint: Any = SimpleNamespace(name="m", fingerprint=FINGERPRINT, config=runner.stage.config)
+    service = ShardService(
+        checkpoint,
+        runner,  # type: ignore[arg-type]
+        block_size=BLOCK_SIZE,
+        num_blocks=NUM_BLOCKS,
+        kv_cache_bytes=1,
+        max_batch_tokens=MAX_BATCH_TOKENS,
+        max_queued_steps=4,
+        dial=_no_dial,
+    )
+    return service, runner
+
+
+def open_request(stage: Any, **changes: Any) -> pb.SessionRequest:
+    """What opens a lease on that stage."""
+    facts: dict[str, Any] = {
+        "protocol_version": PROTOCOL_VERSION,
+        "model_fingerprint": FINGERPRINT,
+        "layers": model_pb2.LayerRange(start=stage.layers.start, end=stage.layers.end),
+        "dtype": DTYPES[stage.dtype],
+        "lease_id": LEASE_ID,
+        "epoch": EPOCH,
+        "num_blocks": NUM_BLOCKS,
+        "block_size": BLOCK_SIZE,
+        "max_slots": MAX_SLOTS,
+    }
+    return pb.SessionRequest(open=pb.OpenRequest(**(facts | changes)))

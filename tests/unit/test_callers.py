@@ -1,0 +1,235 @@
+"""Who is let in, and what for."""
+
+import hmac
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stagecoach.api_keys import Grant, KeyEntry, new_entry, new_key
+from stagecoach.errors import PermissionDenied, RateLimited, Unauthenticated
+from stagecoach_router import callers as module
+from stagecoach_router.callers import Caller, Callers
+
+KEY, OTHER_KEY = new_key(), new_key()
+ENTRIES = (new_entry(KEY, "ann", Grant()), new_entry(OTHER_KEY, "bob", Grant()))
+
+
+def bearer(key):
+    return [("user-agent", "test"), ("authorization", f"Bearer {key}")]
+
+
+def test_a_key_says_whose_it_is():
+    callers = Callers(ENTRIES, 0.0)
+    assert callers.identify(bearer(KEY)).name == "ann"
+    assert callers.identify(bearer(OTHER_KEY)).name == "bob"
+    assert callers.identify([("authorization", f"bearer  {KEY} ")]).name == "ann"
+    assert callers.identify(bearer(KEY)) is callers.identify(bearer(KEY))
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        None,
+        [],
+        [("user-agent", "test")],
+        bearer(""),
+        bearer(new_key()),
+        bearer(KEY[:-1] + ("A" if KEY[-1] != "A" else "B")),
+        bearer(KEY.split("_")[1]),
+        bearer(KEY + "x"),
+        bearer("é" * 62),
+        [("authorization", KEY)],
+        [("authorization", f"Basic {KEY}")],
+        bearer(KEY) + bearer(KEY),
+    ],
+)
+def test_who_brings_no_known_key_is_nobody(metadata):
+    with pytest.raises(Unauthenticated) as caught:
+        Callers(ENTRIES, 0.0).identify(metadata)
+    assert not caught.value.retryable
+    facts = f"{caught.value} {caught.value.value} {caught.value.limit}"
+    assert all(part not in facts for part in (KEY, *KEY.split("_", 2)[1:]))
+
+
+def test_without_a_file_everyone_is_let_in_and_with_an_empty_one_nobody():
+    anyone = Callers(None, 0.0).identify([])
+    anyone.check_model("m")
+    anyone.check_priority(2**31 - 1)
+    with anyone.admit(0.0) as visit:
+        visit.charge_up_to(10**9, 0.0)
+    with pytest.raises(Unauthenticated):
+        Callers((), 0.0).identify(bearer(KEY))
+
+
+def test_secrets_are_compared_in_constant_time_whether_the_id_is_known_or_not(monkeypatch):
+    compared = []
+    real = hmac.compare_digest
+
+    def compare(one, other):
+        compared.append((len(one), len(other)))
+        return real(one, other)
+
+    monkeypatch.setattr(module.hmac, "compare_digest", compare)
+    callers = Callers(ENTRIES, 0.0)
+    callers.identify(bearer(KEY))
+    for key in (new_key(), "short"):
+        with pytest.raises(Unauthenticated):
+            callers.identify(bearer(key))
+    assert compared == [(64, 64)] * 3
+
+
+def test_a_caller_may_use_its_models_only():
+    caller = Caller("ann", Grant(models=("small", "large")), 0.0)
+    caller.check_model("large")
+    assert not caller.may_use("huge")
+    with pytest.raises(PermissionDenied) as caught:
+        caller.check_model("huge")
+    assert (caught.value.field, caught.value.retryable) == ("model", False)
+
+
+def test_a_caller_may_ask_for_its_highest_priority_and_below():
+    caller = Caller("ann", Grant(max_priority=1), 0.0)
+    caller.check_priority(1)
+    caller.check_priority(-7)
+    with pytest.raises(PermissionDenied) as caught:
+        caller.check_priority(2)
+    assert (caught.value.field, caught.value.limit, caught.value.value) == ("priority", "1", "2")
+
+
+def test_requests_of_a_minute():
+    caller = Caller("ann", Grant(requests_per_minute=2), 100.0)
+    for _ in range(2):
+        with caller.admit(100.0):
+            pass
+    with pytest.raises(RateLimited) as caught:
+        caller.admit(100.0)
+    assert caught.value.field == "requests_per_minute"
+    assert caught.value.retry_after_s == pytest.approx(30, abs=0.01)
+    with caller.admit(100.0 + caught.value.retry_after_s):
+        pass
+
+
+def test_tokens_are_charged_as_they_come_and_shut_the_door_when_they_are_used_up():
+    caller = Caller("ann", Grant(tokens_per_minute=60), 0.0)
+    with caller.admit(0.0) as visit:
+        visit.charge_up_to(50, 0.0)
+        with caller.admit(0.0):  # ten are left
+            pass
+        for num_tokens in (*range(51, 71), 60, 70):  # once each, however often they are told
+            visit.charge_up_to(num_tokens, 0.0)
+        with pytest.raises(RateLimited) as caught:
+            caller.admit(0.0)
+    assert caught.value.field == "tokens_per_minute"
+    assert caught.value.retry_after_s == pytest.approx(11, abs=0.01)
+    with caller.admit(caught.value.retry_after_s):
+        pass
+
+
+def test_a_refused_request_costs_nothing():
+    caller = Caller("ann", Grant(requests_per_minute=1, tokens_per_minute=60), 0.0)
+    with caller.admit(0.0) as visit:
+        visit.charge_up_to(180, 0.0)
+    for _ in range(5):
+        with pytest.raises(RateLimited) as caught:
+            caller.admit(0.0)
+    assert caught.value.retry_after_s == pytest.approx(121, abs=0.01)  # the longer of both waits
+    with caller.admit(caught.value.retry_after_s):
+        pass
+
+
+def test_requests_at_a_time_also_when_one_fails():
+    caller = Caller("ann", Grant(max_concurrent=2), 0.0)
+    with caller.admit(0.0):
+        with pytest.raises(ZeroDivisionError), caller.admit(0.0):
+            raise ZeroDivisionError
+        with caller.admit(0.0), pytest.raises(RateLimited) as caught:
+            caller.admit(0.0)
+    assert (caught.value.field, caught.value.retry_after_s) == ("max_concurrent", 1.0)
+    assert caller.num_running == 0
+
+
+def test_a_request_that_runs_on_counts_until_it_ends():
+    caller = Caller("ann", Grant(max_concurrent=1), 0.0)
+    with caller.admit(0.0) as visit:
+        visit.keep()
+    with pytest.raises(RateLimited):
+        caller.admit(0.0)
+    visit.end()
+    visit.end()
+    assert caller.num_running == 0
+    with caller.admit(0.0):
+        pass
+
+
+grants = st.builds(
+    Grant,
+    requests_per_minute=st.none() | st.integers(1, 100),
+    tokens_per_minute=st.none() | st.integers(1, 1000),
+)
+
+
+@given(grants, st.lists(st.tuples(st.floats(0, 30), st.integers(0, 300)), max_size=40))
+def test_who_comes_back_when_told_to_is_let_in(grant, steps):
+    caller, now_s = Caller("ann", grant, 0.0), 0.0
+    for elapsed_s, num_tokens in steps:
+        now_s += elapsed_s
+        try:
+            visit = caller.admit(now_s)
+        except RateLimited as error:
+            now_s += error.retry_after_s
+            visit = caller.admit(now_s)
+        with visit:
+            visit.charge_up_to(num_tokens, now_s)
+    assert caller.num_running == 0
+
+
+def test_a_changed_file_keeps_what_was_used():
+    callers = Callers((new_entry(KEY, "ann", Grant(requests_per_minute=1, max_concurrent=1)),), 0.0)
+    ann = callers.identify(bearer(KEY))
+    with ann.admit(0.0):
+        callers.replace((new_entry(KEY, "ann", Grant(requests_per_minute=1, max_concurrent=2)),), 0.0)
+        assert callers.identify(bearer(KEY)) is ann
+        with pytest.raises(RateLimited, match="requests per minute"):
+            ann.admit(0.0)
+        callers.replace((new_entry(KEY, "ann", Grant()),), 0.0)
+        with ann.admit(0.0):
+            assert ann.num_running == 2
+
+
+def test_a_new_key_of_a_name_and_the_old_one_are_one_caller_until_the_old_one_is_gone():
+    old, new = ENTRIES[0], new_entry(OTHER_KEY, "ann", Grant())
+    callers = Callers((old,), 0.0)
+    ann = callers.identify(bearer(KEY))
+    callers.replace((old, new), 0.0)
+    assert callers.identify(bearer(KEY)) is callers.identify(bearer(OTHER_KEY)) is ann
+    callers.replace((new,), 0.0)
+    assert callers.identify(bearer(OTHER_KEY)) is ann
+    with pytest.raises(Unauthenticated):
+        callers.identify(bearer(KEY))
+
+
+def test_an_id_with_another_secret_is_not_enough():
+    entry = ENTRIES[0]
+    callers = Callers((KeyEntry(entry.name, entry.id, "0" * 64, Grant()),), 0.0)
+    with pytest.raises(Unauthenticated):
+        callers.identify(bearer(KEY))
+
+
+names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True) | st.just("")
+salts = st.text(max_size=8)
+
+
+@given(names, salts, names, salts)
+def test_no_choice_of_one_caller_spells_anothers_salt(name, chosen, other_name, other_chosen):
+    one = Caller(name, Grant(), 0.0).cache_salt(chosen)
+    other = Caller(other_name, Grant(), 0.0).cache_salt(other_chosen)
+    assert (one == other) == ((name, chosen) == (other_name, other_chosen))
+
+
+def test_names_that_share_the_cache_have_one_salt_which_is_also_that_of_a_router_without_keys():
+    ann, bob = (Caller(name, Grant(shares_cache=True), 0.0) for name in ("ann", "bob"))
+    anyone = Callers(None, 0.0).identify([])
+    assert ann.cache_salt("") == bob.cache_salt("") == anyone.cache_salt("") == b""
+    assert ann.cache_salt("x") == bob.cache_salt("x") != b""
+    assert Caller("ann", Grant(), 0.0).cache_salt("") != b""

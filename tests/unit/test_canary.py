@@ -1,0 +1,61 @@
+"""The canary goes when no token came for a while, asks for little, and knows a token when it gets one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from stagecoach.errors import ShardFault
+from stagecoach_router.canary import MAX_LOAD, SEQ_ID, Canary
+from stagecoach_router.outputs import CandidateRows
+
+
+@pytest.fixture
+def canary() -> Canary:
+    return Canary(2.0, slot=7, vocab_size=1000)
+
+
+def outputs(canary: Canary, logit: float):
+    rows = CandidateRows(np.array([[5]], dtype=np.int32), np.array([[logit]], dtype=np.float32), None, None)
+    return [(canary.plan(3).rows, rows)]
+
+
+def test_one_goes_at_once_and_then_after_each_interval_without_a_token(canary):
+    assert canary.is_due(100.0)
+    canary.take(outputs(canary, 1.0), 100.0, 0.01)
+    assert [canary.is_due(now_s) for now_s in (100.0, 101.9, 102.0)] == [False, False, True]
+
+
+def test_a_requests_token_does_as_well(canary):
+    canary.token_came(100.0)
+    assert not canary.is_due(101.0)
+    canary.token_came(101.5)
+    assert not canary.is_due(103.0)
+    assert canary.is_due(103.5)
+
+
+def test_a_pipeline_that_was_opened_anew_has_yet_to_prove_itself(canary):
+    canary.token_came(100.0)
+    canary.forget()
+    assert canary.is_due(100.0)
+
+
+def test_a_slow_pipeline_is_not_kept_busy_by_it(canary):
+    canary.take(outputs(canary, 1.0), 100.0, 3.0)
+    assert not canary.is_due(100.0 + 0.9 * 3.0 / MAX_LOAD)
+    assert canary.is_due(100.0 + 3.0 / MAX_LOAD)
+
+
+def test_it_is_one_row_of_one_token_in_its_own_slot_and_block(canary):
+    plan = canary.plan(3)
+    [row] = plan.rows
+    assert (row.sequence.seq_id, row.slot, row.start, row.num_tokens, row.wants_logits) == (SEQ_ID, 7, 0, 1, True)
+    assert [tuple(delta) for delta in plan.deltas] == [(7, 0, (3,))]
+    assert canary.wants[SEQ_ID].num_candidates == 1
+
+
+@pytest.mark.parametrize("logit", [np.nan, np.inf])
+def test_what_is_no_number_is_no_token(canary, logit):
+    with pytest.raises(ShardFault):
+        canary.take(outputs(canary, logit), 100.0, 0.01)
+    assert canary.is_due(100.0)

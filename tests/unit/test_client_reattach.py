@@ -1,0 +1,188 @@
+"""A stream that breaks goes on where it was; when it cannot, the caller learns why it broke."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import grpc
+import pytest
+
+from stagecoach.errors import (
+    DETAIL_METADATA_KEY,
+    Cancelled,
+    FailedPrecondition,
+    ShardFault,
+    StagecoachError,
+    Unavailable,
+    to_detail,
+)
+from stagecoach.v1 import inference_pb2 as pb
+from stagecoach_client.requests import GenerateCall, generate_call
+from stagecoach_client.retry import MAX_REATTACH_DELAY_S, Attempts
+from stagecoach_client.streams import GenerationStream
+
+
+class Failure(grpc.RpcError):
+    """What gRPC raises."""
+
+    def __init__(self, error: StagecoachError) -> None:
+        self._error = error
+
+    def code(self) -> grpc.StatusCode:
+        return self._error.code
+
+    def details(self) -> str:
+        return self._error.message
+
+    def trailing_metadata(self) -> tuple[tuple[str, bytes], ...]:
+        return ((DETAIL_METADATA_KEY, to_detail(self._error).SerializeToString()),)
+
+
+class Call(Iterator[pb.GenerateResponse]):
+    """Gives responses, then fails or ends."""
+
+    def __init__(self, responses: list[pb.GenerateResponse], error: StagecoachError | None) -> None:
+        self._responses = iter(responses)
+        self._error = error
+
+    def __next__(self) -> pb.GenerateResponse:
+        for response in self._responses:
+            return response
+        if self._error is None:
+            raise StopIteration
+        raise Failure(self._error)
+
+    def cancel(self) -> None:
+        pass
+
+
+def tokens(*token_ids: int, index: int = 0, last: bool = False) -> pb.GenerateResponse:
+    reason = pb.FINISH_REASON_LENGTH if last else pb.FINISH_REASON_UNSPECIFIED
+    return pb.GenerateResponse(request_id="r", index=index, token_ids=token_ids, finish_reason=reason)
+
+
+@dataclass
+class Clock:
+    now_s: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def stream_of(
+    *calls: Call, max_retries: int = 4, end: Callable[[], object] = lambda: None, **options: object
+) -> tuple[GenerationStream, list[list[int]]]:
+    """A stream over `calls`, one after the other, and the from_tokens that each was begun with."""
+    asked: list[list[int]] = []
+    left = iter(calls)
+    call: GenerateCall = generate_call("x", options)  # type: ignore[arg-type]
+    attempts = Attempts(100.0, max_retries, clock=Clock(), dice=lambda: 0.0)
+
+    def begin(timeout_s: float) -> Call:
+        asked.append(list(call.request.from_tokens))
+        return next(left)
+
+    stream = GenerationStream(begin, end, call, attempts, "router:1")
+    stream._closed.wait = lambda timeout=None: False  # type: ignore[method-assign]  # no waiting here
+    return stream, asked
+
+
+def test_a_broken_stream_goes_on_after_the_tokens_that_came() -> None:
+    stream, asked = stream_of(
+        Call([tokens(1, 2), tokens(3)], Unavailable("connection lost")),
+        Call([], Unavailable("connection refused")),
+        Call([tokens(4)], Unavailable("connection lost")),
+        Call([tokens(5, last=True)], None),
+    )
+    assert stream.collect().completions[0].token_ids == (1, 2, 3, 4, 5)
+    assert asked == [[], [3], [3], [4]]
+
+
+def test_each_completion_goes_on_where_it_was() -> None:
+    stream, asked = stream_of(
+        Call([tokens(1), tokens(7, 8, index=1, last=True)], Unavailable("lost")),
+        Call([tokens(2, last=True)], None),
+        n=2,
+    )
+    assert [each.token_ids for each in stream.collect().completions] == [(1, 2), (7, 8)]
+    assert asked == [[], [1, 2]]
+
+
+def test_every_attempt_names_the_same_request() -> None:
+    given = generate_call("x", {"request_id": "mine"})
+    attempts = Attempts(100.0, 4)
+    GenerationStream(lambda _: Call([], None), lambda: None, given, attempts, "router:1")
+    assert given.request.request_id == "mine"
+    ids = set()
+    for _ in range(2):
+        call = generate_call("x", {})
+        GenerationStream(lambda _: Call([], None), lambda: None, call, attempts, "router:1")
+        ids.add(call.request.request_id)
+    assert len(ids) == 2
+    assert "" not in ids
+
+
+@pytest.mark.parametrize("error", [ShardFault("gave up"), FailedPrecondition("no")])
+def test_what_is_no_break_ends_the_stream(error: StagecoachError) -> None:
+    stream, asked = stream_of(Call([tokens(1)], error))
+    with pytest.raises(type(error), match=error.message):
+        stream.collect()
+    assert len(asked) == 1
+
+
+def test_a_request_that_the_server_does_not_know_ends_with_why_the_stream_broke() -> None:
+    stream, asked = stream_of(
+        Call([tokens(1)], Unavailable("the pipeline is lost")),
+        Call([], FailedPrecondition("request_id: not known here", field="from_tokens")),
+    )
+    with pytest.raises(Unavailable, match="the pipeline is lost"):
+        stream.collect()
+    assert len(asked) == 2
+
+
+def test_without_retries_a_break_is_the_end() -> None:
+    stream, asked = stream_of(Call([tokens(1)], Unavailable("connection lost")), max_retries=0)
+    with pytest.raises(Unavailable, match="connection lost"):
+        stream.collect()
+    assert len(asked) == 1
+
+
+def test_a_break_lasts_so_long_and_the_next_one_again() -> None:
+    clock = Clock()
+    attempts = Attempts(1000.0, 1, max_break_s=10.0, clock=clock, dice=lambda: 1.0)
+    for _ in range(2):
+        begun = clock.now_s
+        delays_s = []
+        while (delay_s := attempts.reattach_delay_s(Unavailable("lost"))) is not None:
+            delays_s.append(delay_s)
+            clock.now_s += delay_s
+        assert delays_s[:4] == [0.05, 0.1, 0.2, 0.4]
+        assert max(delays_s) == MAX_REATTACH_DELAY_S
+        assert 9.0 <= clock.now_s - begun < 10.0
+        attempts.has_progressed()
+
+
+def test_a_break_does_not_outlast_the_deadline() -> None:
+    attempts = Attempts(0.04, 1, clock=Clock(), dice=lambda: 1.0)
+    assert attempts.reattach_delay_s(Unavailable("lost")) is None
+
+
+@pytest.mark.parametrize(("linger_s", "told"), [(0.0, 0), (5.0, 1)])
+def test_closing_a_stream_that_would_linger_tells_the_server(linger_s: float, told: int) -> None:
+    ends: list[None] = []
+    stream, _ = stream_of(Call([tokens(1)], None), end=lambda: ends.append(None), linger_s=linger_s)
+    next(stream)
+    stream.close()
+    stream.close()
+    assert len(ends) == told
+    with pytest.raises(Cancelled):
+        stream.collect()
+
+
+def test_a_stream_that_has_ended_tells_nothing() -> None:
+    ends: list[None] = []
+    stream, _ = stream_of(Call([tokens(1, last=True)], None), end=lambda: ends.append(None), linger_s=5.0)
+    stream.collect()
+    stream.close()
+    assert ends == []

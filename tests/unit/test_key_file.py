@@ -1,0 +1,98 @@
+"""The key file while a router runs."""
+
+import logging
+import os
+
+import pytest
+
+from stagecoach.api_keys import Grant, new_entry, new_key, write_entry
+from stagecoach.errors import ConfigError, Unauthenticated
+from stagecoach_router.key_file import KeyFile
+
+ANN, BOB = new_key(), new_key()
+
+
+def entry(key, name, **limits):
+    return write_entry(new_entry(key, name, Grant(**limits)))
+
+
+def name_of(keys, key):
+    try:
+        return keys.callers.identify([("authorization", f"Bearer {key}")]).name
+    except Unauthenticated:
+        return None
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "keys.toml"
+    path.write_text(entry(ANN, "ann"))
+    return path
+
+
+async def test_a_changed_file_is_taken_over(path):
+    keys = KeyFile(path)
+    assert (name_of(keys, ANN), name_of(keys, BOB)) == ("ann", None)
+    path.write_text(entry(BOB, "bob"))
+    await keys.check()
+    assert (name_of(keys, ANN), name_of(keys, BOB)) == (None, "bob")
+
+
+async def test_a_link_that_is_turned_to_another_file_of_the_same_size_is_a_change(path, tmp_path):
+    link, other = tmp_path / "link", tmp_path / "other.toml"
+    other.write_text(entry(BOB, "bob"))
+    os.utime(other, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
+    link.symlink_to(path)
+    keys = KeyFile(link)
+    link.unlink()
+    link.symlink_to(other)
+    await keys.check()
+    assert (name_of(keys, ANN), name_of(keys, BOB)) == (None, "bob")
+
+
+async def test_a_file_that_has_not_changed_is_not_read_again(path, caplog):
+    caplog.set_level(logging.INFO)
+    keys = KeyFile(path)
+    ann = keys.callers.identify([("authorization", f"Bearer {ANN}")])
+    await keys.check()
+    assert caplog.records == []
+    assert keys.callers.identify([("authorization", f"Bearer {ANN}")]) is ann
+
+
+@pytest.mark.parametrize("broken", [b"[[keys]]\nname = ", b"\xff\xfe", None], ids=["half", "not text", "gone"])
+async def test_a_broken_file_leaves_the_keys_as_they_were_and_is_logged_once(path, caplog, broken):
+    keys = KeyFile(path)
+    if broken is None:
+        path.unlink()
+    else:
+        path.write_bytes(broken)
+    for _ in range(3):
+        await keys.check()
+    assert name_of(keys, ANN) == "ann"
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    assert str(path) in caplog.text
+    path.write_text(entry(BOB, "bob"))
+    await keys.check()
+    assert (name_of(keys, ANN), name_of(keys, BOB)) == (None, "bob")
+
+
+async def test_the_log_holds_no_key(path, caplog):
+    caplog.set_level(logging.DEBUG)
+    keys = KeyFile(path)
+    path.write_text(entry(BOB, "bob").replace('sha256 = "', f'sha256 = "{BOB}'))
+    await keys.check()
+    path.write_text(entry(BOB, "bob"))
+    await keys.check()
+    assert len(caplog.records) == 2
+    assert BOB not in caplog.text
+    assert BOB.split("_", 2)[2] not in caplog.text
+
+
+@pytest.mark.parametrize("text", [None, "keys = 1"])
+def test_a_file_that_cannot_be_used_at_the_start_is_an_error(tmp_path, text):
+    path = tmp_path / "keys.toml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=r"keys\.toml") as caught:
+        KeyFile(path)
+    assert caught.value.field == "api_keys"

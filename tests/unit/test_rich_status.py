@@ -1,0 +1,80 @@
+"""Errors travel as google.rpc.Status too, for clients that do not know ours."""
+
+from __future__ import annotations
+
+import grpc
+import pytest
+from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
+
+from stagecoach import errors
+from stagecoach.rich_status import STATUS_METADATA_KEY, rich_status
+
+# What gRPC takes of metadata in all, less what its own headers need.
+MAX_METADATA_BYTES = 8192 - 512
+
+
+class Context:
+    """The end of a call."""
+
+    async def abort(self, code, details, trailing_metadata):
+        self.ended = code, details, dict(trailing_metadata)
+        raise ConnectionAbortedError
+
+
+async def ended_with(error):
+    context = Context()
+    with pytest.raises(ConnectionAbortedError):
+        await errors.abort(context, error)
+    return context.ended
+
+
+def details_of(error):
+    status = rich_status(errors.to_detail(error), error.code)
+    info, retry = ErrorInfo(), RetryInfo()
+    assert status.details[0].Unpack(info)
+    return status, info, retry if len(status.details) > 1 and status.details[1].Unpack(retry) else None
+
+
+def test_kind_and_facts_are_in_the_error_info():
+    status, info, retry = details_of(errors.OutOfRange("too long", field="prompt", limit=10, value=11))
+    assert (status.code, status.message) == (grpc.StatusCode.OUT_OF_RANGE.value[0], "too long")
+    assert (info.reason, info.domain) == ("OutOfRange", "stagecoach")
+    assert dict(info.metadata) == {"field": "prompt", "limit": "10", "value": "11"}
+    assert retry is None
+
+
+def test_facts_that_there_are_not_are_left_out():
+    _, info, _ = details_of(errors.Unavailable("no pipeline"))
+    assert dict(info.metadata) == {}
+
+
+def test_when_to_come_back_is_in_the_retry_info():
+    _, _, retry = details_of(errors.Overloaded("full", retry_after_s=1.25))
+    assert (retry.retry_delay.seconds, retry.retry_delay.nanos) == (1, 250_000_000)
+    assert details_of(errors.InvalidArgument("no", retry_after_s=1.0))[2] is None
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), -1.0])
+def test_a_wait_that_is_no_time_is_no_hint(seconds):
+    assert details_of(errors.Overloaded("full", retry_after_s=seconds))[2] is None
+    assert errors.from_detail(errors.ErrorDetail(kind="Overloaded", retry_after_s=seconds)).retry_after_s == 0.0
+
+
+@pytest.mark.parametrize("character", ["x", "\u00e4", "\U0001f600", "\ud800", "\0"])
+async def test_the_worst_error_still_fits_the_metadata_of_a_call(character):
+    text = character * 5000
+    code, message, metadata = await ended_with(
+        errors.Overloaded(text, field=text, limit=text, value=text, retry_after_s=1e300)
+    )
+    # As they travel: percent-encoded at the worst, and in base64.
+    size = 3 * len(message.encode()) + sum(len(key) + -(-len(value) // 3) * 4 for key, value in metadata.items())
+    assert size < MAX_METADATA_BYTES
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert set(metadata) == {errors.DETAIL_METADATA_KEY, STATUS_METADATA_KEY}
+
+
+def test_metadata_that_cannot_be_read_is_no_error_of_ours():
+    assert errors.from_trailing_metadata(None) is None
+    assert errors.from_trailing_metadata([("other", "x"), (errors.DETAIL_METADATA_KEY, b"\xff\xff")]) is None
+    good = errors.to_detail(errors.NotFound("x")).SerializeToString()
+    assert type(errors.from_trailing_metadata([(errors.DETAIL_METADATA_KEY, good)])) is errors.NotFound

@@ -1,0 +1,103 @@
+"""A stage that becomes many times slower is found; noise, larger steps and slow beginnings are not taken for it."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from stagecoach_router.pacing import Pacing, StageSeconds
+from stagecoach_router.slowness import STEPS_BETWEEN_REFERENCES, Slowness
+from stagecoach_router.step_cost import StepShape
+
+WINDOW_S = 2.5
+FIXED_S = (0.010, 0.006)
+ROW_S = 0.0005
+
+
+class Scene:
+    """Steps one after the other through two stages."""
+
+    def __init__(self) -> None:
+        self.pacing = Pacing(2)
+        self.slowness = Slowness(self.pacing, WINDOW_S)
+        self.factors = [1.0, 1.0]
+        self.now_s = 0.0
+        self.dice = random.Random(0)
+
+    def run(self, seconds: float, *, num_rows: int = 4) -> int | None:
+        """Steps for so long, at the longest until a stage is found to be slow."""
+        until_s = self.now_s + seconds
+        while self.now_s < until_s:
+            rows = self.dice.randint(1, num_rows)
+            shape = StepShape(num_decodes=rows, decode_context=100 * rows)
+            stages = [
+                StageSeconds(0.0, factor * (fixed_s + rows * ROW_S) * self.dice.uniform(0.9, 1.3))
+                for factor, fixed_s in zip(self.factors, FIXED_S, strict=True)
+            ]
+            took_s = sum(stage.compute_s for stage in stages) + 0.001
+            self.now_s += took_s
+            self.pacing.observe(shape, stages, took_s)
+            slow = self.slowness.observe(shape, stages, self.now_s)
+            if slow is not None:
+                return slow
+        return None
+
+
+@pytest.fixture
+def measured() -> Scene:
+    scene = Scene()
+    assert scene.run(3 * STEPS_BETWEEN_REFERENCES * 0.025) is None
+    return scene
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_stage_that_becomes_ten_times_slower_is_found_within_two_windows(measured, stage):
+    measured.factors[stage] = 10.0
+    began_s = measured.now_s
+    assert measured.run(60.0) == stage
+    assert measured.now_s - began_s <= 2 * WINDOW_S + 0.5
+
+
+def test_three_times_slower_is_what_neighbours_do(measured):
+    measured.factors = [3.0, 3.0]
+    assert measured.run(60.0) is None
+
+
+def test_larger_steps_are_not_taken_for_slow_ones(measured):
+    assert measured.run(120.0, num_rows=256) is None
+
+
+def test_steps_of_a_millisecond_may_take_ten():
+    scene = Scene()
+    scene.factors = [0.1, 0.1]
+    assert scene.run(3 * STEPS_BETWEEN_REFERENCES * 0.0025) is None
+    scene.factors = [1.0, 1.0]
+    assert scene.run(60.0) is None
+
+
+def test_one_very_slow_step_says_nothing(measured):
+    for _ in range(20):
+        measured.factors[1] = 60.0
+        assert measured.run(0.001) is None
+        measured.factors[1] = 1.0
+        assert measured.run(WINDOW_S) is None
+
+
+def test_what_was_always_slow_is_not_slow():
+    scene = Scene()
+    scene.factors = [10.0, 1.0]
+    assert scene.run(120.0) is None
+
+
+def test_after_the_pipeline_was_lost_nothing_is_compared_with_what_was(measured):
+    measured.slowness.forget()
+    measured.pacing.reset()
+    measured.factors[0] = 10.0
+    assert measured.run(120.0) is None
+
+
+def test_a_pause_does_not_count_as_a_window(measured):
+    measured.now_s += 600.0
+    measured.factors[0] = 60.0
+    assert measured.run(0.001) is None
