@@ -93,7 +93,7 @@ def read_entries(text: str) -> tuple[KeyEntry, ...]:
     """The entries of a key file. Raises ConfigError with the entry and the field; values are not quoted."""
     try:
         values = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also for numbers of thousands of digits
         raise ConfigError(f"keys: not TOML: {error}", field="keys") from error
     tables = values.get("keys", [])
     if values.keys() - {"keys"} or not isinstance(tables, list):

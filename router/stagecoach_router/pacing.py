@@ -42,6 +42,8 @@ SPARE_CHUNKS = 1
 MIN_SHARED_CHUNK_TOKENS = 4
 # How many chunks a prompt is tried to be cut into: 1, 2, 3, 4, 6, 8, 11, ... 362.
 CHUNK_COUNTS = sorted({round(2 ** (exponent / 2)) for exponent in range(18)})
+# What a step costs that is so many times as large as any before is not predicted.
+FAR_BEYOND = 2
 # By so much clocks of different machines may differ in speed.
 CLOCK_TOLERANCE = 1.01
 # Of the latest steps, whose median says how long the hops are.
@@ -107,6 +109,7 @@ class Pacing:
         self._stages = [StageCost() for _ in range(self.num_stages)]
         self._hop_samples: deque[float] = deque(maxlen=NUM_HOP_SAMPLES)
         self._hops_s = 0.0
+        self._largest = StepShape()  # of what was met, field by field
         self._row_context = 0.0  # positions that a decode attends to, lately
         self._decode_lanes = self._fixed_lanes or self.num_stages
         self._decided: dict[tuple[int, Prompts], Pace] = {}  # until the costs change
@@ -130,6 +133,7 @@ class Pacing:
         changed = [
             cost.observe(shape, stage.compute_s) for cost, stage in zip(self._stages, stages, strict=True)
         ]  # all of them: no short cut
+        self._largest = StepShape(*map(max, shape, self._largest))
         if shape.num_decodes:
             self._row_context = shape.decode_context / shape.num_decodes
         if not shape.num_prefill_tokens:
@@ -143,7 +147,12 @@ class Pacing:
         return [stage.frozen() for stage in self._stages]
 
     def expected_s(self, shape: StepShape) -> float | None:
-        """What a step's whole way takes when it waits for no other. None: too little is known of such steps."""
+        """What a step's whole way takes when it waits for no other. None: too little is known of such steps.
+
+        Nor is anything known of steps much larger than any that were met: a fit says nothing about them.
+        """
+        if any(size > FAR_BEYOND * met for size, met in zip(shape, self._largest, strict=True)):
+            return None
         costs = [stage.step_s(shape) for stage in self._stages]
         known = [cost for cost in costs if cost is not None]
         return sum(known) + self._hops_s if len(known) == len(costs) else None

@@ -13,6 +13,9 @@ from collections.abc import Callable, Iterable
 from stagecoach.errors import StagecoachError
 from stagecoach_router.completion import Piece
 
+# With the most log-probabilities that may be asked for, so many pieces are half a megabyte.
+MAX_PIECES_READ = 256
+
 
 class Pieces:
     """Pieces in order, and at the end perhaps an error. For use on one event loop.
@@ -80,11 +83,14 @@ class Pieces:
         return reader
 
     def read_from(self, position: int) -> list[Piece]:
-        """What can be read from there on; nothing at the end. Raises the error where there is nothing else."""
-        pieces = self._log[position : self._num_shown]
+        """What can be read from there on, up to a message's worth; nothing at the end.
+
+        Raises the error where there is nothing else.
+        """
+        pieces = self._log[position : min(self._num_shown, position + MAX_PIECES_READ)]
         if not pieces and self.error is not None:
             raise self.error
-        self._furthest = max(self._furthest, self._num_shown)
+        self._furthest = max(self._furthest, position + len(pieces))
         return pieces
 
     def forget(self, reader: PieceReader) -> None:
@@ -113,14 +119,17 @@ class PieceReader:
         self._waiting: asyncio.Future[None] | None = None
 
     async def read(self) -> list[Piece]:
-        """All that have come since the last time; an empty list at the end. Raises the error they end with."""
+        """What has come since the last time; an empty list at the end. Raises the error they end with."""
         while True:
-            pieces = self._pieces.read_from(self._position)
-            self._position += len(pieces)
-            if pieces and self._skipped:
-                pieces = [piece for piece in pieces if not self._skips(piece)]
-            if pieces or self._pieces.ended:
-                return pieces or self._pieces.read_from(self._position)
+            read = self._pieces.read_from(self._position)
+            self._position += len(read)
+            pieces = [piece for piece in read if not self._skips(piece)] if self._skipped else read
+            if pieces:
+                return pieces
+            if read:  # all of them known to the caller
+                continue
+            if self._pieces.ended:
+                return []
             self._waiting = asyncio.get_running_loop().create_future()
             try:
                 await self._waiting

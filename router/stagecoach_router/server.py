@@ -157,6 +157,7 @@ async def _take_over(journal: Journal, serving: Serving, linger_s: float) -> Non
         await serving.engine.close()
         raise
     for entry in left:
+        await asyncio.sleep(0)  # long answers are spelt out anew, and shards wait for a word meanwhile
         try:
             accepted = serving.accepted.accept(entry.key, entry.digest, entry.request, entry.past)
         except StagecoachError as error:

@@ -54,6 +54,7 @@ class Slowness:
         self._num_compared = 0
         self._expected_s = [0.0] * self._pacing.num_stages
         self._took_s = [0.0] * self._pacing.num_stages
+        self._num_slow = [0] * self._pacing.num_stages
 
     def observe(self, shape: StepShape, stages: Sequence[StageSeconds], now_s: float) -> int | None:
         """A step came back at `now_s`. Returns the stage that is too slow, if one is."""
@@ -79,8 +80,10 @@ class Slowness:
             self._begin_window(now_s)
         self._num_compared += 1
         for index, (cost, stage) in enumerate(zip(costs, stages, strict=True)):
-            self._expected_s[index] += max(cost.decode_s(shape.num_decodes, shape.decode_context), MIN_SECONDS)
+            expected_s = max(cost.decode_s(shape.num_decodes, shape.decode_context), MIN_SECONDS)
+            self._expected_s[index] += expected_s
             self._took_s[index] += stage.compute_s
+            self._num_slow[index] += stage.compute_s > max(MAX_SLOWDOWN * expected_s, expected_s + MIN_EXCESS_S)
         if now_s - self._since_s < self._window_s or self._num_compared < MIN_STEPS:
             return None
         excess_s = MIN_EXCESS_S * self._num_compared
@@ -89,6 +92,7 @@ class Slowness:
             index
             for index, (took_s, expected_s) in enumerate(sums)
             if took_s > max(MAX_SLOWDOWN * expected_s, expected_s + excess_s)
+            and self._num_slow[index] > self._num_compared / 2  # one stall says nothing, however long
         ]
         self._begin_window(now_s)
         return slow[0] if slow else None

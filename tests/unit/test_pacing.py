@@ -304,3 +304,15 @@ def test_more_time_at_the_stages_than_the_round_trip_took_is_not_believed():
         pacing.observe(decode(rows), [StageSeconds(0.0, 3e30)] * 2, 0.1)
     assert pacing.pace(8) == Pacing(2).pace(8)
     assert not any(stage.decodes.is_known for stage in pacing._stages)
+
+
+def test_nothing_is_expected_of_a_step_much_larger_than_any_before():
+    pacing = Pacing(2)
+    for _ in range(20):
+        for rows in (1, 4):
+            pacing.observe(decode(rows), [StageSeconds(0.0, 0.3)] * 2, 0.7)
+        pacing.observe(chunk(3), [StageSeconds(0.0, 0.3)] * 2, 0.7)
+    assert pacing.expected_s(decode(4)) is not None
+    assert pacing.expected_s(chunk(4)) is not None
+    assert pacing.expected_s(chunk(512)) is None
+    assert pacing.expected_s(chunk(3, start=30_000)) is None

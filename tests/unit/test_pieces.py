@@ -9,7 +9,7 @@ import pytest
 from stagecoach.errors import StagecoachError, Unavailable
 from stagecoach_router.completion import FinishReason, Piece
 from stagecoach_router.outputs import Sampled
-from stagecoach_router.pieces import PieceReader, Pieces
+from stagecoach_router.pieces import MAX_PIECES_READ, PieceReader, Pieces
 
 
 def piece(token_id: int, index: int = 0, *, last: bool = False) -> Piece:
@@ -161,3 +161,18 @@ async def test_the_end_is_told_once() -> None:
     pieces.fail(Unavailable("again"))
     pieces.show(1)
     assert ends == [error]
+
+
+async def test_a_late_reader_gets_no_more_at_a_time_than_fits_a_message() -> None:
+    pieces = Pieces()
+    total = 3 * MAX_PIECES_READ + 7
+    for number in range(total):
+        pieces.put(piece(number, last=number == total - 1))
+    for skipped in (0, 5, 2 * MAX_PIECES_READ, 2 * MAX_PIECES_READ + 5, total):
+        reader = pieces.reader([skipped])
+        taken: list[Piece] = []
+        while batch := await reader.read():
+            assert len(batch) <= MAX_PIECES_READ
+            taken += batch
+        assert [one.token_id for one in taken] == list(range(skipped, total))
+        reader.close()

@@ -101,3 +101,15 @@ def test_a_pause_does_not_count_as_a_window(measured):
     measured.now_s += 600.0
     measured.factors[0] = 60.0
     assert measured.run(0.001) is None
+
+
+@pytest.mark.parametrize("stall_s", [0.5, 2.3, 4.0])
+@pytest.mark.parametrize("num_steps_before", [0, 3, 20])
+def test_one_stall_is_no_slow_stage_however_long(measured, stall_s, num_steps_before):
+    measured.now_s += 10 * WINDOW_S  # a window begins with the next step
+    shape = StepShape(num_decodes=4, decode_context=400)
+    for number in range(200):
+        compute_s = stall_s if number == num_steps_before else FIXED_S[0] + 4 * ROW_S
+        measured.now_s += compute_s + FIXED_S[1]
+        stages = [StageSeconds(0.0, compute_s), StageSeconds(0.0, FIXED_S[1])]
+        assert measured.slowness.observe(shape, stages, measured.now_s) is None
