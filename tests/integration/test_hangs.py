@@ -162,6 +162,7 @@ async def test_the_lease_of_a_router_that_reads_nothing_ends_too(tiny_model):
             description = await loaded(stub)
             async with grpc.aio.insecure_channel(proxy.address) as through_proxy:
                 call = await open_session(ShardStub(through_proxy), description, silence_timeout_s=0.5)
+                assert (await stub.describe(pb.DescribeRequest())).num_free_blocks < description.num_blocks
                 proxy.stall("from_target")
                 proxy.stall("to_target")
                 await free_blocks_become(stub, description.num_blocks)

@@ -64,7 +64,7 @@ def test_going_back_is_allowed_and_so_is_going_on_from_there():
     lease = make_lease()
     lease.accept(header(1, [(0, 0, 8)], [(0, 0, [0, 1])]))
     for step, start in enumerate((2, 3, 7), start=2):
-        lease.accept(header(step, [(0, start, 1)]))
+        assert lease.accept(header(step, [(0, start, 1)])).starts.tolist() == [start]
 
 
 def test_a_refused_step_writes_nothing():
