@@ -34,6 +34,11 @@ class ShardStub:
             request_serializer=pb.FetchFilesRequest.SerializeToString,
             response_deserializer=pb.FileChunk.FromString,
         )
+        self.assign = channel.unary_unary(
+            prefix + "Assign",
+            request_serializer=pb.AssignRequest.SerializeToString,
+            response_deserializer=pb.AssignResponse.FromString,
+        )
         self.session: grpc.aio.StreamStreamMultiCallable[pb.SessionRequest, bytes] = channel.stream_stream(
             prefix + "Session", request_serializer=pb.SessionRequest.SerializeToString
         )

@@ -191,7 +191,7 @@ class GetClusterStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetClusterStatusResponse(_message.Message):
-    __slots__ = ("pipelines", "num_running", "num_waiting", "num_finished", "num_preemptions", "prompt_tokens", "cached_prompt_tokens", "completion_tokens", "num_blocks", "num_free_blocks", "block_size", "uptime_s", "looked_up_prompt_tokens", "num_repeats", "active_s", "num_results", "result_payload_bytes", "result_bytes", "num_frames", "num_fast_frames")
+    __slots__ = ("pipelines", "num_running", "num_waiting", "num_finished", "num_preemptions", "prompt_tokens", "cached_prompt_tokens", "completion_tokens", "num_blocks", "num_free_blocks", "block_size", "uptime_s", "looked_up_prompt_tokens", "num_repeats", "active_s", "num_results", "result_payload_bytes", "result_bytes", "num_frames", "num_fast_frames", "spares")
     PIPELINES_FIELD_NUMBER: _ClassVar[int]
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
@@ -212,6 +212,7 @@ class GetClusterStatusResponse(_message.Message):
     RESULT_BYTES_FIELD_NUMBER: _ClassVar[int]
     NUM_FRAMES_FIELD_NUMBER: _ClassVar[int]
     NUM_FAST_FRAMES_FIELD_NUMBER: _ClassVar[int]
+    SPARES_FIELD_NUMBER: _ClassVar[int]
     pipelines: _containers.RepeatedCompositeFieldContainer[PipelineStatus]
     num_running: int
     num_waiting: int
@@ -232,21 +233,38 @@ class GetClusterStatusResponse(_message.Message):
     result_bytes: int
     num_frames: int
     num_fast_frames: int
-    def __init__(self, pipelines: _Optional[_Iterable[_Union[PipelineStatus, _Mapping]]] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_finished: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., uptime_s: _Optional[float] = ..., looked_up_prompt_tokens: _Optional[int] = ..., num_repeats: _Optional[int] = ..., active_s: _Optional[float] = ..., num_results: _Optional[int] = ..., result_payload_bytes: _Optional[int] = ..., result_bytes: _Optional[int] = ..., num_frames: _Optional[int] = ..., num_fast_frames: _Optional[int] = ...) -> None: ...
+    spares: _containers.RepeatedCompositeFieldContainer[SpareStatus]
+    def __init__(self, pipelines: _Optional[_Iterable[_Union[PipelineStatus, _Mapping]]] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_finished: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., uptime_s: _Optional[float] = ..., looked_up_prompt_tokens: _Optional[int] = ..., num_repeats: _Optional[int] = ..., active_s: _Optional[float] = ..., num_results: _Optional[int] = ..., result_payload_bytes: _Optional[int] = ..., result_bytes: _Optional[int] = ..., num_frames: _Optional[int] = ..., num_fast_frames: _Optional[int] = ..., spares: _Optional[_Iterable[_Union[SpareStatus, _Mapping]]] = ...) -> None: ...
+
+class SpareStatus(_message.Message):
+    __slots__ = ("address", "layers", "assignable", "reason")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    ASSIGNABLE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    layers: _model_pb2.LayerRange
+    assignable: bool
+    reason: str
+    def __init__(self, address: _Optional[str] = ..., layers: _Optional[_Union[_model_pb2.LayerRange, _Mapping]] = ..., assignable: bool = ..., reason: _Optional[str] = ...) -> None: ...
 
 class PipelineStatus(_message.Message):
-    __slots__ = ("model", "epoch", "ready", "reason", "stages")
+    __slots__ = ("model", "epoch", "ready", "reason", "stages", "num_running", "num_waiting")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     STAGES_FIELD_NUMBER: _ClassVar[int]
+    NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
+    NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     model: _model_pb2.ModelDescription
     epoch: int
     ready: bool
     reason: str
     stages: _containers.RepeatedCompositeFieldContainer[StageStatus]
-    def __init__(self, model: _Optional[_Union[_model_pb2.ModelDescription, _Mapping]] = ..., epoch: _Optional[int] = ..., ready: bool = ..., reason: _Optional[str] = ..., stages: _Optional[_Iterable[_Union[StageStatus, _Mapping]]] = ...) -> None: ...
+    num_running: int
+    num_waiting: int
+    def __init__(self, model: _Optional[_Union[_model_pb2.ModelDescription, _Mapping]] = ..., epoch: _Optional[int] = ..., ready: bool = ..., reason: _Optional[str] = ..., stages: _Optional[_Iterable[_Union[StageStatus, _Mapping]]] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ...) -> None: ...
 
 class StageStatus(_message.Message):
     __slots__ = ("address", "layers", "device", "dtype", "pid", "hostname", "weights_bytes", "kv_cache_bytes", "num_steps", "compute_s", "wait_s", "decode_s", "queue_depth", "num_tokens", "queue_s", "encode_s", "num_frames", "num_fast_frames", "kernels")

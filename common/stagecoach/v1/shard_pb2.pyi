@@ -14,7 +14,7 @@ class DescribeRequest(_message.Message):
     def __init__(self, lease_id: _Optional[int] = ...) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("protocol_version", "software_version", "shard_id", "model", "layers", "dtype", "device", "block_size", "num_blocks", "num_free_blocks", "kv_cache_bytes", "weights_bytes", "max_batch_tokens", "pid", "hostname", "max_queued_steps", "kernels")
+    __slots__ = ("protocol_version", "software_version", "shard_id", "model", "layers", "dtype", "device", "block_size", "num_blocks", "num_free_blocks", "kv_cache_bytes", "weights_bytes", "max_batch_tokens", "pid", "hostname", "max_queued_steps", "kernels", "assignable")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_VERSION_FIELD_NUMBER: _ClassVar[int]
     SHARD_ID_FIELD_NUMBER: _ClassVar[int]
@@ -32,6 +32,7 @@ class DescribeResponse(_message.Message):
     HOSTNAME_FIELD_NUMBER: _ClassVar[int]
     MAX_QUEUED_STEPS_FIELD_NUMBER: _ClassVar[int]
     KERNELS_FIELD_NUMBER: _ClassVar[int]
+    ASSIGNABLE_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     software_version: str
     shard_id: str
@@ -49,7 +50,24 @@ class DescribeResponse(_message.Message):
     hostname: str
     max_queued_steps: int
     kernels: str
-    def __init__(self, protocol_version: _Optional[int] = ..., software_version: _Optional[str] = ..., shard_id: _Optional[str] = ..., model: _Optional[_Union[_model_pb2.ModelDescription, _Mapping]] = ..., layers: _Optional[_Union[_model_pb2.LayerRange, _Mapping]] = ..., dtype: _Optional[_Union[_model_pb2.DType, str]] = ..., device: _Optional[str] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., kv_cache_bytes: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., pid: _Optional[int] = ..., hostname: _Optional[str] = ..., max_queued_steps: _Optional[int] = ..., kernels: _Optional[str] = ...) -> None: ...
+    assignable: bool
+    def __init__(self, protocol_version: _Optional[int] = ..., software_version: _Optional[str] = ..., shard_id: _Optional[str] = ..., model: _Optional[_Union[_model_pb2.ModelDescription, _Mapping]] = ..., layers: _Optional[_Union[_model_pb2.LayerRange, _Mapping]] = ..., dtype: _Optional[_Union[_model_pb2.DType, str]] = ..., device: _Optional[str] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., kv_cache_bytes: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., pid: _Optional[int] = ..., hostname: _Optional[str] = ..., max_queued_steps: _Optional[int] = ..., kernels: _Optional[str] = ..., assignable: bool = ...) -> None: ...
+
+class AssignRequest(_message.Message):
+    __slots__ = ("protocol_version", "model_fingerprint", "layers")
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    model_fingerprint: str
+    layers: _model_pb2.LayerRange
+    def __init__(self, protocol_version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., layers: _Optional[_Union[_model_pb2.LayerRange, _Mapping]] = ...) -> None: ...
+
+class AssignResponse(_message.Message):
+    __slots__ = ("description",)
+    DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
+    description: DescribeResponse
+    def __init__(self, description: _Optional[_Union[DescribeResponse, _Mapping]] = ...) -> None: ...
 
 class FetchFilesRequest(_message.Message):
     __slots__ = ()
@@ -168,7 +186,7 @@ class Fault(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., error: _Optional[_Union[_model_pb2.ErrorDetail, _Mapping]] = ...) -> None: ...
 
 class LoadReport(_message.Message):
-    __slots__ = ("num_steps", "num_tokens", "compute_s", "wait_s", "decode_s", "queue_depth", "num_fast_frames", "num_frames", "encode_s", "queue_s", "number")
+    __slots__ = ("num_steps", "num_tokens", "compute_s", "wait_s", "decode_s", "queue_depth", "num_fast_frames", "num_frames", "encode_s", "queue_s", "number", "lease_num_steps", "lease_compute_s")
     NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
@@ -180,6 +198,8 @@ class LoadReport(_message.Message):
     ENCODE_S_FIELD_NUMBER: _ClassVar[int]
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
+    LEASE_NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
+    LEASE_COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
     num_steps: int
     num_tokens: int
     compute_s: float
@@ -191,7 +211,9 @@ class LoadReport(_message.Message):
     encode_s: float
     queue_s: float
     number: int
-    def __init__(self, num_steps: _Optional[int] = ..., num_tokens: _Optional[int] = ..., compute_s: _Optional[float] = ..., wait_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., queue_depth: _Optional[int] = ..., num_fast_frames: _Optional[int] = ..., num_frames: _Optional[int] = ..., encode_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., number: _Optional[int] = ...) -> None: ...
+    lease_num_steps: int
+    lease_compute_s: float
+    def __init__(self, num_steps: _Optional[int] = ..., num_tokens: _Optional[int] = ..., compute_s: _Optional[float] = ..., wait_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., queue_depth: _Optional[int] = ..., num_fast_frames: _Optional[int] = ..., num_frames: _Optional[int] = ..., encode_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., number: _Optional[int] = ..., lease_num_steps: _Optional[int] = ..., lease_compute_s: _Optional[float] = ...) -> None: ...
 
 class MicroBatch(_message.Message):
     __slots__ = ("header", "payload")

@@ -39,6 +39,11 @@ class ShardStub(object):
                 request_serializer=stagecoach_dot_v1_dot_shard__pb2.DescribeRequest.SerializeToString,
                 response_deserializer=stagecoach_dot_v1_dot_shard__pb2.DescribeResponse.FromString,
                 _registered_method=True)
+        self.Assign = channel.unary_unary(
+                '/stagecoach.v1.Shard/Assign',
+                request_serializer=stagecoach_dot_v1_dot_shard__pb2.AssignRequest.SerializeToString,
+                response_deserializer=stagecoach_dot_v1_dot_shard__pb2.AssignResponse.FromString,
+                _registered_method=True)
         self.FetchFiles = channel.unary_stream(
                 '/stagecoach.v1.Shard/FetchFiles',
                 request_serializer=stagecoach_dot_v1_dot_shard__pb2.FetchFilesRequest.SerializeToString,
@@ -61,6 +66,14 @@ class ShardServicer(object):
 
     def Describe(self, request, context):
         """Who this shard is. Safe to call at any time, by anyone who may connect.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Assign(self, request, context):
+        """Loads other layers, instead of those it has. Only to a shard that was started without a range of its own, and only
+        while no lease is open on it; answered when they are loaded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -95,6 +108,11 @@ def add_ShardServicer_to_server(servicer, server):
                     servicer.Describe,
                     request_deserializer=stagecoach_dot_v1_dot_shard__pb2.DescribeRequest.FromString,
                     response_serializer=stagecoach_dot_v1_dot_shard__pb2.DescribeResponse.SerializeToString,
+            ),
+            'Assign': grpc.unary_unary_rpc_method_handler(
+                    servicer.Assign,
+                    request_deserializer=stagecoach_dot_v1_dot_shard__pb2.AssignRequest.FromString,
+                    response_serializer=stagecoach_dot_v1_dot_shard__pb2.AssignResponse.SerializeToString,
             ),
             'FetchFiles': grpc.unary_stream_rpc_method_handler(
                     servicer.FetchFiles,
@@ -139,6 +157,33 @@ class Shard(object):
             '/stagecoach.v1.Shard/Describe',
             stagecoach_dot_v1_dot_shard__pb2.DescribeRequest.SerializeToString,
             stagecoach_dot_v1_dot_shard__pb2.DescribeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Assign(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stagecoach.v1.Shard/Assign',
+            stagecoach_dot_v1_dot_shard__pb2.AssignRequest.SerializeToString,
+            stagecoach_dot_v1_dot_shard__pb2.AssignResponse.FromString,
             options,
             channel_credentials,
             insecure,
