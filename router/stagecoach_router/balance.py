@@ -1,0 +1,41 @@
+"""Which of several pipelines gets a request. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# How many more sequences than the least busy replica one may have, and still get a request for its cached prefix: a
+# quarter of the least, or these few where that is less. A cached prefix saves its prefill once. A sequence more in the
+# batch makes each of the request's tokens come later, but only by its own share of a step; and a replica that all
+# requests of one long system prompt prefer must not fill up while others stand idle.
+TOLERANCE = 0.25
+MIN_TOLERANCE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaLoad:
+    """One replica, as one request sees it."""
+
+    num_sequences: int  # running and waiting
+    num_cached_tokens: int  # of the prompt in question, in its prefix cache
+    fits: bool  # whether the request fits its K/V cache
+    ready: bool
+
+
+def choose_replica(loads: Sequence[ReplicaLoad]) -> int | None:
+    """The index of the replica for a request. None: it fits none.
+
+    One that is ready, if any is; among those that are about as busy as the least busy one, that with the longest cached
+    prefix; then the least busy; then the first.
+    """
+    fitting = [index for index, load in enumerate(loads) if load.fits]
+    if not fitting:
+        return None
+    chosen = [index for index in fitting if loads[index].ready] or fitting
+    least = min(loads[index].num_sequences for index in chosen)
+    most = least + max(MIN_TOLERANCE, int(least * TOLERANCE))
+    return min(
+        (index for index in chosen if loads[index].num_sequences <= most),
+        key=lambda index: (-loads[index].num_cached_tokens, loads[index].num_sequences, index),
+    )
