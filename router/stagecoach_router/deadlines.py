@@ -36,9 +36,10 @@ class Deadlines:
             self._heap = [(deadline_s, seq_id) for seq_id, (deadline_s, _) in self._deadlines.items()]
             heapify(self._heap)
 
-    def discard(self, sequence: Sequence) -> None:
-        """The sequence has none, or none any more."""
-        self._deadlines.pop(sequence.seq_id, None)
+    def discard(self, sequence: Sequence) -> float | None:
+        """The sequence has none, or none any more. Returns the one it had."""
+        deadline_s, _ = self._deadlines.pop(sequence.seq_id, (None, sequence))
+        return deadline_s
 
     def take_expired(self, now_s: float) -> list[Sequence]:
         """Those whose deadline is `now_s` or before, the earliest first; they have none any more."""

@@ -1,9 +1,8 @@
-"""Who the shards are: asked before a pipeline is opened over them, and put into its order."""
+"""What a router asks of a shard before it is in a pipeline: who it is, its files, and to load other layers."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import grpc
@@ -12,18 +11,20 @@ import grpc.aio
 from stagecoach import PROTOCOL_VERSION, errors
 from stagecoach.channel import Dial, dial_plainly
 from stagecoach.shard_rpc import ShardStub
-from stagecoach.topology import LayerRange, order_stages
+from stagecoach.topology import LayerRange
 from stagecoach.v1 import model_pb2, shard_pb2
 from stagecoach_router.description import check_description
 
 DESCRIBE_TIMEOUT_S = 10.0
+# Reading some dozen GB from a slow disk.
+LOAD_TIMEOUT_S = 1800.0
 FETCH_TIMEOUT_S = 20.0
 MAX_FILE_BYTES = 256 << 20
 
 
 @dataclass(slots=True)
 class Stage:
-    """One shard of the pipeline, what it said of itself, and the session with it."""
+    """One shard, what it said of itself, and the session with it."""
 
     address: str
     description: shard_pb2.DescribeResponse
@@ -35,50 +36,55 @@ class Stage:
 
     @property
     def layers(self) -> LayerRange:
+        """Of one that has some."""
         return LayerRange(self.description.layers.start, self.description.layers.end)
 
 
-async def discover(addresses: Sequence[str], dial: Dial = dial_plainly, *, lease_id: int = 0) -> list[Stage]:
-    """Asks every shard who it is, and puts them into pipeline order.
+async def describe(
+    address: str, dial: Dial = dial_plainly, *, lease_id: int = 0, timeout_s: float = DESCRIBE_TIMEOUT_S
+) -> Stage:
+    """Asks a shard who it is. What the lease `lease_id` still holds there counts as free, as it can be opened anew.
 
-    What the lease `lease_id` still holds somewhere counts as free, as it can be opened anew.
-
-    Raises Unavailable for a shard that does not answer, TopologyError for a gap or an overlap, ModelMismatch for shards
-    of different models, dtypes, block sizes or protocols.
+    Raises Unavailable for one that does not answer, ModelMismatch for one of another protocol or with absurd figures.
     """
-    answers = await asyncio.gather(
-        *(_describe(address, dial, lease_id) for address in addresses), return_exceptions=True
+    async with dial(address) as channel:
+        try:
+            request = shard_pb2.DescribeRequest(lease_id=lease_id)
+            description = await ShardStub(channel).describe(request, timeout=timeout_s)
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise errors.Unavailable(f"{address}: no answer to Describe in {timeout_s:g} s") from error
+            raise errors.from_rpc_error(error, address) from error
+    _check_same("protocol_version", address, description.protocol_version, PROTOCOL_VERSION, "this router")
+    check_description(address, description)
+    return Stage(address, description)
+
+
+async def assign(address: str, layers: LayerRange, dial: Dial = dial_plainly, *, fingerprint: str) -> None:
+    """Has a shard load `layers`; returns when it has. Raises what it refuses that with."""
+    request = shard_pb2.AssignRequest(
+        protocol_version=PROTOCOL_VERSION,
+        model_fingerprint=fingerprint,
+        layers=model_pb2.LayerRange(start=layers.start, end=layers.end),
     )
-    for answer in answers:
-        if isinstance(answer, BaseException):
-            raise answer
-    stages = [answer for answer in answers if isinstance(answer, Stage)]
-    first = stages[0]
-    for stage in stages:
-        _check_same("protocol_version", stage, stage.description.protocol_version, PROTOCOL_VERSION, "this router")
-        for name in ("fingerprint", "num_layers", "hidden_size", "vocab_size", "context_length"):
-            ours, theirs = getattr(first.description.model, name), getattr(stage.description.model, name)
-            _check_same(f"model.{name}", stage, theirs, ours, first.address)
+    async with dial(address) as channel:
+        try:
+            await ShardStub(channel).assign(request, timeout=LOAD_TIMEOUT_S)
+        except grpc.RpcError as error:
+            raise errors.from_rpc_error(error, address) from error
+
+
+def check_same_model(stage: Stage, reference: Stage) -> None:
+    """Raises ModelMismatch where two shards cannot be in pipelines of one model, or one cannot replace the other."""
+    theirs, ours = stage.description, reference.description
+    for name in ("fingerprint", "num_layers", "hidden_size", "vocab_size", "context_length"):
+        field_name = f"model.{name}"
         _check_same(
-            "dtype",
-            stage,
-            model_pb2.DType.Name(stage.description.dtype),
-            model_pb2.DType.Name(first.description.dtype),
-            first.address,
+            field_name, stage.address, getattr(theirs.model, name), getattr(ours.model, name), reference.address
         )
-        _check_same("block_size", stage, stage.description.block_size, first.description.block_size, first.address)
-    order = order_stages([stage.layers for stage in stages], first.description.model.num_layers)
-    return [stages[index] for index in order]
-
-
-def check_same_pipeline(before: Stage, now: Stage) -> None:
-    """Raises ModelMismatch where the shards that came back do not hold what the sequences were computed with."""
-    for name in ("fingerprint", "vocab_size", "context_length"):
-        ours, theirs = getattr(before.description.model, name), getattr(now.description.model, name)
-        _check_same(f"model.{name}", now, theirs, ours, "this pipeline")
-    for name in ("dtype", "block_size"):
-        ours, theirs = getattr(before.description, name), getattr(now.description, name)
-        _check_same(name, now, theirs, ours, "this pipeline")
+    dtypes = model_pb2.DType.Name(theirs.dtype), model_pb2.DType.Name(ours.dtype)
+    _check_same("dtype", stage.address, *dtypes, reference.address)
+    _check_same("block_size", stage.address, theirs.block_size, ours.block_size, reference.address)
 
 
 async def fetch_files(address: str, dial: Dial = dial_plainly) -> dict[str, bytes]:
@@ -99,22 +105,8 @@ async def fetch_files(address: str, dial: Dial = dial_plainly) -> dict[str, byte
     return {name: bytes(data) for name, data in files.items()}
 
 
-async def _describe(address: str, dial: Dial, lease_id: int) -> Stage:
-    async with dial(address) as channel:
-        try:
-            request = shard_pb2.DescribeRequest(lease_id=lease_id)
-            description = await ShardStub(channel).describe(request, timeout=DESCRIBE_TIMEOUT_S)
-        except grpc.RpcError as error:
-            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-                raise errors.Unavailable(f"{address}: no answer to Describe in {DESCRIBE_TIMEOUT_S:g} s") from error
-            raise errors.from_rpc_error(error, address) from error
-    if description.protocol_version == PROTOCOL_VERSION:  # of another one nothing else can be told
-        check_description(address, description)
-    return Stage(address, description)
-
-
-def _check_same(field_name: str, stage: Stage, theirs: object, ours: object, who: str) -> None:
+def _check_same(field_name: str, address: str, theirs: object, ours: object, who: str) -> None:
     if theirs != ours:
         raise errors.ModelMismatch(
-            f"{field_name}: {stage.address} has {theirs}, {who} has {ours}", field=field_name, limit=ours, value=theirs
+            f"{field_name}: {address} has {theirs}, {who} has {ours}", field=field_name, limit=ours, value=theirs
         )

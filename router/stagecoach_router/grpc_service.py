@@ -15,12 +15,14 @@ from stagecoach.sampling import SamplingParams
 from stagecoach.v1 import inference_pb2 as pb
 from stagecoach.v1 import inference_pb2_grpc, model_pb2
 from stagecoach_router.callers import Caller, Callers
+from stagecoach_router.cluster_status import write_status
 from stagecoach_router.completion import FinishReason, Piece
-from stagecoach_router.discovery import Stage
-from stagecoach_router.engine import Engine, Generation
+from stagecoach_router.engine import Engine
+from stagecoach_router.generation import Generation
 from stagecoach_router.idempotency import AcceptedRequests, content_digest
-from stagecoach_router.pipeline_totals import StageTotals
+from stagecoach_router.pipeline_totals import PipelineTotals
 from stagecoach_router.request import Request, check_delivery, check_params, check_prompt, with_max_tokens
+from stagecoach_router.roster import Roster
 from stagecoach_router.tokenizer import Tokenizer
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -46,12 +48,20 @@ class Serving:
     """What the service serves once the pipeline has been open: the model, its tokenizer, its engine, its requests."""
 
     def __init__(
-        self, model: model_pb2.ModelDescription, tokenizer: Tokenizer, engine: Engine, accepted: AcceptedRequests
+        self,
+        model: model_pb2.ModelDescription,
+        tokenizer: Tokenizer,
+        engine: Engine,
+        accepted: AcceptedRequests,
+        roster: Roster,
+        totals: PipelineTotals,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.engine = engine
         self.accepted = accepted
+        self.roster = roster
+        self.totals = totals
 
 
 class InferenceService(inference_pb2_grpc.InferenceServicer):
@@ -133,10 +143,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             return pb.GetClusterStatusResponse(
                 pipelines=[pb.PipelineStatus(ready=False, reason=self.reason)], uptime_s=uptime_s
             )
-        pipeline = self.serving.engine.pipeline
-        if pipeline is not None and pipeline.lost is None:
-            await pipeline.refresh_loads(LOAD_REPORT_TIMEOUT_S)
-        return write_status(self.serving, uptime_s)
+        pipelines = [replica.pipeline for replica in self.serving.engine.replicas]
+        open_ones = [pipeline for pipeline in pipelines if pipeline is not None and pipeline.lost is None]
+        await asyncio.gather(*(pipeline.refresh_loads(LOAD_REPORT_TIMEOUT_S) for pipeline in open_ones))
+        serving = self.serving
+        return write_status(serving.model, serving.engine, serving.roster, serving.totals, uptime_s)
 
     async def _read_new(self, request: pb.GenerateRequest, serving: Serving, caller: Caller) -> Request:
         if self.draining:
@@ -178,7 +189,6 @@ async def read_request(request: pb.GenerateRequest, serving: Serving, caller: Ca
     check_params(params, vocab_size=model.vocab_size)
     prompt_tokens = tuple(await _tokens(request, serving.tokenizer))
     check_prompt(prompt_tokens, vocab_size=model.vocab_size, context_length=model.context_length)
-    blocks = serving.engine.scheduler.blocks
     return Request(
         request_id=request.request_id,
         prompt_tokens=prompt_tokens,
@@ -186,7 +196,7 @@ async def read_request(request: pb.GenerateRequest, serving: Serving, caller: Ca
             params,
             num_prompt_tokens=len(prompt_tokens),
             context_length=model.context_length,
-            capacity=blocks.num_blocks * blocks.block_size,
+            capacity=serving.engine.capacity_tokens,
         ),
         priority=request.priority,
         cache_salt=caller.cache_salt(request.cache_salt),
@@ -284,67 +294,3 @@ def _write_logprobs(piece: Piece, position: pb.PositionLogprobs, tokenizer: Toke
 
 def _token_logprob(token_id: int, logprob: float, tokenizer: Tokenizer) -> pb.TokenLogprob:
     return pb.TokenLogprob(token_id=token_id, text=tokenizer.token_text(token_id), logprob=logprob)
-
-
-def write_status(serving: Serving, uptime_s: float) -> pb.GetClusterStatusResponse:
-    """What the cluster is made of and what it did."""
-    engine = serving.engine
-    scheduler, counters = engine.scheduler, engine.counters
-    pipeline = engine.pipeline
-    assert pipeline is not None, "serving begins with an open pipeline"
-    totals = pipeline.totals
-    response = pb.GetClusterStatusResponse(
-        num_running=scheduler.num_running,
-        num_waiting=scheduler.num_waiting,
-        num_finished=counters.num_finished,
-        num_preemptions=scheduler.num_preemptions,
-        prompt_tokens=counters.prompt_tokens,
-        cached_prompt_tokens=counters.cached_prompt_tokens,
-        completion_tokens=counters.completion_tokens,
-        num_blocks=scheduler.blocks.num_blocks,
-        num_free_blocks=scheduler.blocks.num_free,
-        block_size=scheduler.blocks.block_size,
-        uptime_s=uptime_s,
-        looked_up_prompt_tokens=counters.looked_up_prompt_tokens,
-        num_repeats=counters.num_repeats,
-        active_s=engine.active_time.total_s,
-        num_results=totals.num_results,
-        result_payload_bytes=totals.result_payload_bytes,
-        result_bytes=totals.result_bytes,
-        num_frames=totals.frames.num_frames,
-        num_fast_frames=totals.frames.num_fast_frames,
-    )
-    status = response.pipelines.add(
-        model=serving.model,
-        epoch=pipeline.epoch,
-        ready=engine.ready,
-        reason="" if engine.ready else str(pipeline.lost or "no token has come through it yet"),
-    )
-    for stage in pipeline.stages:
-        status.stages.append(_stage_status(stage, totals.stage(stage.address)))
-    return response
-
-
-def _stage_status(stage: Stage, totals: StageTotals) -> pb.StageStatus:
-    description = stage.description
-    return pb.StageStatus(
-        address=stage.address,
-        layers=description.layers,
-        device=description.device,
-        dtype=description.dtype,
-        pid=description.pid,
-        hostname=description.hostname,
-        kernels=description.kernels,
-        weights_bytes=description.weights_bytes,
-        kv_cache_bytes=description.kv_cache_bytes,
-        num_steps=totals.num_steps,
-        num_tokens=totals.num_tokens,
-        compute_s=totals.compute_s,
-        wait_s=totals.wait_s,
-        queue_s=totals.queue_s,
-        decode_s=totals.decode_s,
-        encode_s=totals.encode_s,
-        queue_depth=stage.queue_depth,
-        num_frames=totals.num_frames,
-        num_fast_frames=totals.num_fast_frames,
-    )

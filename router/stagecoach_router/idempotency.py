@@ -19,7 +19,8 @@ from typing import Protocol
 from stagecoach import errors
 from stagecoach.v1 import inference_pb2 as pb
 from stagecoach_router.callers import Visit
-from stagecoach_router.engine import Engine, Generation
+from stagecoach_router.engine import Engine
+from stagecoach_router.generation import Generation
 from stagecoach_router.outputs import Sampled
 from stagecoach_router.pieces import PieceReader
 from stagecoach_router.remembered import Remembered

@@ -81,6 +81,10 @@ class BlockManager:
         sequence.num_committed = len(hits)
         return True
 
+    def num_cached_tokens(self, sequence: Sequence) -> int:
+        """Leading positions of an empty table's log that the prefix cache has now."""
+        return len(self._find_prefix(sequence)) * self.block_size
+
     def extend(self, sequence: Sequence, num_positions: int) -> bool:
         """Grows a table until it covers `num_positions`. False, and nothing is changed, if there are too few blocks."""
         if num_positions <= len(sequence.block_ids) * self.block_size:

@@ -220,6 +220,20 @@ class Scheduler:
         sequence.removed = True
         self._deadlines.discard(sequence)
 
+    def release(self, sequence: Sequence) -> float | None:
+        """Lets go of a sequence for another scheduler to adopt. Returns its deadline."""
+        if sequence.slot is not None:
+            self._unseat(sequence)
+        else:
+            self._waiting.leave(sequence)
+        return self._deadlines.discard(sequence)
+
+    def adopt(self, sequence: Sequence, deadline_s: float | None) -> None:
+        """Queues a sequence that another scheduler has released, however many wait: it was accepted once."""
+        assert sequence.token_limit <= self.blocks.capacity_tokens, f"{sequence} does not fit"
+        self._waiting.join(sequence)
+        self.set_deadline(sequence, deadline_s)
+
     @property
     def next_deadline_s(self) -> float | None:
         """When `expire` has something to do."""

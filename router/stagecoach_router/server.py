@@ -14,24 +14,25 @@ from stagecoach import lifecycle, tls
 from stagecoach.channel import MAX_PUBLIC_MESSAGE_BYTES, MAX_SHARD_MESSAGE_BYTES, Dial, check_address
 from stagecoach.errors import ConfigError, KVCacheFull, StagecoachError, Unavailable
 from stagecoach.health import Health
-from stagecoach.v1 import inference_pb2, inference_pb2_grpc
+from stagecoach.v1 import inference_pb2, inference_pb2_grpc, model_pb2
 from stagecoach_router.authentication import KeyRequired
 from stagecoach_router.callers import Callers
 from stagecoach_router.canary import Canary
-from stagecoach_router.discovery import Stage, check_same_pipeline, discover, fetch_files
+from stagecoach_router.discovery import Stage, fetch_files
 from stagecoach_router.engine import Engine
+from stagecoach_router.fleet import Fleet, FleetSettings
 from stagecoach_router.grpc_service import InferenceService, Serving
 from stagecoach_router.idempotency import AcceptedRequests
 from stagecoach_router.journal import Journal
 from stagecoach_router.key_file import KeyFile
 from stagecoach_router.kv_blocks import BlockManager
 from stagecoach_router.model_files import ModelFiles
-from stagecoach_router.pacing import Pacing
-from stagecoach_router.pipeline import LostHandler, Pipeline, ResultHandler
 from stagecoach_router.pipeline_totals import PipelineTotals
+from stagecoach_router.replica import Replica, ReplicaSettings
+from stagecoach_router.roster import Roster
 from stagecoach_router.scheduler import Scheduler
 from stagecoach_router.settings import RouterSettings
-from stagecoach_router.slowness import Slowness
+from stagecoach_router.steps import Counters
 from stagecoach_router.tokenizer import Tokenizer
 from stagecoach_router.watchdog import FaultLimits
 
@@ -96,13 +97,6 @@ def _shard_addresses(settings: RouterSettings) -> list[str]:
     addresses = [check_address(part.strip(), "shards") for part in settings.shards.split(",")]
     if len(set(addresses)) != len(addresses):
         raise ConfigError("shards: an address is named twice", field="shards", value=settings.shards)
-    if 0 < settings.lanes < len(addresses):
-        raise ConfigError(
-            f"lanes: {settings.lanes} would leave some of {len(addresses)} stages idle",
-            field="lanes",
-            limit=len(addresses),
-            value=settings.lanes,
-        )
     return addresses
 
 
@@ -136,17 +130,27 @@ async def _work(
 ) -> None:
     if journal is not None:
         await journal.open()
-    serving = await _join_when_possible(settings, addresses, service, health, dial, journal)
-    pipeline = serving.engine.pipeline
-    assert pipeline is not None, "joined"
-    for stage in pipeline.stages:
-        logger.info("layers %s at %s (%s)", stage.layers, stage.address, stage.description.device)
-    blocks = serving.engine.scheduler.blocks
-    logger.info("%s ready: %d K/V blocks of %d", serving.model.name, blocks.num_blocks, blocks.block_size)
+    fleet = make_fleet(settings, addresses, dial)
+    watching = asyncio.create_task(fleet.roster.run())
+    try:
+        await _serve_fleet(settings, fleet, service, health, dial, journal)
+    finally:
+        watching.cancel()
+
+
+async def _serve_fleet(
+    settings: RouterSettings,
+    fleet: Fleet,
+    service: InferenceService,
+    health: Health,
+    dial: Dial,
+    journal: Journal | None,
+) -> None:
+    serving = await _join_when_possible(settings, fleet, service, health, dial, journal)
     if journal is not None:
         await _take_over(journal, serving, settings.max_linger_s)
     service.serving = serving
-    await serving.engine.run()
+    await serving.engine.run(fleet.another)
 
 
 async def _take_over(journal: Journal, serving: Serving, linger_s: float) -> None:
@@ -171,7 +175,7 @@ async def _take_over(journal: Journal, serving: Serving, linger_s: float) -> Non
 
 async def _join_when_possible(
     settings: RouterSettings,
-    addresses: list[str],
+    fleet: Fleet,
     service: InferenceService,
     health: Health,
     dial: Dial,
@@ -183,7 +187,7 @@ async def _join_when_possible(
     """
     while True:
         try:
-            return await _join(settings, addresses, health, dial, journal)
+            return await _join(settings, fleet, health, dial, journal)
         except (Unavailable, KVCacheFull) as error:
             if service.reason != str(error):
                 logger.info("waiting for shards: %s", error)
@@ -191,73 +195,76 @@ async def _join_when_possible(
             await asyncio.sleep(CONNECT_RETRY_DELAY_S)
 
 
-async def _join(
-    settings: RouterSettings, addresses: list[str], health: Health, dial: Dial, journal: Journal | None
-) -> Serving:
-    stages = await discover(addresses, dial)
-    model = stages[0].description.model
+async def _join(settings: RouterSettings, fleet: Fleet, health: Health, dial: Dial, journal: Journal | None) -> Serving:
+    shard = await fleet.first_shard()
+    model = model_pb2.ModelDescription()
+    model.CopyFrom(shard.description.model)
     if settings.model_name:
         model.name = settings.model_name
     if settings.model is not None:
         files = await asyncio.to_thread(ModelFiles.from_folder, settings.model)
     else:
-        files = ModelFiles(await fetch_files(stages[0].address, dial))
+        files = ModelFiles(await fetch_files(shard.address, dial))
     tokenizer = await asyncio.to_thread(Tokenizer, files)
-    engine = build_engine(settings, addresses, stages[0], tokenizer, health.set_ready, dial)
-    await engine.open()
-    return Serving(model, tokenizer, engine, AcceptedRequests(engine, max_linger_s=settings.max_linger_s, log=journal))
+    engine = build_engine(settings, fleet, shard, tokenizer, health.set_ready)
+    await engine.open_replica()
+    accepted = AcceptedRequests(engine, max_linger_s=settings.max_linger_s, log=journal)
+    return Serving(model, tokenizer, engine, accepted, fleet.roster, fleet.totals)
+
+
+def make_fleet(settings: RouterSettings, addresses: list[str], dial: Dial) -> Fleet:
+    """The shards, and what makes pipelines of them."""
+    lease_id = secrets.randbits(64)
+    faults = FaultLimits(settings.fault_timeout_s, settings.step_timeout_s)
+    return Fleet(
+        Roster(addresses, dial, lease_id=lease_id, timeout_s=settings.fault_timeout_s),
+        FleetSettings(
+            num_stages=settings.stages,
+            num_replicas=settings.replicas,
+            kv_blocks=settings.kv_blocks,
+            lanes=settings.lanes,
+            max_slots=settings.max_running + 1,  # the last one is the canary's
+            faults=faults,
+        ),
+        lease_id=lease_id,
+        totals=PipelineTotals(),
+        dial=dial,
+    )
 
 
 def build_engine(
-    settings: RouterSettings,
-    addresses: list[str],
-    first: Stage,
-    tokenizer: Tokenizer,
-    on_ready: Callable[[bool], None],
-    dial: Dial,
+    settings: RouterSettings, fleet: Fleet, shard: Stage, tokenizer: Tokenizer, on_ready: Callable[[bool], None]
 ) -> Engine:
-    """The engine for the pipeline of which `first` is a stage."""
-    model = first.description.model
-    lease_id = secrets.randbits(64)
-    totals = PipelineTotals()
+    """The engine for the model that `shard` has a part of."""
+    model = shard.description.model
+    replica_settings = ReplicaSettings(
+        vocab_size=model.vocab_size,
+        max_batch_tokens=settings.max_batch_tokens,
+        recovery_timeout_s=settings.recovery_timeout_s,
+        slowness_window_s=settings.fault_timeout_s / 2,
+        lanes=settings.lanes,
+    )
 
-    async def connect(epoch: int, on_result: ResultHandler, on_lost: LostHandler) -> Pipeline:
-        stages = await discover(addresses, dial, lease_id=lease_id)
-        check_same_pipeline(first, stages[0])
-        pipeline = Pipeline(
-            stages,
-            lease_id=lease_id,
-            epoch=epoch,
-            on_result=on_result,
-            on_lost=on_lost,
-            totals=totals,
-            dial=dial,
-            faults=FaultLimits(settings.fault_timeout_s, settings.step_timeout_s),
-        )
-        num_blocks = num_blocks_to_lease(settings.kv_blocks, stages)
-        await pipeline.open(num_blocks=num_blocks, max_slots=settings.max_running + 1)  # the last one is the canary's
-        return pipeline
-
-    pacing = Pacing(len(addresses), settings.lanes)
-    return Engine(
-        Scheduler(
-            BlockManager(1, first.description.block_size),  # the engine tells it how many when the pipeline is open
+    def make_replica(counters: Counters, on_change: Callable[[Replica], None], on_work: Callable[[], None]) -> Replica:
+        scheduler = Scheduler(
+            BlockManager(1, shard.description.block_size),  # the replica tells it how many when its pipeline is open
             max_batch_tokens=settings.max_batch_tokens,
             max_running=settings.max_running,
             max_waiting=settings.max_waiting,
             max_logit_rows=max(1, MAX_SHARD_MESSAGE_BYTES // 2 // (4 * model.vocab_size)),
-            pacing=pacing,
             context_length=model.context_length,
-        ),
-        tokenizer,
-        vocab_size=model.vocab_size,
-        connect=connect,
-        on_ready=on_ready,
-        canary=Canary(settings.canary_interval_s, slot=settings.max_running, vocab_size=model.vocab_size),
-        slowness=Slowness(pacing, settings.fault_timeout_s / 2),
-        max_batch_tokens=settings.max_batch_tokens,
-        recovery_timeout_s=settings.recovery_timeout_s,
-    )
+        )
+        return Replica(
+            scheduler,
+            replica_settings,
+            connect=fleet.connector(),
+            canary=Canary(settings.canary_interval_s, slot=settings.max_running, vocab_size=model.vocab_size),
+            counters=counters,
+            on_change=on_change,
+            on_work=on_work,
+        )
+
+    return Engine(tokenizer, vocab_size=model.vocab_size, make_replica=make_replica, on_ready=on_ready)
 
 
 def _edge_identity(settings: RouterSettings) -> tls.Identity | None:
@@ -267,19 +274,3 @@ def _edge_identity(settings: RouterSettings) -> tls.Identity | None:
             raise ConfigError("tls_client_ca: callers show no certificates without TLS", field="tls_client_ca")
         return None
     return tls.Identity(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
-
-
-def num_blocks_to_lease(wanted: int, stages: list[Stage]) -> int:
-    """What is free on every stage, or `wanted` of it and one for the canary.
-
-    Raises KVCacheFull, ConfigError for more than there ever are.
-    """
-    needed = max(wanted, 1) + 1
-    free_blocks = min(stage.description.num_free_blocks for stage in stages)
-    all_blocks = min(stage.description.num_blocks for stage in stages)
-    if needed > all_blocks:
-        text = f"kv_blocks: {needed - 1} wanted and one for the canary, a stage has {all_blocks}"
-        raise ConfigError(text, field="kv_blocks", limit=all_blocks - 1, value=wanted)
-    if free_blocks < needed:
-        raise KVCacheFull(needed_blocks=needed, free_blocks=free_blocks)
-    return needed if wanted else free_blocks

@@ -14,7 +14,19 @@ from stagecoach.link_settings import LinkSettings
 class RouterSettings(LinkSettings):
     """Serves a model whose layers are spread over shards."""
 
-    shards: str = Field(description="HOST:PORT of every shard, separated by commas, in any order")
+    shards: str = Field(
+        description="HOST:PORT of every shard, separated by commas, in any order; what one pipeline does not need "
+        "makes further ones, or stands by"
+    )
+    stages: int = Field(
+        0, ge=0, le=1024, description="of a pipeline of shards that have no layers of their own; 0: all of these shards"
+    )
+    replicas: int = Field(
+        0,
+        ge=0,
+        le=1024,
+        description="pipelines for which shards without layers load some; 0: one, the others stand by as spares",
+    )
     listen: str = Field("127.0.0.1:50050", description="HOST:PORT; port 0 lets the system choose")
     model: Path | None = Field(None, description="folder with the tokenizer; unset: fetched from the first shard")
     model_name: str | None = Field(None, description="what callers call the model; unset: the checkpoint folder's name")

@@ -9,8 +9,8 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from stagecoach import errors
 from stagecoach_client import AsyncClient
-from stagecoach_router.engine import Engine
 from stagecoach_router.server import SERVICE_NAME
+from stagecoach_router.steps import Steps
 from tests.cluster import start_router, start_shard, wait_until_ready
 from tests.integration.test_generate import greedy, random_prompts, reference_tokens
 
@@ -232,13 +232,13 @@ async def test_a_stage_that_answers_twice_loses_the_pipeline_and_does_not_hang_i
 
 
 async def test_a_caller_that_does_not_read_is_cut_off(tiny_model, monkeypatch):
-    from stagecoach_router import engine
+    from stagecoach_router import steps
 
     shard = start_shard(tiny_model, "0:4")
     router = start_router([shard.address])
     async with AsyncClient(router.address, max_retries=0) as client:
         await wait_until_ready(client, router, shard)
-        monkeypatch.setattr(engine, "MAX_UNREAD_PIECES", 0)
+        monkeypatch.setattr(steps, "MAX_UNREAD_PIECES", 0)
         with pytest.raises(errors.Overloaded, match="not being read"):
             await client.generate(token_ids=[1, 2, 3], **greedy(6))
         monkeypatch.undo()
@@ -267,7 +267,7 @@ async def test_an_error_amid_a_step_loses_no_token_that_was_sampled_before_it(
 ):
     client, _, _ = breakable
     prompts = random_prompts(4, 25)
-    advance, num_tokens = Engine._advance, 0
+    advance, num_tokens = Steps._advance, 0
 
     def advance_until(self, run, sampled):
         nonlocal num_tokens
@@ -276,7 +276,7 @@ async def test_an_error_amid_a_step_loses_no_token_that_was_sampled_before_it(
             raise RuntimeError("unforeseen")
         return advance(self, run, sampled)
 
-    monkeypatch.setattr(Engine, "_advance", advance_until)
+    monkeypatch.setattr(Steps, "_advance", advance_until)
     async with asyncio.timeout(RESTART_TIMEOUT_S):
         answers = await asyncio.gather(*(client.generate(token_ids=prompt, **greedy(30)) for prompt in prompts))
     for prompt, answer in zip(prompts, answers, strict=True):

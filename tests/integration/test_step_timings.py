@@ -9,7 +9,7 @@ import pytest
 from stagecoach import errors
 from stagecoach_client import AsyncClient
 from stagecoach_client.activity import activity
-from stagecoach_router.discovery import discover
+from stagecoach_router.discovery import describe
 from stagecoach_router.pipeline import Pipeline
 from stagecoach_router.pipeline_totals import PipelineTotals
 from tests.cluster import cluster, start_router, start_shard, wait_until_ready
@@ -34,7 +34,7 @@ async def discovered(addresses):
     async with asyncio.timeout(TIMEOUT_S):
         while True:
             try:
-                return await discover(addresses)
+                return [await describe(address) for address in addresses]
             except errors.Unavailable:  # it loads
                 await asyncio.sleep(0.02)
 

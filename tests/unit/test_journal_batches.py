@@ -10,7 +10,7 @@ import pytest
 
 from stagecoach.sampling import SamplingParams
 from stagecoach_router.completion import FinishReason, Piece
-from stagecoach_router.engine import Generation
+from stagecoach_router.generation import Generation
 from stagecoach_router.idempotency import Accepted
 from stagecoach_router.journal import Journal
 from stagecoach_router.outputs import Sampled

@@ -1,0 +1,46 @@
+"""A request on its way: its completions, each with its sequence and everything that follows it. Knows no pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+
+from stagecoach_router.completion import Completion
+from stagecoach_router.outputs import OutputWant, Sampled
+from stagecoach_router.pieces import Pieces
+from stagecoach_router.request import Request
+from stagecoach_router.sequence import Sequence
+from stagecoach_router.step_sampler import Chooser
+
+
+class Generation:
+    """One request on its way, and its pieces."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.pieces = Pieces(request.params.n)
+        self.runs: list[Run] = []
+
+
+@dataclass(eq=False, slots=True)
+class Run:
+    """One completion of a request. All that is needed to go on with it elsewhere is here."""
+
+    generation: Generation
+    sequence: Sequence
+    completion: Completion
+    chooser: Chooser
+    want: OutputWant
+    retry: OutputWant | None = None  # for the next logits only: more than `want`, which did not do
+    num_losses: int = 0  # of pipelines, since its last token
+
+    def replay(self, past: Many[Sampled]) -> bool:
+        """Takes tokens that were sampled before. Returns whether the completion is finished with them."""
+        for sampled in past:
+            self.sequence.output_tokens.append(sampled.token_id)
+            self.chooser.counts.add(sampled.token_id)
+            piece = self.completion.advance(sampled)
+            self.generation.pieces.put(piece)
+            if piece.finish_reason is not None:
+                return True
+        return False

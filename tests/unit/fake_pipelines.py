@@ -1,0 +1,133 @@
+"""An engine over pipelines of no network, that answer, break and come back when told to."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from stagecoach.errors import Unavailable
+from stagecoach.framing import read_frame
+from stagecoach.sampling import SamplingParams
+from stagecoach.v1 import shard_pb2 as pb
+from stagecoach_router.canary import Canary
+from stagecoach_router.engine import Engine
+from stagecoach_router.kv_blocks import BlockManager
+from stagecoach_router.replica import Replica, ReplicaSettings
+from stagecoach_router.request import Request
+from stagecoach_router.scheduler import Scheduler
+
+VOCAB_SIZE = 1000
+TOKEN = 5
+BLOCK_SIZE = 16
+
+
+class NoText:
+    """A tokenizer without texts."""
+
+    eos_token_ids = ()
+
+    def detokenizer(self, _: list[int]) -> Any:
+        return SimpleNamespace(feed=lambda token: "", flush=lambda: "")
+
+
+class FakePipeline:
+    """What one replica is connected to, with `num_blocks` for requests. Epochs are of its own."""
+
+    def __init__(self, num_blocks: int = 8) -> None:
+        self.num_blocks = num_blocks
+        self.sent: list[pb.MicroBatchHeader] = []
+        self.epoch = 0
+
+    async def connect(self, on_result: Any, on_lost: Any) -> Any:
+        self.on_result, self._on_lost = on_result, on_lost
+        self.epoch += 1
+        self.sent.clear()
+        self._open = SimpleNamespace(
+            lost=None,
+            stages=[None, None],
+            num_blocks=self.num_blocks + 1,
+            max_batch_tokens=64,
+            max_queued_steps=4,
+            lease_id=1,
+            epoch=self.epoch,
+            send=self._send,
+        )
+        return self._open
+
+    def _send(self, frame: bytes, expected_s: float | None) -> None:
+        message, _ = read_frame(pb.MicroBatch, frame)
+        self.sent.append(message.header)
+
+    def answer(self, token: int = TOKEN) -> None:
+        """The oldest step comes back, with the same token for every row that wants one."""
+        header = self.sent.pop(0)
+        result = pb.StepResult(epoch=header.epoch, step=header.step)
+        payload = b""
+        for group in header.outputs:
+            rows = len(group.token_indices)
+            result.outputs.add(num_rows=rows, num_columns=1, candidates=True, dtype=1)
+            payload += np.full(rows, token, "<i4").tobytes() + np.ones(rows, "<f4").tobytes()
+        self.on_result(result, memoryview(payload))
+
+    def answer_all(self, most: int = 1000) -> None:
+        """Until nothing is under way."""
+        for _ in range(most):
+            if not self.sent:
+                return
+            self.answer()
+        raise AssertionError(f"more than {most} steps")
+
+    def break_down(self) -> None:
+        error = Unavailable("gone")
+        self._open.lost = error
+        self._on_lost(error)
+
+
+class FakeCluster:
+    """An engine and its pipelines, of which `open` opens the next."""
+
+    def __init__(self, *pipelines: FakePipeline, max_running: int = 4, max_waiting: int = 9) -> None:
+        self.pipelines = pipelines
+        self.readiness: list[bool] = []
+        self._max_running = max_running
+        self._max_waiting = max_waiting
+        self._not_open = list(pipelines)
+        self.engine = Engine(
+            NoText(),  # type: ignore[arg-type]
+            vocab_size=VOCAB_SIZE,
+            make_replica=self._make_replica,
+            on_ready=self.readiness.append,
+        )
+
+    async def open(self, *, answered: bool = False) -> Replica:
+        """Opens one more; `answered`: its canary's token has come."""
+        pipeline = self._not_open[0]
+        replica = await self.engine.open_replica()
+        if answered:
+            pipeline.answer()
+        return replica
+
+    def _make_replica(self, counters: Any, on_change: Any, on_work: Any) -> Replica:
+        scheduler = Scheduler(
+            BlockManager(1, BLOCK_SIZE),
+            max_batch_tokens=64,
+            max_running=self._max_running,
+            max_waiting=self._max_waiting,
+            context_length=256,
+        )
+        return Replica(
+            scheduler,
+            ReplicaSettings(vocab_size=VOCAB_SIZE, max_batch_tokens=64, recovery_timeout_s=60.0, slowness_window_s=2.5),
+            connect=self._not_open.pop(0).connect,
+            canary=Canary(1.0, slot=self._max_running, vocab_size=VOCAB_SIZE),
+            counters=counters,
+            on_change=on_change,
+            on_work=on_work,
+        )
+
+
+def request(name: str, *, num_prompt: int = 3, max_tokens: int = 20, n: int = 1, priority: int = 0) -> Request:
+    prompt = tuple(hash((name, index)) % VOCAB_SIZE for index in range(num_prompt))
+    return Request(name, prompt, SamplingParams(temperature=0.0, max_tokens=max_tokens, n=n, seed=1), priority)

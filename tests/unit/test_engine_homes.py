@@ -1,0 +1,171 @@
+"""Which of several pipelines computes a request, and where it goes on when that one breaks. No network."""
+
+from __future__ import annotations
+
+import pytest
+
+from stagecoach.errors import DeadlineExceeded, OutOfRange, Overloaded, ShardFault
+from stagecoach_router.replica import MAX_REPLAYS_WITHOUT_PROGRESS
+from tests.unit.fake_pipelines import TOKEN, FakeCluster, FakePipeline, request
+
+LONG = 40
+
+
+async def two(**settings):
+    pipelines = FakePipeline(), FakePipeline()
+    cluster = FakeCluster(*pipelines, **settings)
+    replicas = [await cluster.open(answered=True), await cluster.open(answered=True)]
+    return cluster, pipelines, replicas
+
+
+def tokens_of(generation):
+    return [piece.token_id for piece in generation.pieces.read_from(0)]
+
+
+async def test_requests_spread_over_the_pipelines():
+    cluster, _, replicas = await two()
+    for number in range(6):
+        cluster.engine.submit(request(str(number)))
+    assert [replica.num_sequences for replica in replicas] == [3, 3]
+
+
+async def test_a_known_prefix_decides_between_pipelines_that_are_about_as_busy():
+    cluster, pipelines, replicas = await two()
+    for _ in range(3):
+        generation = cluster.engine.submit(request("the same", num_prompt=40))
+        pipelines[0].answer_all()
+        assert generation.pieces.ended
+    assert [replica.scheduler.blocks.num_hit_tokens for replica in replicas] == [64, 0]
+
+
+async def test_what_a_lost_pipeline_computed_goes_on_at_once_where_it_stopped():
+    cluster, pipelines, replicas = await two()
+    generation = cluster.engine.submit(request("a", max_tokens=6))
+    home, other = (0, 1) if replicas[0].num_sequences else (1, 0)
+    for _ in range(3):
+        pipelines[home].answer(TOKEN)
+    pipelines[home].break_down()
+    assert cluster.engine.ready, "the other one serves"
+    assert replicas[home].num_sequences == 0
+    [header] = pipelines[other].sent
+    assert list(header.row_num_tokens) == [3 + 3], "the prompt and what was generated, in one prefill"
+    pipelines[other].answer_all()
+    assert tokens_of(generation) == [TOKEN] * 6
+    assert all(replica.scheduler.blocks.num_free == replica.scheduler.blocks.num_blocks for replica in replicas)
+
+
+async def test_late_results_of_the_lost_pipeline_change_nothing():
+    cluster, pipelines, replicas = await two()
+    generation = cluster.engine.submit(request("a", max_tokens=4))
+    home = 0 if replicas[0].num_sequences else 1
+    plan = next(iter(replicas[home].scheduler._in_flight))
+    pipelines[home].break_down()
+    assert replicas[home].scheduler.complete(plan) == []
+    pipelines[1 - home].answer_all()
+    assert tokens_of(generation) == [TOKEN] * 4
+
+
+async def test_all_completions_of_a_request_move_together():
+    cluster, pipelines, replicas = await two()
+    generation = cluster.engine.submit(request("a", n=3, max_tokens=5, num_prompt=20))
+    home = 0 if replicas[0].num_sequences else 1
+    pipelines[home].answer()
+    pipelines[home].break_down()
+    assert replicas[1 - home].num_sequences == 3
+    pipelines[1 - home].answer_all()
+    assert [run.completion.num_tokens for run in generation.runs] == [5, 5, 5]
+
+
+async def test_where_no_pipeline_is_left_requests_wait_and_the_first_one_back_takes_them_all():
+    cluster, pipelines, replicas = await two()
+    generations = [cluster.engine.submit(request(str(number), max_tokens=3)) for number in range(4)]
+    for pipeline in pipelines:
+        pipeline.break_down()
+    assert cluster.readiness == [True, False]
+    late = cluster.engine.submit(request("late", max_tokens=3))
+    await replicas[1].open()
+    assert not cluster.engine.ready
+    pipelines[1].answer_all()
+    assert [tokens_of(each) for each in [*generations, late]] == [[TOKEN] * 3] * 5
+    assert cluster.readiness == [True, False, True]
+
+
+async def test_what_fits_only_the_lost_pipeline_waits_for_it():
+    pipelines = FakePipeline(num_blocks=8), FakePipeline(num_blocks=2)
+    cluster = FakeCluster(*pipelines)
+    large, small = await cluster.open(answered=True), await cluster.open(answered=True)
+    long_one = cluster.engine.submit(request("long", num_prompt=LONG, max_tokens=LONG))
+    assert large.num_sequences == 1
+    with pytest.raises(OutOfRange):
+        cluster.engine.submit(request("too long", num_prompt=LONG, max_tokens=100))
+    pipelines[0].break_down()
+    assert (large.num_sequences, small.num_sequences) == (1, 0)
+    await large.open()
+    pipelines[0].answer_all()
+    assert tokens_of(long_one) == [TOKEN] * LONG
+
+
+async def test_a_newcomer_takes_its_share_of_those_that_wait_the_last_ones_first():
+    pipelines = FakePipeline(), FakePipeline()
+    cluster = FakeCluster(*pipelines, max_running=2)
+    first = await cluster.open(answered=True)
+    generations = [cluster.engine.submit(request(str(number), max_tokens=5)) for number in range(6)]
+    second = await cluster.open()
+    assert second.num_sequences == 0, "nothing has come through it yet"
+    pipelines[1].answer()
+    assert (first.num_sequences, second.num_sequences) == (3, 3)
+    assert first.generations == generations[:3]
+    for pipeline in pipelines:
+        pipeline.answer_all()
+    assert [tokens_of(each) for each in generations] == [[TOKEN] * 5] * 6
+
+
+async def test_a_moved_request_keeps_its_deadline():
+    cluster, pipelines, replicas = await two()
+    generation = cluster.engine.submit(request("a"))
+    cluster.engine.set_deadline(generation, 0.0 + 1e12)
+    home = 0 if replicas[0].num_sequences else 1
+    pipelines[home].break_down()
+    assert [replica.scheduler.next_deadline_s for replica in (replicas[home], replicas[1 - home])] == [None, 1e12]
+    cluster.engine.set_deadline(generation, 0.0)
+    with pytest.raises(DeadlineExceeded):
+        generation.pieces.read_from(0)
+    await_no_timer(cluster)
+
+
+def await_no_timer(cluster):
+    assert all(replica.scheduler.next_deadline_s is None for replica in cluster.engine.replicas)
+
+
+async def test_a_request_that_breaks_every_pipeline_it_is_on_is_given_up():
+    cluster, pipelines, replicas = await two()
+    poison = cluster.engine.submit(request("poison"))
+    for _ in range(MAX_REPLAYS_WITHOUT_PROGRESS + 1):
+        home = next(index for index, replica in enumerate(replicas) if replica.num_sequences)
+        pipelines[home].break_down()
+        await replicas[home].open()
+        pipelines[home].answer()
+    with pytest.raises(ShardFault, match="lost 4 times"):
+        poison.pieces.read_from(0)
+
+
+async def test_the_line_is_bounded_at_the_door_but_never_for_what_was_accepted():
+    cluster, pipelines, replicas = await two(max_running=1, max_waiting=2)
+    accepted = [cluster.engine.submit(request(str(number), max_tokens=3)) for number in range(6)]
+    with pytest.raises(Overloaded):
+        cluster.engine.submit(request("one too many"))
+    pipelines[0].break_down()
+    assert replicas[1].num_sequences == 6
+    pipelines[1].answer_all()
+    assert [tokens_of(each) for each in accepted] == [[TOKEN] * 3] * 6
+
+
+async def test_cancelling_reaches_a_request_wherever_it_is():
+    cluster, pipelines, replicas = await two()
+    generation = cluster.engine.submit(request("a"))
+    home = 0 if replicas[0].num_sequences else 1
+    pipelines[home].break_down()
+    cluster.engine.cancel(generation)
+    pipelines[1 - home].answer_all()
+    assert [replica.num_sequences for replica in replicas] == [0, 0]
+    assert replicas[1 - home].scheduler.blocks.num_free == 8
