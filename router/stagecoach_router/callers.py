@@ -21,9 +21,9 @@ _NO_SHA256 = "0" * 64
 class Visit:
     """A request that was let in. It counts as running until `end`: that of the `with` statement, unless it is kept."""
 
-    def __init__(self, caller: Caller) -> None:
+    def __init__(self, caller: Caller, num_charged: int = 0) -> None:
         self._caller = caller
-        self._num_charged = 0
+        self._num_charged = num_charged  # tokens
         self._kept = False
         self._ended = False
         caller.num_running += 1
@@ -163,6 +163,14 @@ class Callers:
             else:
                 caller.change(entry.grant, now_s)
             self._by_name[entry.name] = caller
+
+    def resume(self, name: str, num_charged: int) -> Visit:
+        """Lets in what a former process had let in and charged `name` so many tokens for, whatever the limits say now.
+
+        To be used in a `with` statement. A request of somebody who is no caller any more counts for nobody.
+        """
+        caller = self._anyone or self._by_name.get(name) or Caller(name, Grant(), 0.0)
+        return Visit(caller, num_charged)
 
     def identify(self, metadata: Iterable[tuple[str, str | bytes]] | None) -> Caller:
         """Whose call this is, by its `authorization: Bearer KEY`. Raises Unauthenticated, which never quotes a key."""

@@ -35,7 +35,7 @@ class Accepted:
     digest: bytes
     generation: Generation
     linger_s: float
-    visit: Visit | None = None  # what it counts as for its caller; None: a former process let it in
+    visit: Visit | None = None  # what it counts as for its caller
     lapse: asyncio.TimerHandle | None = None  # ends it, as nobody reads
 
     def charge(self) -> None:

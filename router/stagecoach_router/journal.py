@@ -63,6 +63,8 @@ class Journal:
         num_tokens = [run.completion.num_tokens for run in accepted.generation.runs]
 
         def tap(piece: Piece) -> None:
+            if pieces.ended:  # it failed, and was forgotten: what is written now would be left over in the file
+                return
             if self._closed:  # not in the file: the next process will compute it, and show it
                 return
             if self._store is None:  # the disk has failed: better an answer that does not outlive us than none
@@ -90,7 +92,7 @@ class Journal:
             await self._writing
         store, self._store = self._store, None
         if store is not None:
-            await self._in_thread(store.close)
+            await self._close(store)
         self._thread.shutdown(wait=False)
 
     def _write(self, entry: Entry) -> None:
@@ -105,23 +107,28 @@ class Journal:
     async def _transact(self, store: JournalStore) -> None:
         entries, self._entries = self._entries, []
         shows, self._shows = self._shows, {}
+        failed = False
         try:
             await self._in_thread(lambda: store.apply(entries))
         except Exception as error:  # the disk's, or a bug's: without this, answers would be held back for ever
             logger.error("journal: %s: %s: requests will not outlive this process", self._path, error)
-            await self._give_up(store)
+            failed, self._store = True, None
+            self._entries.clear()
+            for pieces, num_pieces in self._shows.items():  # what came meanwhile
+                shows[pieces] = shows.get(pieces, 0) + num_pieces
+            self._shows.clear()
         for pieces, num_pieces in shows.items():
             pieces.show(num_pieces)
+        if failed:
+            await self._close(store)
         self._writing = None
         self._write_next()
 
-    async def _give_up(self, store: JournalStore) -> None:
-        self._store = None
-        self._entries.clear()
-        shows, self._shows = self._shows, {}
-        for pieces, num_pieces in shows.items():
-            pieces.show(num_pieces)
-        await self._in_thread(store.close)
+    async def _close(self, store: JournalStore) -> None:
+        try:
+            await self._in_thread(store.close)
+        except Exception as error:  # what was written before is there or not: nobody can do anything about it now
+            logger.error("journal: %s could not be closed: %s", self._path, error)
 
     async def _in_thread(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)

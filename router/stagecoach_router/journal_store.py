@@ -2,26 +2,32 @@
 
 In write-ahead mode with `synchronous=NORMAL` a transaction that was committed survives the death of the process; the
 last ones may be lost with the machine's power. The file holds prompts and answers, so only its owner may read it.
+
+A file is ours if its schema is, to the letter: views, triggers and whatever else SQLite would run are not in it. Every
+page is looked at before a row is read, as a tree whose branches meet again could take for ever; what is read takes
+memory in proportion to the file.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sqlite3
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from stagecoach.errors import ConfigError
-from stagecoach.sampling import SamplingParams
+from stagecoach.errors import ConfigError, InvalidArgument
+from stagecoach_router.journal_records import check_past, read_request, read_sampled, write_logprobs, write_request
 from stagecoach_router.outputs import Sampled
-from stagecoach_router.request import Request, RequestKey
+from stagecoach_router.request import Request, RequestKey, check_params, check_prompt
 
 FORMAT = "1"
 # For a file that another process has open; one that died gives it back at once.
 LOCK_TIMEOUT_S = 1.0
+# Of one value in the file. A prompt comes in a message of 4 MiB, in which a token takes a byte or more, and here ten.
+MAX_VALUE_BYTES = 64 << 20
 
 _SCHEMA = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -81,6 +87,17 @@ class JournaledRequest:
     request: Request
     past: list[list[Sampled]] = field(repr=False)
 
+    def check(self, *, vocab_size: int, context_length: int) -> None:
+        """Raises InvalidArgument or OutOfRange for what no request of this model can be."""
+        request = self.request
+        check_prompt(request.prompt_tokens, vocab_size=vocab_size, context_length=context_length)
+        check_params(request.params, vocab_size=vocab_size)
+        check_past(self.past, request.params, vocab_size=vocab_size)
+
+
+# Name, type, table and statement of what a database has.
+_Schema = list[tuple[object, ...]]
+
 
 class JournalStore:
     """An open journal. Raises ConfigError where the file is none of ours, or another router has it open."""
@@ -96,7 +113,8 @@ class JournalStore:
             self._prepare()
         except sqlite3.Error as error:
             self._db.close()
-            locked = error.sqlite_errorcode == sqlite3.SQLITE_BUSY
+            # Python's own errors of this class, as for text that is none, have no code.
+            locked = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY
             what = "is in use: has another router opened it?" if locked else f"is no journal: {error}"
             raise ConfigError(f"journal: {path} {what}", field="journal", value=path) from error
         except ConfigError:
@@ -105,21 +123,36 @@ class JournalStore:
 
     def _prepare(self) -> None:
         execute = self._db.execute
+        self._db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_VALUE_BYTES)
         execute("PRAGMA locking_mode = EXCLUSIVE")  # until we close it or die; before the first access
-        is_new = execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
-        if not is_new:  # nothing is changed in a file that is not ours
-            self._check("format", FORMAT, "this router's")
+        theirs = _schema_of(self._db)
+        if theirs:  # nothing is changed in a file that is not ours
+            self._check_schema(theirs)
         execute("PRAGMA journal_mode = WAL")
         execute("PRAGMA synchronous = NORMAL")
-        if is_new:
+        if not theirs:
             self._db.executescript(f"BEGIN;{_SCHEMA}INSERT INTO meta VALUES ('format', '{FORMAT}');COMMIT;")
         execute("BEGIN IMMEDIATE")  # takes the lock now
         execute("COMMIT")
 
+    def _check_schema(self, theirs: _Schema) -> None:
+        with closing(sqlite3.connect(":memory:")) as new:
+            new.executescript(_SCHEMA)
+            ours = _schema_of(new)
+        if ours[0] not in theirs:  # that is `meta`, which says the format
+            raise self._error("is no journal: it has other tables")
+        health = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if health != "ok":
+            raise self._error(f"is damaged: {health}")
+        self._check("format", FORMAT, "this router's")
+        if theirs != ours:
+            raise self._error("is no journal: it has other tables")
+
     def check_model(self, fingerprint: str) -> None:
         """Raises ConfigError for a journal of another model than this. A new one becomes this model's."""
-        self._db.execute("INSERT OR IGNORE INTO meta VALUES ('model', ?)", (fingerprint,))
-        self._check("model", fingerprint, "the shards'")
+        with self._reading():
+            self._db.execute("INSERT OR IGNORE INTO meta VALUES ('model', ?)", (fingerprint,))
+            self._check("model", fingerprint, "the shards'")
 
     def apply(self, entries: Iterable[Entry]) -> None:
         """Writes them in order, all or, where it raises sqlite3.Error, none."""
@@ -129,22 +162,21 @@ class JournalStore:
                 self._apply(entry)
 
     def drop_finished_before(self, finished_s: float) -> None:
-        """Forgets requests that were finished before that Unix time."""
+        """Forgets requests that were finished before that Unix time. Raises ConfigError for a damaged file."""
         old = "SELECT owner, request_id FROM requests WHERE finished_s < ?"
-        with self._db:
+        with self._reading(), self._db:
             self._db.execute("BEGIN")
             self._db.execute(f"DELETE FROM tokens WHERE (owner, request_id) IN ({old})", (finished_s,))
             self._db.execute("DELETE FROM requests WHERE finished_s < ?", (finished_s,))
 
     def load(self) -> list[JournaledRequest]:
-        """Every request that is known, in the order in which they were accepted."""
+        """Every request that is known, in the order in which they were accepted.
+
+        Raises ConfigError for a damaged file.
+        """
         select = "SELECT owner, request_id, digest, content, cache_salt FROM requests ORDER BY rowid"
-        loaded = []
-        for owner, request_id, digest, content, cache_salt in self._db.execute(select).fetchall():
-            request = _read_request(request_id, content, cache_salt)
-            past = self._tokens((owner, request_id), request.params.n)
-            loaded.append(JournaledRequest((owner, request_id), digest, request, past))
-        return loaded
+        with self._reading():
+            return [self._read(*row) for row in self._db.execute(select)]
 
     def close(self) -> None:
         """Gives the file back."""
@@ -164,17 +196,17 @@ class JournalStore:
     def _apply(self, entry: Entry) -> None:
         execute = self._db.execute
         if isinstance(entry, Token):
-            logprobs = None
-            if entry.sampled.logprob is not None:
-                logprobs = json.dumps([entry.sampled.logprob, entry.sampled.top])
-            values = (*entry.key, entry.completion, entry.position, entry.sampled.token_id, logprobs)
+            sampled = entry.sampled
+            values = (*entry.key, entry.completion, entry.position, sampled.token_id, write_logprobs(sampled))
             execute("INSERT OR IGNORE INTO tokens VALUES (?, ?, ?, ?, ?, ?)", values)
         elif isinstance(entry, Begin):
-            content = _write_request(entry.request)
-            execute(
+            content = write_request(entry.request)
+            inserted = execute(
                 "INSERT OR IGNORE INTO requests VALUES (?, ?, ?, ?, ?, NULL)",
                 (*entry.key, entry.digest, content, entry.request.cache_salt),
             )
+            if inserted.rowcount:  # it is new, so no token can be its own
+                execute("DELETE FROM tokens WHERE owner = ? AND request_id = ?", entry.key)
         elif isinstance(entry, End):
             execute(
                 "UPDATE requests SET finished_s = ? WHERE owner = ? AND request_id = ? AND finished_s IS NULL",
@@ -184,36 +216,42 @@ class JournalStore:
             execute("DELETE FROM tokens WHERE owner = ? AND request_id = ?", entry.key)
             execute("DELETE FROM requests WHERE owner = ? AND request_id = ?", entry.key)
 
+    def _read(
+        self, owner: object, request_id: object, digest: object, content: object, cache_salt: object
+    ) -> JournaledRequest:
+        if not isinstance(owner, str) or not isinstance(request_id, str) or not isinstance(digest, bytes):
+            raise InvalidArgument("key: not text, or a digest that is not bytes", field="key")
+        request = read_request(request_id, content, cache_salt)
+        return JournaledRequest(
+            (owner, request_id), digest, request, self._tokens((owner, request_id), request.params.n)
+        )
+
     def _tokens(self, key: RequestKey, num_completions: int) -> list[list[Sampled]]:
         past: list[list[Sampled]] = [[] for _ in range(num_completions)]
         rows = self._db.execute(
-            "SELECT completion, token_id, logprobs FROM tokens WHERE owner = ? AND request_id = ? "
+            "SELECT completion, position, token_id, logprobs FROM tokens WHERE owner = ? AND request_id = ? "
             "ORDER BY completion, position",
             key,
         )
-        for completion, token_id, logprobs in rows:
-            logprob, top = (None, ()) if logprobs is None else json.loads(logprobs)
-            past[completion].append(Sampled(token_id, logprob, tuple((other, value) for other, value in top)))
+        for completion, position, token_id, logprobs in rows:
+            known = isinstance(completion, int) and 0 <= completion < num_completions
+            if not known or position != len(past[completion]):
+                raise InvalidArgument("tokens: they do not follow each other", field="tokens")
+            past[completion].append(read_sampled(token_id, logprobs))
         return past
 
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, InvalidArgument) as error:
+            raise self._error(f"cannot be used: {error}") from error
 
-def _write_request(request: Request) -> str:
-    params = asdict(request.params)
-    # JSON's keys are strings, and its numbers may be read as floats by others: pairs keep the ids what they are.
-    params["logit_bias"] = list(request.params.logit_bias.items())
-    return json.dumps({"prompt_tokens": request.prompt_tokens, "params": params, "priority": request.priority})
+    def _error(self, text: str) -> ConfigError:
+        text = f"journal: {self._path} {text}: give another file or delete this"
+        return ConfigError(text, field="journal", value=self._path)
 
 
-def _read_request(request_id: str, content: str, cache_salt: bytes) -> Request:
-    values = json.loads(content)
-    params = values["params"]
-    params["logit_bias"] = dict(params["logit_bias"])
-    for name in ("stop", "stop_token_ids"):
-        params[name] = tuple(params[name])
-    return Request(
-        request_id=request_id,
-        prompt_tokens=tuple(values["prompt_tokens"]),
-        params=SamplingParams(**params),
-        priority=values["priority"],
-        cache_salt=cache_salt,
-    )
+def _schema_of(db: sqlite3.Connection) -> _Schema:
+    """In the order in which it was made; of a longer one the beginning."""
+    return db.execute("SELECT name, type, tbl_name, sql FROM sqlite_master LIMIT 9").fetchall()

@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 class KeyFile:
     """Keeps `callers` as the file says. A file that cannot be used leaves them as they were, with an error logged.
 
+    A file without keys is one that cannot be used: editors empty a file before they write it, and callers that were
+    gone for that moment would come back with all their limits unused.
+
     Raises ConfigError where it cannot be used at the start.
     """
 
@@ -72,6 +75,9 @@ def _read(path: Path) -> tuple[KeyEntry, ...]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"api_keys: {path} is not UTF-8 text", field="api_keys", value=path) from error
     try:
-        return read_entries(text)
+        entries = read_entries(text)
     except ConfigError as error:
         raise ConfigError(f"api_keys: {path}: {error}", field="api_keys", value=path) from error
+    if not entries:
+        raise ConfigError(f"api_keys: {path} holds no key", field="api_keys", value=path)
+    return entries

@@ -162,6 +162,30 @@ def test_a_request_that_runs_on_counts_until_it_ends():
         pass
 
 
+def test_what_a_former_process_let_in_counts_as_running_and_its_tokens_are_not_charged_again():
+    callers = Callers((new_entry(KEY, "ann", Grant(max_concurrent=1, tokens_per_minute=60)),), 0.0)
+    ann = callers.identify(bearer(KEY))
+    with callers.resume("ann", 50) as visit, callers.resume("ann", 50):  # more than may run now
+        visit.charge_up_to(70, 0.0)
+        assert ann.num_running == 2
+        with pytest.raises(RateLimited):
+            ann.admit(0.0)
+    with ann.admit(0.0) as visit:
+        visit.charge_up_to(40, 0.0)
+    with pytest.raises(RateLimited, match="tokens per minute"):  # 20 and 40 of 60
+        ann.admit(0.0)
+
+
+def test_who_is_no_caller_any_more_is_counted_for_nobody():
+    callers = Callers(ENTRIES, 0.0)
+    with callers.resume("gone", 5) as visit:
+        visit.charge_up_to(10, 0.0)
+    with Callers(None, 0.0).resume("ann", 5):
+        pass
+    with pytest.raises(Unauthenticated):
+        callers.identify(bearer(new_key()))
+
+
 grants = st.builds(
     Grant,
     requests_per_minute=st.none() | st.integers(1, 100),

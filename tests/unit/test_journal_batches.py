@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from stagecoach.errors import Cancelled
 from stagecoach.sampling import SamplingParams
 from stagecoach_router.completion import FinishReason, Piece
 from stagecoach_router.generation import Generation
 from stagecoach_router.idempotency import Accepted
 from stagecoach_router.journal import Journal
+from stagecoach_router.journal_store import JournalStore
 from stagecoach_router.outputs import Sampled
 from stagecoach_router.request import Request
 
@@ -77,8 +80,6 @@ async def test_a_token_is_in_the_file_when_it_is_read(path: Path) -> None:
 
 
 async def test_what_waits_is_written_in_one_go(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from stagecoach_router.journal_store import JournalStore
-
     sizes: list[int] = []
     apply = JournalStore.apply
     monkeypatch.setattr(JournalStore, "apply", lambda self, entries: (sizes.append(len(entries)), apply(self, entries)))
@@ -105,3 +106,65 @@ async def test_after_it_was_closed_nothing_is_written_nor_shown(path: Path) -> N
     assert [each.token_id for each in await reader.read()] == [1]
     assert not accepted.generation.pieces.ended
     assert await tokens_left(path) == [[1]]
+
+
+def fail(*arguments: object) -> None:
+    raise sqlite3.OperationalError("disk I/O error")
+
+
+async def test_a_disk_that_fails_when_the_journal_is_closed_fails_nothing_else(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal, accepted = await opened(path), accepted_request()
+    journal.begin(accepted)
+    accepted.generation.pieces.put(piece(1))
+    monkeypatch.setattr(JournalStore, "close", fail)
+    await journal.close()
+    assert [each.token_id for each in await accepted.generation.pieces.reader().read()] == [1]
+    assert "disk I/O error" in caplog.text
+
+
+async def test_a_disk_that_fails_twice_holds_no_answer_back(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal, accepted = await opened(path), accepted_request()
+    monkeypatch.setattr(JournalStore, "apply", fail)
+    monkeypatch.setattr(JournalStore, "close", fail)
+    journal.begin(accepted)
+    for token_id in range(3):  # the first of them is being written when the others come
+        accepted.generation.pieces.put(piece(token_id, last=token_id == 2))
+        await asyncio.sleep(0)
+    reader = accepted.generation.pieces.reader()
+    async with asyncio.timeout(10):
+        seen: list[int] = []
+        while pieces := await reader.read():
+            seen += [each.token_id for each in pieces]
+    assert seen == [0, 1, 2]
+    await journal.close()
+    assert caplog.text.count("will not outlive") == 1
+
+
+async def test_answers_are_shown_before_a_failed_disk_is_let_go(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal, accepted = await opened(path), accepted_request()
+    num_readable: list[int] = []
+    monkeypatch.setattr(JournalStore, "apply", fail)
+    monkeypatch.setattr(
+        JournalStore, "close", lambda self: num_readable.append(len(accepted.generation.pieces.read_from(0)))
+    )
+    journal.begin(accepted)
+    accepted.generation.pieces.put(piece(1))
+    await journal.close()
+    assert num_readable == [1]
+
+
+async def test_a_token_that_comes_after_its_request_failed_is_not_left_over(path: Path) -> None:
+    journal, accepted = await opened(path), accepted_request()
+    journal.begin(accepted)
+    accepted.generation.pieces.put(piece(1))
+    accepted.generation.pieces.fail(Cancelled("gone"))
+    journal.forget(KEY)
+    accepted.generation.pieces.put(piece(2))  # it was on its way
+    await journal.close()
+    with sqlite3.connect(path) as db:
+        assert db.execute("SELECT count(*) FROM tokens").fetchone() == (0,)
+    db.close()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from stagecoach.errors import ConfigError
+from stagecoach.errors import ConfigError, InvalidArgument, OutOfRange
 from stagecoach.sampling import SamplingParams
 from stagecoach_router.journal_store import Begin, End, Forget, JournalStore, Token
 from stagecoach_router.outputs import Sampled
@@ -129,3 +129,109 @@ def test_only_its_owner_can_read_it(path: Path) -> None:
     store.apply([begin()])
     for file in path.parent.iterdir():
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+def test_tokens_that_were_left_over_are_not_taken_for_those_of_a_new_request_of_that_id(path: Path) -> None:
+    store = JournalStore(path)
+    store.apply([token(0, 0, 7), token(0, 1, 8)])
+    store.apply([begin()])
+    assert [left.past for left in store.load()] == [[[], []]]
+
+
+def test_a_request_that_is_begun_again_by_the_next_process_keeps_its_tokens(path: Path) -> None:
+    store = JournalStore(path)
+    store.apply([begin(), token(0, 0, 7)])
+    store.apply([begin()])
+    [left] = store.load()
+    assert [sampled.token_id for sampled in left.past[0]] == [7]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE requests SET content = x'00'",
+        "UPDATE requests SET content = '{}'",
+        "UPDATE requests SET content = 'half'",
+        "UPDATE requests SET content = replace(content, '[1, 2, 3]', '[1, 2.5]')",
+        "UPDATE requests SET content = replace(content, '\"n\": 2', '\"n\": 10000000')",
+        'UPDATE requests SET content = replace(content, \'"n": 2\', \'"n": "2"\')',
+        "UPDATE requests SET content = replace(content, '\"n\": 2', '\"other\": 2')",
+        "UPDATE requests SET content = replace(content, '-4', 'null')",
+        "UPDATE requests SET content = printf('%.*c', 100000, '[')",
+        "UPDATE requests SET digest = 'text', request_id = 'r-2'",
+        "UPDATE requests SET cache_salt = 5",
+        "UPDATE tokens SET completion = 2 WHERE completion = 1",
+        "UPDATE tokens SET completion = -1 WHERE completion = 1",
+        "UPDATE tokens SET position = 4 WHERE completion = 1",
+        "UPDATE tokens SET token_id = -1",
+        "UPDATE tokens SET token_id = 'seven'",
+        "UPDATE tokens SET token_id = 4294967296",
+        "UPDATE tokens SET logprobs = 'null'",
+        "UPDATE tokens SET logprobs = '[-0.5, [[1]]]'",
+        "UPDATE tokens SET logprobs = '[1e5, [[-1, 0.5]]]'",
+    ],
+)
+def test_a_row_that_is_not_what_was_written_is_a_typed_error(path: Path, change: str) -> None:
+    store = JournalStore(path)
+    store.apply([begin(), token(0, 0, 7), token(1, 0, 8, -0.1)])
+    store.close()
+    with sqlite3.connect(path) as db:
+        assert db.execute(change).rowcount
+    db.close()
+    with pytest.raises(ConfigError, match="cannot be used") as caught:
+        JournalStore(path).load()
+    assert caught.value.field == "journal"
+
+
+ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT "
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        f"DROP TABLE meta; CREATE VIEW meta AS {ENDLESS} 'format' AS name, i AS value FROM n",
+        f"DROP TABLE tokens; CREATE VIEW tokens AS {ENDLESS} i AS owner FROM n",
+        "CREATE TRIGGER t AFTER INSERT ON requests BEGIN DELETE FROM tokens; END",
+        "CREATE TABLE another (x)",
+        "CREATE INDEX i ON requests (digest)",
+        "; ".join(f"CREATE TABLE t{number} (x)" for number in range(50)),
+    ],
+)
+def test_a_file_with_anything_else_in_it_is_refused_before_it_is_run(path: Path, change: str) -> None:
+    JournalStore(path).close()
+    with sqlite3.connect(path) as db:
+        db.executescript(change)
+    db.close()
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match="no journal"):
+        JournalStore(path)
+    assert path.read_bytes() == before
+
+
+def test_a_damaged_file_is_refused(path: Path) -> None:
+    store = JournalStore(path)
+    store.apply([begin(), *(token(0, position, 7) for position in range(2000))])
+    store.close()
+    data = bytearray(path.read_bytes())
+    for start in range(4096 * 5, len(data), 4096):  # the pages after the tables' first ones
+        data[start : start + 100] = bytes(100)
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match="journal"):
+        JournalStore(path).load()
+
+
+def test_what_no_request_of_this_model_can_be_is_found(path: Path) -> None:
+    store = JournalStore(path)
+    store.apply([begin(), *(token(0, position, 7) for position in range(9))])
+    [left] = store.load()
+    left.check(vocab_size=20, context_length=20)
+    with pytest.raises(InvalidArgument, match="vocabulary"):
+        left.check(vocab_size=7, context_length=20)
+    with pytest.raises(InvalidArgument, match="vocabulary"):
+        left.check(vocab_size=3, context_length=20)
+    with pytest.raises(OutOfRange, match="prompt"):
+        left.check(vocab_size=20, context_length=3)
+    store.apply([token(0, 9, 7)])
+    [left] = store.load()
+    with pytest.raises(InvalidArgument, match="9 of 2 were asked for"):
+        left.check(vocab_size=20, context_length=20)

@@ -2,11 +2,12 @@
 
 import logging
 import os
+import time
 
 import pytest
 
 from stagecoach.api_keys import Grant, new_entry, new_key, write_entry
-from stagecoach.errors import ConfigError, Unauthenticated
+from stagecoach.errors import ConfigError, RateLimited, Unauthenticated
 from stagecoach_router.key_file import KeyFile
 
 ANN, BOB = new_key(), new_key()
@@ -59,7 +60,11 @@ async def test_a_file_that_has_not_changed_is_not_read_again(path, caplog):
     assert keys.callers.identify([("authorization", f"Bearer {ANN}")]) is ann
 
 
-@pytest.mark.parametrize("broken", [b"[[keys]]\nname = ", b"\xff\xfe", None], ids=["half", "not text", "gone"])
+@pytest.mark.parametrize(
+    "broken",
+    [b"[[keys]]\nname = ", b"\xff\xfe", None, b"", b"# no key\nkeys = []\n"],
+    ids=["half", "not text", "gone", "empty", "no keys"],
+)
 async def test_a_broken_file_leaves_the_keys_as_they_were_and_is_logged_once(path, caplog, broken):
     keys = KeyFile(path)
     if broken is None:
@@ -88,7 +93,20 @@ async def test_the_log_holds_no_key(path, caplog):
     assert BOB.split("_", 2)[2] not in caplog.text
 
 
-@pytest.mark.parametrize("text", [None, "keys = 1"])
+async def test_a_file_that_is_empty_for_a_moment_gives_nobody_new_limits(path):
+    path.write_text(entry(ANN, "ann", requests_per_minute=1))
+    keys = KeyFile(path)
+    text = path.read_text()
+    with keys.callers.identify([("authorization", f"Bearer {ANN}")]).admit(time.monotonic()):
+        pass
+    for content in ("", text):
+        path.write_text(content)
+        await keys.check()
+    with pytest.raises(RateLimited):
+        keys.callers.identify([("authorization", f"Bearer {ANN}")]).admit(time.monotonic())
+
+
+@pytest.mark.parametrize("text", [None, "keys = 1", "", "keys = []"])
 def test_a_file_that_cannot_be_used_at_the_start_is_an_error(tmp_path, text):
     path = tmp_path / "keys.toml"
     if text is not None:

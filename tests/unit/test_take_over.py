@@ -1,0 +1,104 @@
+"""What a former router left goes on, counts for its caller, and cannot harm the router that takes it over."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+
+from stagecoach.api_keys import Grant, new_entry, new_key
+from stagecoach.errors import Cancelled, Overloaded, RateLimited
+from stagecoach.sampling import SamplingParams
+from stagecoach.v1.model_pb2 import ModelDescription
+from stagecoach_router.callers import Callers
+from stagecoach_router.engine import Generation
+from stagecoach_router.idempotency import AcceptedRequests
+from stagecoach_router.journal_store import JournaledRequest
+from stagecoach_router.outputs import Sampled
+from stagecoach_router.request import Request
+from stagecoach_router.take_over import take_over
+
+MODEL = ModelDescription(fingerprint="f00d", vocab_size=20, context_length=32)
+LINGER_S = 60.0
+
+
+def left(name: str, request_id: str, prompt: tuple[int, ...] = (1, 2, 3), num_past: int = 2) -> JournaledRequest:
+    request = Request(request_id, prompt, SamplingParams(max_tokens=9, seed=1))
+    return JournaledRequest((name, request_id), b"digest", request, [[Sampled(7, None, ())] * num_past])
+
+
+class FakeJournal:
+    """Holds `entries`, and remembers what it is to forget."""
+
+    def __init__(self, *entries: JournaledRequest) -> None:
+        self._entries = list(entries)
+        self.forgotten: list[str] = []
+
+    async def load(self, fingerprint: str) -> list[JournaledRequest]:
+        assert fingerprint == "f00d"
+        return self._entries
+
+    def forget(self, key: tuple[str, str]) -> None:
+        self.forgotten.append(key[1])
+
+
+class FakeEngine:
+    """Takes requests, but none that is called full, and computes nothing."""
+
+    def submit(self, request: Request, past: Any = ()) -> Generation:
+        if request.request_id == "full":
+            raise Overloaded("no room")
+        return Generation(request)
+
+    def cancel(self, generation: Generation) -> None:
+        pass
+
+
+def accepted_requests() -> AcceptedRequests:
+    engine: Any = FakeEngine()
+    return AcceptedRequests(engine, max_linger_s=LINGER_S)
+
+
+def callers(**limits: Any) -> Callers:
+    return Callers((new_entry(new_key(), "ann", Grant(**limits)),), 0.0)
+
+
+async def test_a_request_counts_for_its_caller_until_it_ends() -> None:
+    known, requests = callers(max_concurrent=1), accepted_requests()
+    journal: Any = FakeJournal(left("ann", "r"))
+    await take_over(journal, requests, known, MODEL, LINGER_S)
+    ann = known._by_name["ann"]
+    with pytest.raises(RateLimited):
+        ann.admit(0.0)
+    accepted = requests.find(("ann", "r"), b"digest")
+    assert accepted is not None
+    accepted.generation.pieces.fail(Cancelled("gone"))
+    assert ann.num_running == 0
+    assert requests.num_running == 0
+
+
+async def test_a_request_that_cannot_go_on_is_forgotten_and_counts_for_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    known, requests = callers(), accepted_requests()
+    bad = [
+        left("ann", "full"),
+        left("ann", "words", (1, 99)),
+        left("ann", "long", (1,) * 40),
+        left("ann", "past", num_past=10),
+    ]
+    journal: Any = FakeJournal(*bad, left("ann", "good"))
+    with caplog.at_level(logging.INFO):
+        await take_over(journal, requests, known, MODEL, LINGER_S)
+    assert journal.forgotten == ["full", "words", "long", "past"]
+    assert known._by_name["ann"].num_running == requests.num_running == 1
+    assert "5 requests of the journal, 1 of them go on" in caplog.text
+    requests.close()
+
+
+async def test_a_caller_that_is_gone_gets_its_request_done_all_the_same() -> None:
+    known, requests = callers(), accepted_requests()
+    journal: Any = FakeJournal(left("bob", "r"))
+    await take_over(journal, requests, known, MODEL, LINGER_S)
+    assert requests.num_running == 1
+    assert known._by_name["ann"].num_running == 0
+    requests.close()
