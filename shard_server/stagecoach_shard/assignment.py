@@ -53,15 +53,10 @@ class Assignment:
         self._former: StageRunner | None = None  # whose thread has yet to end
         self._draining = False
 
-    @property
-    def is_loading(self) -> bool:
-        """Whether layers are being loaded."""
-        return self._loading is not None
-
     def served(self) -> ServedStage:
         """The stage. Raises Unavailable while layers are loaded, FailedPrecondition where there are none yet."""
+        self.check_not_loading()
         if self.stage is None:
-            self.check_not_loading()
             raise errors.FailedPrecondition("the shard has no layers yet: a router has to assign them", field="layers")
         return self.stage
 
