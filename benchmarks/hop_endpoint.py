@@ -64,7 +64,9 @@ class Endpoint:
 
     def start(self, server: grpc.aio.Server) -> None:
         """Adds the Shard service to `server`, and starts the compute thread."""
-        handlers = shard_handlers(describe=_refuse, fetch_files=_refuse, session=_refuse_stream, forward=self._forward)
+        handlers = shard_handlers(
+            describe=_refuse, assign=_refuse, fetch_files=_refuse, session=_refuse_stream, forward=self._forward
+        )
         server.add_generic_rpc_handlers((handlers,))
         threading.Thread(target=self._compute, name="compute", daemon=True).start()
 

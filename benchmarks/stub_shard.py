@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import grpc.aio
 import numpy as np
 import numpy.typing as npt
@@ -142,6 +143,9 @@ class StubShard:
             hostname=socket.gethostname(),
         )
 
+    async def assign(self, request: shard_pb2.AssignRequest, context: Context) -> shard_pb2.AssignResponse:
+        await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "it has all layers, and takes no others")
+
     async def fetch_files(
         self, request: shard_pb2.FetchFilesRequest, context: Context
     ) -> AsyncIterator[shard_pb2.FileChunk]:
@@ -153,6 +157,7 @@ class StubShard:
         await context.read()
         outbox: asyncio.Queue[bytes | None] = asyncio.Queue()
         self._outbox = outbox
+        self._load.lease_num_steps = 0
         await context.write(write_frame(shard_pb2.SessionResponse(opened=shard_pb2.OpenResponse())))
         tasks = [asyncio.create_task(self._watch(context, outbox)), asyncio.create_task(self._report_load(outbox))]
         try:
@@ -168,6 +173,7 @@ class StubShard:
             message, payload = read_frame(shard_pb2.MicroBatch, data)
             self._outbox.put_nowait(self._answer(message.header))
             self._load.num_steps += 1
+            self._load.lease_num_steps += 1
             self._load.num_tokens += len(payload) // 4
             await context.write(shard_pb2.ForwardResponse(credits=1))
 
@@ -200,7 +206,11 @@ async def serve(model: Path, address: str, num_blocks: int, stop: asyncio.Event)
     stub = StubShard(model, num_blocks)
     server, _ = lifecycle.listen(MAX_SHARD_MESSAGE_BYTES, address)
     handlers = shard_handlers(
-        describe=stub.describe, fetch_files=stub.fetch_files, session=stub.session, forward=stub.forward
+        describe=stub.describe,
+        assign=stub.assign,
+        fetch_files=stub.fetch_files,
+        session=stub.session,
+        forward=stub.forward,
     )
     server.add_generic_rpc_handlers((handlers,))
     await server.start()

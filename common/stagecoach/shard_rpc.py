@@ -50,6 +50,7 @@ class ShardStub:
 def shard_handlers(
     *,
     describe: Callable[[pb.DescribeRequest, Any], Awaitable[pb.DescribeResponse]],
+    assign: Callable[[pb.AssignRequest, Any], Awaitable[pb.AssignResponse]],
     fetch_files: Callable[[pb.FetchFilesRequest, Any], Any],
     session: StreamHandler,
     forward: StreamHandler,
@@ -60,6 +61,11 @@ def shard_handlers(
             cast(Any, describe),
             request_deserializer=pb.DescribeRequest.FromString,
             response_serializer=pb.DescribeResponse.SerializeToString,
+        ),
+        "Assign": grpc.unary_unary_rpc_method_handler(
+            cast(Any, assign),
+            request_deserializer=pb.AssignRequest.FromString,
+            response_serializer=pb.AssignResponse.SerializeToString,
         ),
         "FetchFiles": grpc.unary_stream_rpc_method_handler(
             fetch_files,

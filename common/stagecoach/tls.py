@@ -138,7 +138,9 @@ def read_names(text: str, field_name: str) -> frozenset[str]:
     return names
 
 
-def check_caller(context: grpc.aio.ServicerContext[Any, Any], allowed: Collection[str]) -> None:
+def check_caller(
+    context: grpc.aio.ServicerContext[Any, Any], allowed: Collection[str], field_name: str = "allow_peer"
+) -> None:
     """Raises PermissionDenied unless one of the `allowed` names (of `read_names`) is on the caller's certificate.
 
     Its subject alternative names of the type DNS count, compared whole: a wildcard matches nothing. The handshake has
@@ -148,8 +150,8 @@ def check_caller(context: grpc.aio.ServicerContext[Any, Any], allowed: Collectio
     if not {name.lower() for name in names}.intersection(allowed):
         raise PermissionDenied(
             f"the caller's certificate is for {', '.join(names) or 'no DNS name'}; "
-            f"allowed here (allow-peer): {', '.join(sorted(allowed))}",
-            field="allow_peer",
+            f"allowed here ({field_name.replace('_', '-')}): {', '.join(sorted(allowed))}",
+            field=field_name,
             limit=", ".join(sorted(allowed)),
             value=", ".join(names),
         )

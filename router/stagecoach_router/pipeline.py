@@ -24,7 +24,7 @@ from stagecoach.shard_rpc import ShardStub
 from stagecoach.v1 import shard_pb2
 from stagecoach_router.discovery import Stage
 from stagecoach_router.pipeline_totals import PipelineTotals
-from stagecoach_router.watchdog import DEFAULT_LIMITS, FaultLimits, Watchdog
+from stagecoach_router.watchdog import DEFAULT_LIMITS, FaultLimits, StageWork, Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +137,14 @@ class Pipeline:
     def _take_load(self, stage: Stage, report: shard_pb2.LoadReport) -> None:
         stage.queue_depth = report.queue_depth
         self.totals.stage(stage.address).add(stage.description.shard_id, report)
-        self._watchdog.answered(stage.address, report.number, compute_s=report.compute_s, num_steps=report.num_steps)
+        work = StageWork(
+            num_steps=report.num_steps,
+            compute_s=report.compute_s,
+            lease_num_steps=report.lease_num_steps,
+            lease_compute_s=report.lease_compute_s,
+            lease_queue_depth=report.lease_queue_depth,
+        )
+        self._watchdog.answered(stage.address, report.number, work)
         for number, arrived in stage.reports.items():
             if number <= report.number and not arrived.done():
                 arrived.set_result(None)

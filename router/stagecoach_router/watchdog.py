@@ -10,6 +10,10 @@ unknown how long that takes: a chunk of prefill on a slow machine may well take 
 - where its like was never measured, after the step timeout.
 
 All that a stage finishes meanwhile begins these times anew.
+
+Other routers may use the same stages. So only what a stage does for our lease counts as getting on; and while a step of
+ours waits at a stage that computes theirs, which is first in, first out, no time counts, unless the stage is stuck in a
+single one of them for the step timeout.
 """
 
 from __future__ import annotations
@@ -37,13 +41,24 @@ class FaultLimits:
 DEFAULT_LIMITS = FaultLimits()
 
 
+@dataclass(frozen=True, slots=True)
+class StageWork:
+    """What a stage did, for everybody and for our lease, up to now: see LoadReport in the contract."""
+
+    num_steps: int = 0
+    compute_s: float = 0.0
+    lease_num_steps: int = 0
+    lease_compute_s: float = 0.0
+    lease_queue_depth: int = 0  # micro-batches of ours that have arrived there and not begun
+
+
 @dataclass(slots=True)
 class _Watched:
     """What a stage was asked and not answered yet, as (number, when), and what it said last."""
 
     questions: deque[tuple[int, float]] = field(default_factory=deque)
-    compute_s: float | None = None
-    num_steps: int = 0
+    work: StageWork | None = None
+    not_stuck_s: float = 0.0  # when it was last known to have finished somebody's step, or to have none to compute
 
 
 class Watchdog:
@@ -57,8 +72,9 @@ class Watchdog:
         self._stages = {address: _Watched() for address in addresses}
         self._in_flight: deque[float | None] = deque()  # what each step is expected to take
         self._oldest_since_s = 0.0  # when the first of them became the first
-        self._worked_s = 0.0  # when a stage was last known to compute
-        self._finished_s = 0.0  # when one was last known to have finished a step
+        # When a stage was last known to compute for us, and to have finished a step of ours, or to let one wait.
+        self._worked_s = 0.0
+        self._finished_s = 0.0
 
     def sent(self, expected_s: float | None) -> None:
         """A step leaves; `expected_s` is what its whole way takes, None where that is unknown."""
@@ -72,16 +88,25 @@ class Watchdog:
             self._in_flight.popleft()
         self._oldest_since_s = self._clock.now_s
 
-    def answered(self, address: str, number: int, *, compute_s: float, num_steps: int) -> None:
+    def answered(self, address: str, number: int, work: StageWork) -> None:
         """A load report: an answer to question `number` and all before it; 0 where it came unasked."""
         stage = self._stages[address]
         while stage.questions and stage.questions[0][0] <= number:
             stage.questions.popleft()
-        if stage.compute_s is not None and compute_s > stage.compute_s:
-            self._worked_s = self._clock.now_s
-        if stage.compute_s is not None and num_steps > stage.num_steps:
-            self._finished_s = self._clock.now_s
-        stage.compute_s, stage.num_steps = compute_s, num_steps
+        before, stage.work = stage.work, work
+        if before is None:
+            return
+        now_s = self._clock.now_s
+        if work.num_steps > before.num_steps or work.compute_s <= before.compute_s:
+            stage.not_stuck_s = now_s
+        if work.lease_compute_s > before.lease_compute_s:
+            self._worked_s = now_s
+        if work.lease_num_steps > before.lease_num_steps:
+            self._finished_s = now_s
+        computes_others = work.compute_s > before.compute_s and work.lease_compute_s <= before.lease_compute_s
+        is_stuck = now_s - stage.not_stuck_s >= self._step_timeout_s
+        if work.lease_queue_depth and computes_others and not is_stuck:
+            self._worked_s = self._finished_s = now_s
 
     def look(self, monotonic_s: float, number: int) -> str | None:
         """What is wrong, if anything. If nothing is, question `number` has to go out to every stage now."""

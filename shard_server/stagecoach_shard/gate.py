@@ -1,26 +1,43 @@
-"""Stands before the shard's service: lets in who may call it, and says at once that it is up while it still loads."""
+"""Stands before the shard's service: lets in who may call it, and says at once that it is up while it is not ready."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
 
 from stagecoach import errors, tls
 from stagecoach.v1 import shard_pb2
 from stagecoach_shard.service import Context, ShardService
 
 
-class LoadingGate:
+@dataclass(frozen=True, slots=True)
+class AllowedNames:
+    """What a certificate must have one of. Who assigns must be of `assigners` and of `callers`."""
+
+    callers: frozenset[str]
+    assigners: frozenset[str]
+
+    @classmethod
+    def read(cls, allow_peer: str, allow_assign: str) -> AllowedNames:
+        """From the settings of those names. Raises ConfigError."""
+        return cls(tls.read_names(allow_peer, "allow_peer"), tls.read_names(allow_assign, "allow_assign"))
+
+
+class Gate:
     """Passes calls on to `service` once it is set, and answers Unavailable before.
 
-    `allowed_callers` are the names that certificates may carry; None where links are not encrypted.
+    `allowed`: None where links are not encrypted.
     """
 
-    def __init__(self, allowed_callers: Collection[str] | None = None) -> None:
-        self._allowed_callers = allowed_callers
+    def __init__(self, allowed: AllowedNames | None = None) -> None:
+        self._allowed = allowed
         self.service: ShardService | None = None
 
     async def describe(self, request: shard_pb2.DescribeRequest, context: Context) -> shard_pb2.DescribeResponse:
         return await (await self._ready(context)).describe(request, context)
+
+    async def assign(self, request: shard_pb2.AssignRequest, context: Context) -> shard_pb2.AssignResponse:
+        return await (await self._ready(context, assigns=True)).assign(request, context)
 
     async def fetch_files(
         self, request: shard_pb2.FetchFilesRequest, context: Context
@@ -34,12 +51,14 @@ class LoadingGate:
     async def forward(self, requests: object, context: Context) -> None:
         await (await self._ready(context)).forward(requests, context)
 
-    async def _ready(self, context: Context) -> ShardService:
-        if self._allowed_callers is not None:
+    async def _ready(self, context: Context, *, assigns: bool = False) -> ShardService:
+        if self._allowed is not None:
             try:
-                tls.check_caller(context, self._allowed_callers)
+                tls.check_caller(context, self._allowed.callers)
+                if assigns:
+                    tls.check_caller(context, self._allowed.assigners, "allow_assign")
             except errors.PermissionDenied as error:
                 await errors.abort(context, error)
         if self.service is None:
-            await errors.abort(context, errors.Unavailable("the shard is loading its layers", retry_after_s=1.0))
+            await errors.abort(context, errors.Unavailable("the shard is reading its checkpoint", retry_after_s=1.0))
         return self.service

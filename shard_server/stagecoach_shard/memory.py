@@ -12,7 +12,11 @@ from stagecoach.errors import ConfigError
 
 
 def give_back_unused() -> None:
-    """Returns to the system what was freed between allocations that stay, such as weights before they were packed."""
+    """Returns to the system what was freed between allocations that stay, such as weights before they were packed.
+
+    And to the device what torch keeps of it for later.
+    """
+    torch.cuda.empty_cache()  # nothing, where no device is in use
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
     if trim is not None:
         trim(0)

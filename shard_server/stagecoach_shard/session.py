@@ -13,16 +13,20 @@ from stagecoach.channel import check_address
 from stagecoach.forward_link import ForwardLink
 from stagecoach.framing import write_frame
 from stagecoach.v1 import shard_pb2
-from stagecoach.watch_clock import Silence
+from stagecoach.watch_clock import LOOKS_PER_TIMEOUT, Silence
 from stagecoach_shard import wire
 from stagecoach_shard.lease import Lease
 from stagecoach_shard.stage import Stage
+from stagecoach_shard.stage_runner import LeaseLoad
 
 logger = logging.getLogger(__name__)
 
 # What a router may ask for, in seconds.
 MIN_SILENCE_TIMEOUT_S = 0.1
 MAX_SILENCE_TIMEOUT_S = 86_400.0
+# A router may say nothing for at least so long before its first question: its other stages, and the link into the
+# first, may take as long to open, and what it asks afterwards is no measure of that.
+MIN_OPENING_SILENCE_S = 20.0
 
 
 @dataclass(slots=True)
@@ -35,11 +39,13 @@ class LoadReportDue:
 class LeaseSession:
     """A lease with its way out: frames for the router, and the link to the next stage where there is one.
 
-    `silence_timeout_s`: for how long the router may say nothing; 0: for ever.
+    `silence_timeout_s`: for how long the router may say nothing once it has asked for a load report, which it does from
+    when its pipeline is open; 0: for ever.
     """
 
     def __init__(self, lease: Lease, silence_timeout_s: float = 0.0) -> None:
         self.lease = lease
+        self.load = LeaseLoad()
         self.link: ForwardLink | None = None
         self.ended = False
         self.num_queued = 0  # micro-batches whose credit has not gone back
@@ -47,7 +53,10 @@ class LeaseSession:
         # ends the session.
         self.outbox: asyncio.Queue[tuple[bytes, Callable[[], None] | None] | LoadReportDue | None] = asyncio.Queue()
         self._report_due: LoadReportDue | None = None
-        self._silence = Silence(silence_timeout_s) if silence_timeout_s else None
+        self._silence_timeout_s = silence_timeout_s
+        # Of a router that has yet to ask.
+        self._silence = Silence(max(silence_timeout_s, MIN_OPENING_SILENCE_S))
+        self._has_asked = False
 
     def ask_for_report(self, number: int = 0) -> None:
         """Queues a load report that answers question `number`, and all before it.
@@ -59,22 +68,29 @@ class LeaseSession:
             self.outbox.put_nowait(self._report_due)
         self._report_due.number = max(self._report_due.number, number)
 
+    def asked_for_report(self, number: int) -> None:
+        """The router asks question `number`: a sign of life, of which the next is due in the silence timeout."""
+        if not self._has_asked and self._silence_timeout_s:
+            self._silence = Silence(self._silence_timeout_s)
+        self._has_asked = True
+        self._silence.heard()
+        self.ask_for_report(number)
+
     def report_is_sent(self) -> None:
         """The next question is answered by another report."""
         self._report_due = None
 
-    def heard(self) -> None:
-        """The router has said something."""
-        if self._silence is not None:
-            self._silence.heard()
+    def is_silent(self, monotonic_s: float) -> bool:
+        """Looks whether the router has said nothing for too long: then it is gone, or as good as gone."""
+        return self._silence_timeout_s > 0.0 and self._silence.is_over_limit(monotonic_s)
 
     async def wait_for_silence(self) -> None:
-        """Returns when the router has said nothing for too long: it is gone, or as good as gone."""
-        if self._silence is None:
+        """Returns when the router has said nothing for too long; never, where it may."""
+        if not self._silence_timeout_s:
             await asyncio.Event().wait()
-            return
-        while not self._silence.is_over_limit(time.monotonic()):  # noqa: ASYNC110  # there is no event to wait for
-            await asyncio.sleep(self._silence.interval_s)
+        interval_s = self._silence_timeout_s / LOOKS_PER_TIMEOUT
+        while not self.is_silent(time.monotonic()):  # noqa: ASYNC110  # there is no event to wait for
+            await asyncio.sleep(interval_s)
         logger.warning("lease %x: its router has been silent for %g s", self.lease.lease_id, self._silence.timeout_s)
 
     def fail(self, error: errors.StagecoachError, step: int = 0) -> None:

@@ -7,15 +7,21 @@ from typing import Literal
 
 from pydantic import Field
 
+from stagecoach.errors import InvalidArgument
 from stagecoach.link_settings import LinkSettings
 from stagecoach.tls import ROUTER_NAME, SHARD_NAME
+from stagecoach.topology import LayerRange
+
+AUTO_LAYERS = "auto"
 
 
 class ShardSettings(LinkSettings):
     """Serves a contiguous block of a model's layers."""
 
     model: Path = Field(description="checkpoint folder: config.json and safetensors")
-    layers: str = Field(description="START:END, half-open; 0:15 is the first fifteen layers")
+    layers: str = Field(
+        description="START:END, half-open, 0:15 is the first fifteen layers; auto: those that a router assigns"
+    )
     listen: str = Field("127.0.0.1:50051", description="HOST:PORT; port 0 lets the system choose")
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu or cuda:N")
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
@@ -38,4 +44,17 @@ class ShardSettings(LinkSettings):
         f"{ROUTER_NAME},{SHARD_NAME}",
         description="with TLS: names, separated by commas; a caller's certificate must have one of them",
     )
+    allow_assign: str = Field(
+        ROUTER_NAME, description="with TLS and --layers auto: of the names in allow-peer, those that may assign layers"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    def layer_range(self) -> LayerRange | None:
+        """The range that `layers` names; None for those to be assigned. Raises InvalidArgument."""
+        if self.layers.strip() == AUTO_LAYERS:
+            return None
+        try:
+            return LayerRange.parse(self.layers)
+        except InvalidArgument as error:
+            message = f"{error.message}; or {AUTO_LAYERS}, for those that a router assigns"
+            raise InvalidArgument(message, field=error.field, value=error.value) from None

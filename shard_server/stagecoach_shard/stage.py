@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -125,6 +126,13 @@ class Stage:
         assert num_done == len(expected)
         give_back_unused()
         return stage
+
+    @staticmethod
+    def bytes_to_read(checkpoint: Checkpoint, layers: LayerRange, dtype: torch.dtype) -> int:
+        """What the tensors of `layers` take in `dtype`: the least that the stage takes, as some are packed besides."""
+        expected = _tensor_names(checkpoint.config, layers, *_table_names(checkpoint))
+        entries = [checkpoint.tensors[name] for name in expected if name in checkpoint.tensors]
+        return dtype.itemsize * sum(math.prod(entry.shape) for entry in entries)
 
     @property
     def weights_bytes(self) -> int:

@@ -9,7 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -33,6 +33,15 @@ class WantedOutput:
     temperatures: Tensor | None  # float32 [n] where the log-sum-exp is wanted
 
 
+@dataclass(slots=True)
+class LeaseLoad:
+    """What the compute thread did for one lease, up to now, and what it has yet to do. The runner's to write."""
+
+    num_steps: int = 0  # computed to their end
+    compute_s: float = 0.0
+    queue_depth: int = 0  # micro-batches that have arrived and not begun
+
+
 @dataclass(frozen=True, slots=True)
 class StageInput:
     """One micro-batch, as a stage needs it."""
@@ -41,6 +50,7 @@ class StageInput:
     rows: Rows
     outputs: Sequence[WantedOutput]
     is_current: Callable[[], bool]  # asked just before the run: whether its lease still stands
+    lease_load: LeaseLoad = field(default_factory=LeaseLoad)  # of the lease that it belongs to
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +100,13 @@ class StageRunner:
 
     def __init__(self, stage: Stage, cache: KVCache, *, block_size: int, num_threads: int) -> None:
         self.stage = stage
+        self.cache = cache
         self._load = Load()
-        # Guards `_load` with the two moments, of which one is set while the thread runs: what `load` says never falls.
+        # Guards the loads with the two moments, of which one is set while the thread runs: what they say never falls.
         self._lock = threading.Lock()
         self._idle_since: float | None = None
         self._busy_since: float | None = None
-        self._cache = cache
+        self._in_hand: LeaseLoad | None = None  # whose the step in hand is
         self._block_size = block_size
         self._num_threads = num_threads
         # With each step, when it was submitted. None ends the thread.
@@ -135,16 +146,28 @@ class StageRunner:
             load.wait_s += now - idle_since
         return load
 
+    def load_of(self, lease: LeaseLoad) -> LeaseLoad:
+        """A copy as of now: if the step in hand is that lease's, it is counted as far as it has come."""
+        with self._lock:
+            load, is_in_hand, busy_since = dataclasses.replace(lease), self._in_hand is lease, self._busy_since
+            now = time.perf_counter()
+        if is_in_hand and busy_since is not None:
+            load.compute_s += now - busy_since
+        return load
+
     def start(self) -> None:
         self._thread.start()
 
     def submit(self, step: StageInput, on_done: OnDone) -> None:
+        with self._lock:
+            step.lease_load.queue_depth += 1
         self._queue.put((step, on_done, time.perf_counter()))
 
-    def stop(self) -> None:
-        """Ends the thread after what is queued."""
+    def stop(self, timeout_s: float | None = None) -> bool:
+        """Ends the thread after what is queued, and waits for that. Returns whether it has ended, if not in time."""
         self._queue.put(None)
-        self._thread.join()
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
     def _loop(self) -> None:
         torch.set_num_threads(self._num_threads)
@@ -156,7 +179,8 @@ class StageRunner:
                 start = time.perf_counter()
                 self._load.wait_s += start - end
                 self._idle_since = None
-                self._busy_since = None if work is None else start
+                if work is not None:
+                    self._take(work[0], start)
             if work is None:
                 return
             step, on_done, submitted = work
@@ -165,18 +189,25 @@ class StageRunner:
                 end = time.perf_counter()
                 times = StepTimes(queue_s=start - submitted, compute_s=end - start)
                 self._count(step, result, times)
-                self._busy_since = None
+                self._busy_since = self._in_hand = None
                 self._idle_since = end
             try:
                 on_done(result, times)
             except Exception:  # whoever asked is gone; the next one may not be
                 logger.exception("a step's result could not be given back")
 
+    def _take(self, step: StageInput, now: float) -> None:
+        self._busy_since = now
+        self._in_hand = step.lease_load
+        step.lease_load.queue_depth -= 1
+
     def _count(self, step: StageInput, result: StageResult | Exception | None, times: StepTimes) -> None:
         load = self._load
         load.queue_s += times.queue_s
         load.compute_s += times.compute_s
+        step.lease_load.compute_s += times.compute_s
         if result is not None and not isinstance(result, Exception):
+            step.lease_load.num_steps += 1
             load.num_steps += 1
             load.num_tokens += step.rows.total_tokens
 
@@ -208,7 +239,7 @@ class StageRunner:
             device=stage.device,
         )
         # As they came, on the CPU: token ids are checked there, where that waits for no device.
-        hidden_states = stage.forward(for_device(step.inputs, stage.device), batch, self._cache)
+        hidden_states = stage.forward(for_device(step.inputs, stage.device), batch, self.cache)
         if not stage.is_last:
             return to_host([hidden_states])[0]
         return self._reduce(hidden_states, step.outputs)

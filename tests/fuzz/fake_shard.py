@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
@@ -16,8 +17,10 @@ from stagecoach.topology import LayerRange
 from stagecoach.v1 import model_pb2
 from stagecoach.v1 import shard_pb2 as pb
 from stagecoach.v1.model_pb2 import ErrorDetail
+from stagecoach_shard.assignment import Assignment
+from stagecoach_shard.served_stage import ServedStage, StepLimits
 from stagecoach_shard.service import ShardService
-from stagecoach_shard.stage_runner import Load, StageInput, StepTimes
+from stagecoach_shard.stage_runner import LeaseLoad, Load, StageInput, StepTimes
 from stagecoach_shard.wire import DTYPES
 
 LEASE_ID = 77
@@ -75,21 +78,33 @@ class FakeContext:
 class CheckingRunner:
     """Checks what the service would have computed: everything that a stage uses without looking again."""
 
-    def __init__(self, *, is_first: bool) -> None:
-        layers = LayerRange(0, 2) if is_first else LayerRange(2, 4)
+    def __init__(self, layers: LayerRange, num_layers: int) -> None:
         config = SimpleNamespace(
             family="llama",
-            num_layers=2 if is_first else 6,
+            num_layers=num_layers,
             hidden_size=HIDDEN_SIZE,
             vocab_size=VOCAB_SIZE,
             context_length=CONTEXT_LENGTH,
         )
         self.stage: Any = SimpleNamespace(
-            layers=layers, is_first=is_first, is_last=is_first, dtype=torch.float32, config=config
+            layers=layers,
+            is_first=layers.start == 0,
+            is_last=layers.end == num_layers,
+            is_native=False,
+            weights_bytes=1,
+            dtype=torch.float32,
+            config=config,
         )
+        self.cache: Any = SimpleNamespace(num_blocks=NUM_BLOCKS, total_bytes=1)
         self.load = Load()
         self.queue_depth = 0
         self.num_steps = 0
+
+    def load_of(self, lease: LeaseLoad) -> LeaseLoad:
+        return lease
+
+    def stop(self, timeout_s: float) -> bool:
+        return True
 
     def submit(self, step: StageInput, on_done: Any) -> None:
         rows = step.rows
@@ -115,21 +130,64 @@ def _no_dial(address: str) -> NoReturn:
     raise errors.Unavailable(f"{address}: no links here")
 
 
-def make_service(*, is_first: bool) -> tuple[ShardService, CheckingRunner]:
-    """The service of a stage: one that is first and last, or one in the middle."""
-    runner = CheckingRunner(is_first=is_first)
-    checkpoint: Any = SimpleNamespace(name="m", fingerprint=FINGERPRINT, config=runner.stage.config)
+@dataclass(frozen=True, slots=True)
+class FakeShard:
+    """The service, and what is behind it. `loaded`: every runner that was ever loaded, in order."""
+
+    service: ShardService
+    assignment: Assignment
+    loaded: list[CheckingRunner]
+
+    @property
+    def runner(self) -> CheckingRunner:
+        return self.loaded[-1]
+
+    @property
+    def stage(self) -> ServedStage:
+        return self.assignment.served()
+
+
+def make_shard(layers: LayerRange | None, num_layers: int, *, assignable: bool = False) -> FakeShard:
+    """A shard with `layers` of a model of so many; None: with none yet."""
+    loaded: list[CheckingRunner] = []
+
+    def load(layers: LayerRange) -> Any:
+        loaded.append(CheckingRunner(layers, num_layers))
+        return loaded[-1]
+
+    checkpoint: Any = SimpleNamespace(
+        name="m", fingerprint=FINGERPRINT, config=CheckingRunner(LayerRange(0, 1), num_layers).stage.config
+    )
+    limits = StepLimits(BLOCK_SIZE, MAX_BATCH_TOKENS, max_queued_steps=4)
+    assignment = Assignment(
+        load, lambda runner: ServedStage(checkpoint, runner, limits), assignable=assignable, on_ready=lambda ready: None
+    )
+    if layers is not None:
+
+        async def begin() -> None:
+            await assignment.begin(layers)
+
+        asyncio.run(begin())
     service = ShardService(
         checkpoint,
-        runner,  # type: ignore[arg-type]
-        block_size=BLOCK_SIZE,
-        num_blocks=NUM_BLOCKS,
-        kv_cache_bytes=1,
-        max_batch_tokens=MAX_BATCH_TOKENS,
-        max_queued_steps=4,
+        assignment,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        limits=limits,
+        unassigned_id="u",
         dial=_no_dial,
     )
-    return service, runner
+    return FakeShard(service, assignment, loaded)
+
+
+def first_and_last(*, assignable: bool = False) -> FakeShard:
+    """A shard with the whole model."""
+    return make_shard(LayerRange(0, 2), 2, assignable=assignable)
+
+
+def in_the_middle() -> FakeShard:
+    """A shard with layers before and after its own."""
+    return make_shard(LayerRange(2, 4), 6)
 
 
 def open_request(stage: Any, **changes: Any) -> pb.SessionRequest:

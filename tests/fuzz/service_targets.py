@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from google.protobuf.message import DecodeError, Message
 
-from stagecoach import errors
+from stagecoach import PROTOCOL_VERSION, errors
 from stagecoach.framing import read_frame, write_frame
 from stagecoach.v1 import model_pb2
 from stagecoach.v1 import shard_pb2 as pb
+from stagecoach_shard.forward_stream import read_step
 from stagecoach_shard.lease import Lease
 from stagecoach_shard.session import LeaseSession
 from tests.fuzz import fake_shard
@@ -101,23 +102,24 @@ class _Forward:
     """A service that is asked for one lease and sent one frame after another, each in a call of its own."""
 
     def __init__(self) -> None:
-        self._service, self._runner = fake_shard.make_service(is_first=True)
+        self._shard = fake_shard.first_and_last()
         self._loop = asyncio.new_event_loop()
 
     def check(self, data: bytes) -> None:
         self._loop.run_until_complete(asyncio.wait_for(self._send(data), fake_shard.WAIT_S))
 
     async def _send(self, data: bytes) -> None:
-        session = fake_shard.FakeContext(fake_shard.open_request(self._runner.stage), stays_open=True)
-        holding = asyncio.create_task(self._service.session(None, session))  # type: ignore[arg-type]
+        runner = self._shard.runner
+        session = fake_shard.FakeContext(fake_shard.open_request(runner.stage), stays_open=True)
+        holding = asyncio.create_task(self._shard.service.session(None, session))  # type: ignore[arg-type]
         try:
             await session.answered.wait()
-            num_before = self._runner.num_steps
+            num_before = runner.num_steps
             try:
-                await self._service.forward(None, fake_shard.FakeContext(data))  # type: ignore[arg-type]
+                await self._shard.service.forward(None, fake_shard.FakeContext(data))  # type: ignore[arg-type]
             except fake_shard.Aborted as aborted:
                 raise aborted.error from None
-            assert self._runner.num_steps == num_before + 1, "neither refused nor run"
+            assert runner.num_steps == num_before + 1, "neither refused nor run"
         finally:
             session.close()
             await holding
@@ -130,8 +132,7 @@ def micro_batch(scratch: Path) -> Target:
 
 def hidden_states(scratch: Path) -> Target:
     """The same for a stage in the middle; up to where it is checked, as there is nothing after it."""
-    service, runner = fake_shard.make_service(is_first=False)
-    stage = runner.stage
+    shard = fake_shard.in_the_middle()
 
     def check(data: bytes) -> None:
         lease = Lease(
@@ -145,20 +146,20 @@ def hidden_states(scratch: Path) -> Target:
             max_batch_tokens=fake_shard.MAX_BATCH_TOKENS,
         )
         message, payload = read_frame(pb.MicroBatch, data)
-        step = service._read_step(LeaseSession(lease), message.header, payload)
-        runner.submit(step, lambda result, times: None)
-        assert not stage.is_last
+        step = read_step(shard.stage, LeaseSession(lease), message.header, payload)
+        shard.runner.submit(step, lambda result, times: None)
+        assert not shard.runner.stage.is_last
 
     return Target("hidden_states", micro_batch_frames(is_first=False), check, PROTOBUF_WORDS, share=12)
 
 
 def session(scratch: Path) -> Target:
     """Requests on a session, as many as there are in the input, each with its length before it."""
-    service, runner = fake_shard.make_service(is_first=True)
+    shard = fake_shard.first_and_last()
     loop = asyncio.new_event_loop()
-    opened = fake_shard.open_request(runner.stage)
+    opened = fake_shard.open_request(shard.runner.stage)
     report = pb.SessionRequest(report_load=pb.ReportLoad(number=2**64 - 1))
-    other = fake_shard.open_request(runner.stage, num_blocks=3, max_slots=4096, epoch=2**64 - 1)
+    other = fake_shard.open_request(shard.runner.stage, num_blocks=3, max_slots=4096, epoch=2**64 - 1)
 
     def join(*requests: pb.SessionRequest) -> bytes:
         parts = [request.SerializeToString() for request in requests]
@@ -166,7 +167,7 @@ def session(scratch: Path) -> Target:
 
     async def hold(requests: list[pb.SessionRequest]) -> None:
         try:
-            await service.session(None, fake_shard.FakeContext(*requests))  # type: ignore[arg-type]
+            await shard.service.session(None, fake_shard.FakeContext(*requests))  # type: ignore[arg-type]
         except fake_shard.Aborted as aborted:
             raise aborted.error from None
 
@@ -182,7 +183,79 @@ def session(scratch: Path) -> Target:
         try:
             loop.run_until_complete(asyncio.wait_for(hold(requests), fake_shard.WAIT_S))
         finally:
-            num_free = service._blocks.num_free
+            num_free = shard.stage.num_free_blocks(0)
             assert num_free == fake_shard.NUM_BLOCKS, f"{num_free} blocks are free after the session's end"
 
     return Target("session", [join(opened, report), join(other), join(report)], check, PROTOBUF_WORDS, share=8)
+
+
+class _Assign:
+    """The same requests to a shard with a lease open on its layers, and to one that has none or got some just now."""
+
+    NUM_LAYERS = 6
+
+    def __init__(self) -> None:
+        self._leased = fake_shard.first_and_last(assignable=True)
+        self._free = fake_shard.make_shard(None, self.NUM_LAYERS, assignable=True)
+        self._loop = asyncio.new_event_loop()
+
+    def check(self, data: bytes) -> None:
+        try:
+            request = pb.AssignRequest.FromString(data)
+        except DecodeError as error:
+            raise errors.InvalidArgument("gRPC ends the call") from error
+        self._loop.run_until_complete(asyncio.wait_for(self._take(request), fake_shard.WAIT_S))
+
+    async def _take(self, request: pb.AssignRequest) -> None:
+        await self._take_beside_a_lease(request)
+        num_loaded = len(self._free.loaded)
+        before = self._free.assignment.stage
+        error = await self._send(self._free, request)
+        if error is not None:
+            assert self._free.assignment.stage is before, "a refusal changed the layers"
+            assert len(self._free.loaded) == num_loaded
+            raise error
+        layers = self._free.stage.layers
+        assert (layers.start, layers.end) == (request.layers.start, request.layers.end)
+        assert 0 <= layers.start < layers.end <= self.NUM_LAYERS
+
+    async def _take_beside_a_lease(self, request: pb.AssignRequest) -> None:
+        """The lease goes on as it was: same stage, same blocks, and its next step runs."""
+        shard = self._leased
+        session = fake_shard.FakeContext(fake_shard.open_request(shard.runner.stage), stays_open=True)
+        holding = asyncio.create_task(shard.service.session(None, session))  # type: ignore[arg-type]
+        try:
+            await session.answered.wait()
+            stage, num_free, num_steps = shard.stage, shard.stage.num_free_blocks(0), shard.runner.num_steps
+            await self._send(shard, request)
+            assert shard.stage is stage
+            assert stage.num_free_blocks(0) == num_free
+            assert len(shard.loaded) == 1, "it was loaded anew under a lease"
+            frame = micro_batch_frames(is_first=True)[0]
+            await shard.service.forward(None, fake_shard.FakeContext(frame))  # type: ignore[arg-type]
+            assert shard.runner.num_steps == num_steps + 1
+        finally:
+            session.close()
+            await holding
+
+    @staticmethod
+    async def _send(shard: fake_shard.FakeShard, request: pb.AssignRequest) -> errors.StagecoachError | None:
+        try:
+            await shard.service.assign(request, fake_shard.FakeContext())  # type: ignore[arg-type]
+        except fake_shard.Aborted as aborted:
+            return aborted.error
+        return None
+
+
+def assign(scratch: Path) -> Target:
+    """Assign, with and without a lease on the shard."""
+    ranges = [(0, 2), (0, 6), (2, 4), (5, 6), (0, 0), (4, 2), (0, 7), (2**32 - 2, 2**32 - 1)]
+    corpus = [
+        pb.AssignRequest(
+            protocol_version=PROTOCOL_VERSION,
+            model_fingerprint=fake_shard.FINGERPRINT,
+            layers=model_pb2.LayerRange(start=start, end=end),
+        ).SerializeToString()
+        for start, end in ranges
+    ]
+    return Target("assign", corpus, _Assign().check, PROTOBUF_WORDS, share=2)

@@ -13,6 +13,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "micro_batch": service_targets.micro_batch,
     "hidden_states": service_targets.hidden_states,
     "session": service_targets.session,
+    "assign": service_targets.assign,
     "lease": lease_target.lease,
     "step_result": result_targets.step_result,
     "load_report": result_targets.load_report,

@@ -13,7 +13,7 @@ from stagecoach_client import AsyncClient
 from tests.cluster import start_router, start_shard, wait_until_ready
 from tests.delay_proxy import DelayProxy
 from tests.integration.test_generate import greedy, random_prompts, reference_tokens
-from tests.integration.test_shard_service import open_session, running_shard
+from tests.integration.test_shard_service import open_session, read_kind, running_shard
 
 FAULT_TIMEOUT_S = 1.0
 TIMEOUT_S = 60.0
@@ -146,6 +146,7 @@ async def free_blocks_become(stub, expected):
 async def test_the_lease_of_a_router_that_falls_silent_ends(tiny_model):
     async with running_shard(tiny_model) as (stub, description):
         call = await open_session(stub, description, silence_timeout_s=0.5)
+        await call.write(pb.SessionRequest(report_load=pb.ReportLoad(number=1)))
         assert (await stub.describe(pb.DescribeRequest())).num_free_blocks < description.num_blocks
         await free_blocks_become(stub, description.num_blocks)
         call.cancel()
@@ -162,6 +163,8 @@ async def test_the_lease_of_a_router_that_reads_nothing_ends_too(tiny_model):
             description = await loaded(stub)
             async with grpc.aio.insecure_channel(proxy.address) as through_proxy:
                 call = await open_session(ShardStub(through_proxy), description, silence_timeout_s=0.5)
+                await call.write(pb.SessionRequest(report_load=pb.ReportLoad(number=1)))
+                await read_kind(call, "load")
                 assert (await stub.describe(pb.DescribeRequest())).num_free_blocks < description.num_blocks
                 proxy.stall("from_target")
                 proxy.stall("to_target")

@@ -20,7 +20,15 @@ from stagecoach_shard.checkpoint import Checkpoint
 from stagecoach_shard.kv_cache import KVCache
 from stagecoach_shard.lease import Rows
 from stagecoach_shard.stage import Stage
-from stagecoach_shard.stage_runner import Output, StageInput, StageResult, StageRunner, StepTimes, WantedOutput
+from stagecoach_shard.stage_runner import (
+    LeaseLoad,
+    Output,
+    StageInput,
+    StageResult,
+    StageRunner,
+    StepTimes,
+    WantedOutput,
+)
 from tests.unit.stage_chain import CPU
 from tests.unit.tiny_models import MODELS, VOCAB_SIZE, reference_logits, save_tiny_model
 
@@ -59,9 +67,11 @@ class Scene:
         *,
         outputs: tuple[WantedOutput, ...] = (),
         is_current: Callable[[], bool] = lambda: True,
+        lease: LeaseLoad | None = None,
     ) -> None:
         rows = Rows(np.array([0]), np.array([len(token_ids)]), np.array([[3, 1]], dtype=np.int32))
-        step = StageInput(torch.tensor(token_ids, dtype=torch.int32), rows, outputs, is_current)
+        inputs = torch.tensor(token_ids, dtype=torch.int32)
+        step = StageInput(inputs, rows, outputs, is_current, lease or LeaseLoad())
         self.runner.submit(step, lambda answer, times: self._answers.put((name, answer, times)))
 
     def answer(self, name: str) -> Answer:
@@ -237,6 +247,32 @@ def test_the_times_of_steps_are_the_counters_parts(scene: Scene) -> None:
     assert sum(one.compute_s for one in times) == pytest.approx(load.compute_s)
 
 
+def test_each_leases_figures_are_of_its_own_steps(scene: Scene) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def hold(batch: Batch) -> None:
+        begun.set()
+        assert go_on.wait(TIMEOUT_S)
+
+    ours, theirs = LeaseLoad(), LeaseLoad()
+    scene.attention.before = hold
+    scene.submit("theirs", lease=theirs)
+    scene.submit("ours", lease=ours)
+    scene.submit("more of ours", lease=ours)
+    assert begun.wait(TIMEOUT_S)
+    assert scene.runner.load_of(ours) == LeaseLoad(num_steps=0, compute_s=0.0, queue_depth=2)
+    seen = [scene.runner.load_of(theirs) for _ in range(2)]
+    assert 0 < seen[0].compute_s < seen[1].compute_s  # also of the step in hand
+    assert (seen[1].num_steps, seen[1].queue_depth) == (0, 0)
+    go_on.set()
+    times = {name: scene.timed_answer(name)[1].compute_s for name in ("theirs", "ours", "more of ours")}
+    after = [scene.runner.load_of(lease) for lease in (ours, theirs)]
+    assert [(load.num_steps, load.queue_depth) for load in after] == [(2, 0), (1, 0)]
+    assert after[0].compute_s == pytest.approx(times["ours"] + times["more of ours"])
+    assert after[1].compute_s == pytest.approx(times["theirs"])
+    assert sum(load.compute_s for load in after) == pytest.approx(scene.runner.load.compute_s)
+
+
 def test_a_lost_device_fails_every_later_step_and_shows(scene: Scene) -> None:
     def lose(batch: Batch) -> None:
         raise torch.AcceleratorError("an illegal memory access was encountered")
@@ -259,7 +295,7 @@ def test_it_is_alive_from_start_to_stop_and_answers_what_was_queued(tiny: tuple[
     scene.runner.start()
     assert scene.runner.alive
     scene.submit("late")
-    scene.runner.stop()
+    assert scene.runner.stop()
     assert not scene.runner.alive
     assert scene.answer("early") == []
     assert scene.answer("late") == []

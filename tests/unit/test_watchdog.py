@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from stagecoach_router.watchdog import MAX_SLOWDOWN, FaultLimits, Watchdog
+from stagecoach_router.watchdog import MAX_SLOWDOWN, FaultLimits, StageWork, Watchdog
 
 STAGES = ("a:1", "b:2")
 LIMITS = FaultLimits(fault_timeout_s=5.0, step_timeout_s=60.0)
 
 
 class Scene:
-    """A watchdog, and stages that answer unless they are silent and compute if they are busy."""
+    """A watchdog, and stages that answer unless they are silent and compute if they are busy.
+
+    `busy_for_others`: with steps of another router, of which they finish one in each interval unless they are `stuck`.
+    `queued`: where a step of ours waits.
+    """
 
     def __init__(self, limits: FaultLimits = LIMITS) -> None:
         self.dog = Watchdog(STAGES, limits)
@@ -19,6 +23,11 @@ class Scene:
         self.number = 0
         self.silent: set[str] = set()
         self.busy: set[str] = set()
+        self.busy_for_others: set[str] = set()
+        self.stuck: set[str] = set()
+        self.queued: set[str] = set()
+        self.others_compute_s = dict.fromkeys(STAGES, 0.0)
+        self.others_num_steps = dict.fromkeys(STAGES, 0)
         self.compute_s = dict.fromkeys(STAGES, 0.0)
         self.num_steps = dict.fromkeys(STAGES, 0)
 
@@ -33,13 +42,23 @@ class Scene:
             for address in STAGES:
                 if address in self.busy:
                     self.compute_s[address] += self.dog.interval_s
+                if address in self.busy_for_others:
+                    self.others_compute_s[address] += self.dog.interval_s
+                    self.others_num_steps[address] += address not in self.stuck
                 if address not in self.silent:
                     self.answer(address, self.number)
             self.now_s += self.dog.interval_s
         return None
 
     def answer(self, address: str, number: int) -> None:
-        self.dog.answered(address, number, compute_s=self.compute_s[address], num_steps=self.num_steps[address])
+        work = StageWork(
+            num_steps=self.num_steps[address] + self.others_num_steps[address],
+            compute_s=self.compute_s[address] + self.others_compute_s[address],
+            lease_num_steps=self.num_steps[address],
+            lease_compute_s=self.compute_s[address],
+            lease_queue_depth=address in self.queued,
+        )
+        self.dog.answered(address, number, work)
 
 
 def test_an_idle_pipeline_whose_stages_answer_is_left_alone():
@@ -158,3 +177,78 @@ def test_when_all_steps_are_back_none_is_overdue():
     scene.dog.sent(0.05)
     scene.dog.returned()
     assert scene.until_given_up(600.0) is None
+
+
+@pytest.mark.parametrize("expected_s", [None, 0.02])
+def test_the_steps_of_another_router_do_not_hide_one_that_got_lost(expected_s):
+    scene = Scene()
+    scene.busy_for_others.update(STAGES)
+    scene.until_given_up(20.0)
+    scene.dog.sent(expected_s)
+    found = scene.until_given_up(60.0)
+    assert found is not None
+    assert found[0] <= LIMITS.fault_timeout_s
+    assert "no stage has computed" in found[1]
+
+
+@pytest.mark.parametrize("address", STAGES)
+@pytest.mark.parametrize("expected_s", [None, 0.02])
+def test_a_step_that_waits_behind_another_routers_long_one_is_not_overdue(expected_s, address):
+    scene = Scene()
+    assert scene.until_given_up(3600.0) is None  # nobody computes anything for long before
+    scene.busy_for_others.add(address)
+    scene.stuck.add(address)
+    scene.queued.add(address)
+    scene.dog.sent(expected_s)
+    assert scene.until_given_up(0.9 * LIMITS.step_timeout_s) is None
+    scene.busy_for_others.clear()
+    scene.queued.clear()
+    scene.dog.returned()
+    assert scene.until_given_up(60.0) is None
+
+
+def test_a_step_may_wait_behind_any_number_of_others_as_long_as_they_get_done():
+    scene = Scene()
+    scene.busy_for_others.add("b:2")
+    scene.queued.add("b:2")
+    scene.dog.sent(0.02)
+    assert scene.until_given_up(10 * LIMITS.step_timeout_s) is None
+
+
+def test_a_step_that_waits_behind_one_that_never_ends_is_found_after_the_step_timeout():
+    scene = Scene()
+    scene.until_given_up(1.0)
+    scene.busy_for_others.add("b:2")
+    scene.stuck.add("b:2")
+    scene.queued.add("b:2")
+    scene.dog.sent(0.02)
+    found = scene.until_given_up(10 * LIMITS.step_timeout_s)
+    assert found is not None
+    assert LIMITS.step_timeout_s <= found[0] <= LIMITS.step_timeout_s + LIMITS.fault_timeout_s
+
+
+def test_our_own_step_that_hangs_is_found_although_others_and_more_of_ours_wait_behind_it():
+    scene = Scene()
+    scene.busy_for_others.update(STAGES)
+    scene.until_given_up(20.0)
+    scene.busy_for_others.clear()
+    scene.busy.add("a:1")
+    scene.queued.add("a:1")
+    scene.dog.sent(0.05)
+    scene.dog.sent(0.05)
+    found = scene.until_given_up(60.0)
+    assert found is not None
+    assert found[0] <= LIMITS.fault_timeout_s
+
+
+def test_once_the_others_are_through_our_steps_time_counts_again():
+    scene = Scene()
+    scene.busy_for_others.add("b:2")
+    scene.queued.add("b:2")
+    scene.dog.sent(0.02)
+    assert scene.until_given_up(30.0) is None
+    scene.queued.clear()
+    scene.busy_for_others.clear()
+    found = scene.until_given_up(60.0)
+    assert found is not None
+    assert found[0] <= LIMITS.fault_timeout_s

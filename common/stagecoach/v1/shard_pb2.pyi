@@ -186,7 +186,7 @@ class Fault(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., error: _Optional[_Union[_model_pb2.ErrorDetail, _Mapping]] = ...) -> None: ...
 
 class LoadReport(_message.Message):
-    __slots__ = ("num_steps", "num_tokens", "compute_s", "wait_s", "decode_s", "queue_depth", "num_fast_frames", "num_frames", "encode_s", "queue_s", "number", "lease_num_steps", "lease_compute_s")
+    __slots__ = ("num_steps", "num_tokens", "compute_s", "wait_s", "decode_s", "queue_depth", "num_fast_frames", "num_frames", "encode_s", "queue_s", "number", "lease_num_steps", "lease_compute_s", "lease_queue_depth")
     NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
@@ -200,6 +200,7 @@ class LoadReport(_message.Message):
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     LEASE_NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
     LEASE_COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
+    LEASE_QUEUE_DEPTH_FIELD_NUMBER: _ClassVar[int]
     num_steps: int
     num_tokens: int
     compute_s: float
@@ -213,7 +214,8 @@ class LoadReport(_message.Message):
     number: int
     lease_num_steps: int
     lease_compute_s: float
-    def __init__(self, num_steps: _Optional[int] = ..., num_tokens: _Optional[int] = ..., compute_s: _Optional[float] = ..., wait_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., queue_depth: _Optional[int] = ..., num_fast_frames: _Optional[int] = ..., num_frames: _Optional[int] = ..., encode_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., number: _Optional[int] = ..., lease_num_steps: _Optional[int] = ..., lease_compute_s: _Optional[float] = ...) -> None: ...
+    lease_queue_depth: int
+    def __init__(self, num_steps: _Optional[int] = ..., num_tokens: _Optional[int] = ..., compute_s: _Optional[float] = ..., wait_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., queue_depth: _Optional[int] = ..., num_fast_frames: _Optional[int] = ..., num_frames: _Optional[int] = ..., encode_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., number: _Optional[int] = ..., lease_num_steps: _Optional[int] = ..., lease_compute_s: _Optional[float] = ..., lease_queue_depth: _Optional[int] = ...) -> None: ...
 
 class MicroBatch(_message.Message):
     __slots__ = ("header", "payload")

@@ -1,0 +1,192 @@
+"""Which layers this process serves: none yet, those that are being loaded, or those of a stage. Changes between them.
+
+One load at a time, on a thread; the event loop stays free, and the load goes on whoever stops waiting for it. A stage
+is let go before the next one is loaded, as there may be no room for both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import time
+from collections.abc import Callable
+
+from stagecoach import errors
+from stagecoach.topology import LayerRange
+from stagecoach_shard.memory import give_back_unused
+from stagecoach_shard.served_stage import STOPPING_RETRY_AFTER_S, ServedStage
+from stagecoach_shard.stage_runner import StageRunner
+
+logger = logging.getLogger(__name__)
+
+ALIVE_CHECK_INTERVAL_S = 1.0
+STOP_COMPUTING_TIMEOUT_S = 10.0
+# For who asks while layers are loaded.
+LOADING_RETRY_AFTER_S = 1.0
+
+LoadLayers = Callable[[LayerRange], StageRunner]
+
+
+class Assignment:
+    """The stage of this process, and how it comes by another.
+
+    `load` loads a range, on a thread, and `serve` makes a stage of what came of it. `assignable`: which range is for
+    others to say. `on_ready` is told whether this process can do what it was told to: not while it loads.
+    """
+
+    def __init__(
+        self,
+        load: LoadLayers,
+        serve: Callable[[StageRunner], ServedStage],
+        *,
+        assignable: bool,
+        on_ready: Callable[[bool], None],
+    ) -> None:
+        self.assignable = assignable
+        self.stage: ServedStage | None = None
+        self._load_layers = load
+        self._serve = serve
+        self._on_ready = on_ready
+        self._loading: LayerRange | None = None
+        self._task: asyncio.Task[ServedStage] | None = None
+        self._former: StageRunner | None = None  # whose thread has yet to end
+        self._draining = False
+
+    def served(self) -> ServedStage:
+        """The stage. Raises Unavailable while layers are loaded, FailedPrecondition where there are none yet."""
+        self.check_not_loading()
+        if self.stage is None:
+            raise errors.FailedPrecondition("the shard has no layers yet: a router has to assign them", field="layers")
+        return self.stage
+
+    def check_not_loading(self) -> None:
+        """Raises Unavailable while layers are loaded, and says which."""
+        if self._loading is not None:
+            raise errors.Unavailable(
+                f"the shard is loading layers {self._loading}",
+                field="layers",
+                value=self._loading,
+                retry_after_s=LOADING_RETRY_AFTER_S,
+            )
+
+    async def assign(self, layers: LayerRange) -> ServedStage:
+        """The stage of `layers`, once it is there: at once where it is, else when it has been loaded.
+
+        Who stops waiting stops nothing. Raises FailedPrecondition where the range is not to be chosen, or leases are
+        open on another one, Unavailable while another is loaded or the process is about to stop, and what loading
+        raises: then there are no layers any more.
+        """
+        if not self.assignable:
+            raise errors.FailedPrecondition(
+                "the shard was started with a range of its own: it takes no other", field="layers", value=layers
+            )
+        if self._draining:
+            raise errors.Unavailable("the shard is stopping", retry_after_s=STOPPING_RETRY_AFTER_S)
+        if self._task is not None and self._loading == layers:
+            return await asyncio.shield(self._task)
+        self.check_not_loading()
+        if self.stage is not None and self.stage.layers == layers:
+            return self.stage
+        if self.stage is not None and self.stage.num_leases:
+            raise errors.FailedPrecondition(
+                f"{self.stage.num_leases} leases are open on layers {self.stage.layers}",
+                field="layers",
+                limit=self.stage.layers,
+                value=layers,
+            )
+        return await asyncio.shield(self.begin(layers))
+
+    def begin(self, layers: LayerRange) -> asyncio.Task[ServedStage]:
+        """Begins to load `layers`, instead of those there are."""
+        assert self._loading is None, "one load at a time"
+        self._loading = layers
+        self._on_ready(False)
+        self._task = asyncio.create_task(self._change(layers))
+        self._task.add_done_callback(lambda task: task.cancelled() or task.exception())  # nobody may be waiting
+        return self._task
+
+    async def loaded(self) -> None:
+        """Returns when no load is going on, however it ended."""
+        if self._task is not None:
+            await asyncio.wait([self._task])
+
+    async def computing_ended(self) -> None:
+        """Returns when the compute thread of the stage has ended, which only a bug makes it do."""
+        while self.stage is None or self.stage.runner.alive:  # noqa: ASYNC110  # a thread has no event to wait for
+            await asyncio.sleep(ALIVE_CHECK_INTERVAL_S)
+
+    def drain(self) -> int:
+        """Opens no lease and loads nothing from now on. Returns how many leases are open."""
+        self._draining = True
+        if self.stage is None:
+            return 0
+        self.stage.drain()
+        return self.stage.num_leases
+
+    async def leases_ended(self) -> None:
+        """Returns when no lease is open."""
+        if self.stage is not None:
+            await self.stage.leases_ended()
+
+    def end_sessions(self) -> None:
+        """Tells every router that this shard stops."""
+        if self.stage is not None:
+            self.stage.end_sessions()
+
+    async def stop_computing(self) -> bool:
+        """Ends the compute thread, for good. Returns whether it has ended in time."""
+        if self.stage is not None:
+            self._former, self.stage = self.stage.runner, None
+        return await self._former_has_ended()
+
+    async def _change(self, layers: LayerRange) -> ServedStage:
+        try:
+            self.stage = await self._load(layers)
+            return self.stage
+        finally:
+            self._loading = self._task = None
+            self._on_ready(self.assignable or self.stage is not None)
+
+    async def _load(self, layers: LayerRange) -> ServedStage:
+        begin = time.monotonic()
+        try:
+            await self._let_go()
+            stage = self._serve(await asyncio.to_thread(self._load_layers, layers))
+            logger.info("layers %s loaded in %.1f s", layers, time.monotonic() - begin)
+            return stage
+        except Exception as error:
+            if not isinstance(error, errors.StagecoachError):
+                logger.exception("loading layers %s", layers)
+            failure = _without_frames(error, layers)
+        await asyncio.to_thread(_give_back_memory)
+        raise failure
+
+    async def _let_go(self) -> None:
+        """Gives back what the stage has, and waits for its compute thread."""
+        if self.stage is not None:
+            logger.info("layers %s are let go", self.stage.layers)
+            self._former, self.stage = self.stage.runner, None
+        if not await self._former_has_ended():
+            raise errors.ShardFault(f"a step of other layers has not ended in {STOP_COMPUTING_TIMEOUT_S:g} s")
+        await asyncio.to_thread(_give_back_memory)
+
+    async def _former_has_ended(self) -> bool:
+        if self._former is not None and await asyncio.to_thread(self._former.stop, STOP_COMPUTING_TIMEOUT_S):
+            self._former = None
+        return self._former is None
+
+
+def _give_back_memory() -> None:
+    gc.collect()
+    give_back_unused()
+
+
+def _without_frames(error: Exception, layers: LayerRange) -> errors.StagecoachError:
+    """The error without the frames that it passed: they hold the tensors that had been loaded by then."""
+    if not isinstance(error, errors.StagecoachError):
+        return errors.FailedPrecondition(
+            f"layers {layers} cannot be loaded: {type(error).__name__}: {error}", field="layers", value=layers
+        )
+    error.__traceback__ = error.__cause__ = error.__context__ = None
+    return error
