@@ -95,6 +95,7 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer):
         self.failed = threading.Event()
         self.caller_left = threading.Event()
         self.ready = True
+        self.num_pipelines = 1
 
     def Generate(self, request: pb.GenerateRequest, context: Any) -> Iterator[pb.GenerateResponse]:
         self._begin(request, context, stays=self.stay_open)
@@ -120,7 +121,7 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer):
             model=MODEL, epoch=1, ready=self.ready, reason=reason, stages=[stage(0, 10), stage(10, 30)]
         )
         return pb.GetClusterStatusResponse(
-            pipelines=[pipeline],
+            pipelines=[pipeline] * self.num_pipelines,
             num_running=2,
             num_blocks=64,
             num_free_blocks=60,
