@@ -24,7 +24,8 @@ from stagecoach.topology import LayerRange
 from stagecoach_client import AsyncClient
 from stagecoach_client.layer_split import read_shape, split_layers
 from stagecoach_client.load import Load, run_load
-from stagecoach_client.local_cluster import Commands, LocalCluster, StagecoachCommands, free_addresses
+from stagecoach_client.local_cluster import LocalCluster
+from stagecoach_client.local_commands import Commands, StagecoachCommands, free_addresses
 
 PROMPT_TOKENS = 32
 NUM_WARM_UP_TOKENS = 48  # enough steps for the router to have measured what they take now
@@ -65,8 +66,8 @@ class FarCommands:
         self.proxies: Proxies | None = None
         self._commands = commands
 
-    def shard(self, stage: int, layers: LayerRange, address: str) -> Sequence[str]:
-        return self._commands.shard(stage, layers, address)
+    def shard(self, index: int, layers: LayerRange | None, address: str) -> Sequence[str]:
+        return self._commands.shard(index, layers, address)
 
     def router(self, shard_addresses: Sequence[str], address: str) -> Sequence[str]:
         self.close()  # those of an attempt to start that failed

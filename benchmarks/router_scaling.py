@@ -52,7 +52,7 @@ class StubCommands:
     max_running: int
     router_module: tuple[str, ...] = ("stagecoach_router",)
 
-    def shard(self, stage: int, layers: object, address: str) -> Sequence[str]:
+    def shard(self, index: int, layers: object, address: str) -> Sequence[str]:
         return [sys.executable, "-m", "benchmarks.stub_shard", "--model", str(self.model), "--listen", address]
 
     def router(self, shard_addresses: Sequence[str], address: str) -> Sequence[str]:
@@ -115,7 +115,7 @@ class Callers:
 
 
 def router_pid(cluster: LocalCluster) -> int:
-    return next(process.pid for process in cluster.processes if process.layers is None)
+    return next(process.pid for process in cluster.processes if process.role == "router")
 
 
 def cpu_s(pid: int) -> float:

@@ -43,7 +43,7 @@ from stagecoach_client.results import (
     TokenLogprob,
     Usage,
 )
-from stagecoach_client.status import ClusterStatus, Model, PipelineStatus, StageStatus
+from stagecoach_client.status import ClusterStatus, Model, PipelineStatus, SpareStatus, StageStatus
 from stagecoach_client.streams import AsyncGenerationStream, GenerationStream
 from stagecoach_client.tls import Tls
 
@@ -78,6 +78,7 @@ __all__ = [
     "PositionLogprobs",
     "RateLimited",
     "ShardFault",
+    "SpareStatus",
     "StageStatus",
     "StagecoachError",
     "StaleEpoch",

@@ -6,7 +6,11 @@ Of a stage, over an interval:
   which it worked on a step, whatever the step was for.
 - bubble: 1 - compute / active, where active is the time in which the router had at least one sequence running: the part
   of that time in which the stage had nothing to compute. Work that was another router's, or for a sequence that was
-  cancelled before its step was computed, makes it too small; it ends at 0.
+  cancelled before its step was computed, makes it too small; it ends at 0. Of several pipelines, active is when any of
+  them had one, so a pipeline without requests beside one that has them is all bubble.
+
+Figures go by a shard's address, whichever pipeline it was in. Of one that came only after the first look they are
+since the router first heard of it, and what one did that is in no pipeline any more is not among them.
 """
 
 from __future__ import annotations
@@ -20,6 +24,8 @@ from stagecoach_client.status import ClusterStatus, StageStatus, busy_fraction
 class StageActivity:
     """What one stage did; see the module. Times in seconds; a fraction that cannot be told is None."""
 
+    pipeline: int  # as the router lists them, from 0
+    stage: int  # in that pipeline, from 0
     address: str
     layers: str
     busy_fraction: float | None
@@ -52,7 +58,7 @@ class Activity:
 
 def activity(after: ClusterStatus, before: ClusterStatus | None = None) -> Activity:
     """What was done since `before`; since the router started, where that is None or of a router that ended since."""
-    if before is not None and before.uptime_s > after.uptime_s:
+    if before is not None and _is_of_another_life(before, after):
         before = None
 
     def since(name: str) -> int:
@@ -70,21 +76,40 @@ def activity(after: ClusterStatus, before: ClusterStatus | None = None) -> Activ
         result_bytes_per_token=_ratio(since("result_bytes"), num_tokens),
         num_frames=since("num_frames"),
         num_fast_frames=since("num_fast_frames"),
-        stages=tuple(_stage_activity(stage, earlier.get(stage.address), active_s) for stage in _stages(after)),
+        stages=tuple(
+            _stage_activity(pipeline_index, stage_index, stage, earlier.get(stage.address), active_s)
+            for pipeline_index, pipeline in enumerate(after.pipelines)
+            for stage_index, stage in enumerate(pipeline.stages)
+        ),
     )
+
+
+def _is_of_another_life(before: ClusterStatus, after: ClusterStatus) -> bool:
+    """Whether the router has begun to count anew. One that did early in a long interval may be up for longer again."""
+    if before.uptime_s > after.uptime_s:
+        return True
+    names = ("active_s", "num_finished", "prompt_tokens", "completion_tokens", "num_results", "num_frames")
+    return any(getattr(after, name) < getattr(before, name) for name in names)
 
 
 def _stages(status: ClusterStatus) -> list[StageStatus]:
     return [stage for pipeline in status.pipelines for stage in pipeline.stages]
 
 
-def _stage_activity(after: StageStatus, before: StageStatus | None, active_s: float) -> StageActivity:
+def _stage_activity(
+    pipeline: int, stage: int, after: StageStatus, before: StageStatus | None, active_s: float
+) -> StageActivity:
+    if before is not None and after.compute_s + after.wait_s < before.compute_s + before.wait_s:
+        before = None  # the router has forgotten it, and heard of it anew
+
     def since(name: str) -> float:
         return float(getattr(after, name) - (0 if before is None else getattr(before, name)))
 
     compute_s, wait_s = since("compute_s"), since("wait_s")
     idle = _ratio(active_s - compute_s, active_s)
     return StageActivity(
+        pipeline=pipeline,
+        stage=stage,
         address=after.address,
         layers=f"{after.first_layer}:{after.end_layer}",
         busy_fraction=busy_fraction(compute_s, wait_s),

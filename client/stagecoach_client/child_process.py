@@ -9,6 +9,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from stagecoach.errors import ConfigError, StagecoachError
 from stagecoach_client import die_with_parent
@@ -19,6 +20,23 @@ _READER_JOIN_TIMEOUT_S = 1.0
 
 class ProcessDied(StagecoachError):
     """A process that should run has ended; the message holds the last lines of its output."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A process that is over."""
+
+    name: str
+    pid: int
+    status: int  # minus the signal's number where a signal ended it
+    last_lines: tuple[str, ...]  # of its output
+
+    def died(self, why_final: str | None = None) -> ProcessDied:
+        """The error to raise; `why_final` goes on with the sentence that says how it ended."""
+        text = f"{self.name} (pid {self.pid}) {describe_exit(self.status)}"
+        text += f", {why_final}" if why_final else ""
+        lines = "".join(f"\n  {line}" for line in self.last_lines)
+        return ProcessDied(f"{text}; its last lines:{lines}" if lines else text, field=self.name, value=self.status)
 
 
 class ChildProcess:
@@ -55,20 +73,18 @@ class ChildProcess:
         """None while it runs; minus the signal's number where a signal ended it."""
         return self._running().poll()
 
-    @property
-    def last_lines(self) -> tuple[str, ...]:
-        """The end of its output."""
-        return tuple(self._last_lines)
+    def ended(self) -> Ended | None:
+        """How it ended; None while it runs."""
+        status = self.exit_status
+        if status is None:
+            return None
+        self._reader.join(_READER_JOIN_TIMEOUT_S)  # its last words
+        return Ended(self.name, self.pid, status, tuple(self._last_lines))
 
     def check(self) -> None:
         """Raises ProcessDied unless it runs."""
-        status = self.exit_status
-        if status is None:
-            return
-        self._reader.join(_READER_JOIN_TIMEOUT_S)  # its last words
-        text = f"{self.name} (pid {self.pid}) {describe_exit(status)}"
-        lines = "".join(f"\n  {line}" for line in self._last_lines)
-        raise ProcessDied(f"{text}; its last lines:{lines}" if lines else text, field=self.name, value=status)
+        if (ended := self.ended()) is not None:
+            raise ended.died()
 
     def terminate(self) -> None:
         """Asks it to end."""

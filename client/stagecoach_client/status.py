@@ -63,6 +63,24 @@ class PipelineStatus:
     ready: bool
     reason: str  # why it is not ready
     stages: tuple[StageStatus, ...]
+    num_running: int
+    num_waiting: int
+
+
+@dataclass(frozen=True, slots=True)
+class SpareStatus:
+    """A shard that is in no pipeline now."""
+
+    address: str
+    first_layer: int  # as end_layer 0 where it has no layers, or where they are not known
+    end_layer: int  # the first one that it does not hold
+    assignable: bool  # it may be given other layers than it has
+    reason: str  # why it cannot take part; empty where it can
+
+    @property
+    def has_layers(self) -> bool:
+        """Whether it is known to hold any."""
+        return self.end_layer > self.first_layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +107,17 @@ class ClusterStatus:
     result_bytes: int  # the whole messages
     num_frames: int  # that the router read from its shards
     num_fast_frames: int
+    spares: tuple[SpareStatus, ...]
+
+    @property
+    def num_ready(self) -> int:
+        """The pipelines that can take requests."""
+        return sum(pipeline.ready for pipeline in self.pipelines)
 
     @property
     def ready(self) -> bool:
-        """Whether a pipeline can take requests."""
-        return any(pipeline.ready for pipeline in self.pipelines)
+        """Whether at least one pipeline can take requests."""
+        return self.num_ready > 0
 
 
 def busy_fraction(compute_s: float, wait_s: float) -> float | None:
@@ -130,6 +154,8 @@ def read_status(response: inference_pb2.GetClusterStatusResponse) -> ClusterStat
                 ready=pipeline.ready,
                 reason=pipeline.reason,
                 stages=tuple(_read_stage(stage) for stage in pipeline.stages),
+                num_running=pipeline.num_running,
+                num_waiting=pipeline.num_waiting,
             )
             for pipeline in response.pipelines
         ),
@@ -152,6 +178,10 @@ def read_status(response: inference_pb2.GetClusterStatusResponse) -> ClusterStat
         result_bytes=response.result_bytes,
         num_frames=response.num_frames,
         num_fast_frames=response.num_fast_frames,
+        spares=tuple(
+            SpareStatus(spare.address, spare.layers.start, spare.layers.end, spare.assignable, spare.reason)
+            for spare in response.spares
+        ),
     )
 
 

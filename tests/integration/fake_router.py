@@ -95,6 +95,8 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer):
         self.failed = threading.Event()
         self.caller_left = threading.Event()
         self.ready = True
+        self.num_pipelines = 1
+        self.status: pb.GetClusterStatusResponse | None = None  # None: an ordinary one
 
     def Generate(self, request: pb.GenerateRequest, context: Any) -> Iterator[pb.GenerateResponse]:
         self._begin(request, context, stays=self.stay_open)
@@ -115,12 +117,14 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer):
 
     def GetClusterStatus(self, request: pb.GetClusterStatusRequest, context: Any) -> pb.GetClusterStatusResponse:
         self._begin(request, context)
+        if self.status is not None:
+            return self.status
         reason = "" if self.ready else "layers 10:20 are missing"
         pipeline = pb.PipelineStatus(
             model=MODEL, epoch=1, ready=self.ready, reason=reason, stages=[stage(0, 10), stage(10, 30)]
         )
         return pb.GetClusterStatusResponse(
-            pipelines=[pipeline],
+            pipelines=[pipeline] * self.num_pipelines,
             num_running=2,
             num_blocks=64,
             num_free_blocks=60,

@@ -16,8 +16,9 @@ import pytest
 
 from stagecoach.errors import OutOfRange, ShardFault
 from stagecoach.v1 import inference_pb2 as pb
+from stagecoach.v1 import model_pb2
 from stagecoach_client.cli import run
-from tests.integration.fake_router import FakeRouter, counting, serving, words
+from tests.integration.fake_router import MODEL, FakeRouter, counting, serving, stage, words
 
 COMMAND = [sys.executable, "-c", "from stagecoach_client.cli import main; main()"]
 
@@ -135,6 +136,36 @@ def test_status_shows_the_stages(router: FakeRouter, target: str, capfd: pytest.
     router.ready = False
     assert run(["status", "--target", target]) == 1
     assert "not ready: layers 10:20 are missing" in capfd.readouterr().out
+
+
+def test_status_of_a_cluster_that_lost_one_of_two_pipelines(
+    router: FakeRouter, target: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    lost = pb.PipelineStatus(model=MODEL, epoch=4, reason="127.0.0.1:7 does not answer", num_waiting=3)
+    lost.stages.extend([stage(0, 10), stage(10, 30)])
+    serving = pb.PipelineStatus(model=MODEL, epoch=1, ready=True, num_running=5, stages=[stage(0, 30)])
+    spares = [
+        pb.SpareStatus(address="127.0.0.1:8", assignable=True),
+        pb.SpareStatus(address="127.0.0.1:9", layers=model_pb2.LayerRange(start=0, end=10)),
+        pb.SpareStatus(address="127.0.0.1:10", reason="dtype: float16, not bfloat16"),
+    ]
+    router.status = pb.GetClusterStatusResponse(pipelines=[serving, lost], spares=spares, active_s=4.0)
+    assert run(["status", "--target", target]) == 0
+    shown = capfd.readouterr().out
+    assert "1 of 2 pipelines serves\npipeline 1 does not serve: 127.0.0.1:7 does not answer\n" in shown
+    assert "pipeline 0, tiny: ready (epoch 1; 5 running, 0 waiting)" in shown
+    assert "pipeline 1, tiny: not ready: 127.0.0.1:7 does not answer (epoch 4; 0 running, 3 waiting)" in shown
+    rows = [[cell.strip() for cell in line.split("\u2502")] for line in shown.splitlines()]
+    assert ["", "127.0.0.1:8", "none yet", "not assigned", ""] in rows
+    assert ["", "127.0.0.1:9", "0:10", "ready", ""] in rows
+    assert ["", "127.0.0.1:10", "none yet", "dtype: float16, not bfloat16", ""] in rows
+    stages = [row[1:4] for row in rows if "9 of 9" in row]
+    assert stages == [["0", "0", "0:30"], ["1", "0", "0:10"], ["1", "1", "10:30"]]
+
+    serving.ready = False
+    router.status = pb.GetClusterStatusResponse(pipelines=[serving, lost])
+    assert run(["status", "--target", target]) == 1
+    assert "0 of 2 pipelines serve\npipeline 0 does not serve: no reason given\n" in capfd.readouterr().out
 
 
 def test_status_as_json(target: str, capfd: pytest.CaptureFixture[str]) -> None:

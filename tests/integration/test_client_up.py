@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -23,24 +24,26 @@ from stagecoach.topology import LayerRange
 from stagecoach_client import Client
 from stagecoach_client.child_process import ProcessDied
 from stagecoach_client.cli.demo import run_demo
-from stagecoach_client.local_cluster import NUM_START_ATTEMPTS, LocalCluster, ProcessExit, free_addresses
+from stagecoach_client.local_cluster import NUM_START_ATTEMPTS, LocalCluster, ProcessExit
+from stagecoach_client.local_commands import free_addresses
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="watches processes by pidfd, which is Linux's")
 
 SHARD = """
 import signal, sys, time
-print("loaded", *sys.argv[1:], flush=True)
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(print("told to stop")))
+print("loaded", *sys.argv[1:], flush=True)
 time.sleep(100)
 """
 ROUTER = f"""
-import signal, sys
+import os, signal, sys
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 sys.path.insert(0, {str(ROOT)!r})
 from tests.integration.fake_router import FakeRouter, saying, serving
 router = FakeRouter()
 router.ready = "--not-ready" not in sys.argv
+router.num_pipelines = int(os.environ.get("NUM_PIPELINES", "1"))
 if "--says" in sys.argv:
     router.answer = saying(sys.argv[sys.argv.index("--says") + 1])
 with serving(router, sys.argv[sys.argv.index("--listen") + 1]):
@@ -54,7 +57,7 @@ class FakeCommands:
         self._shard = shard
         self._router_options = router_options
 
-    def shard(self, stage: int, layers: LayerRange, address: str) -> Sequence[str]:
+    def shard(self, index: int, layers: LayerRange | None, address: str) -> Sequence[str]:
         return [sys.executable, "-c", self._shard, str(layers), address]
 
     def router(self, shard_addresses: Sequence[str], address: str) -> Sequence[str]:
@@ -241,13 +244,14 @@ def environment(tmp_path: Path) -> dict[str, str]:
         folder.mkdir(parents=True)
         (folder / "__init__.py").touch()
         (folder / "__main__.py").write_text(code)
-    return {**os.environ, "PYTHONPATH": str(tmp_path / "stand_ins"), "PYTHONUNBUFFERED": "1"}
+    path = [str(tmp_path / "stand_ins"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"}
 
 
-@pytest.fixture
-def up(model: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+@contextlib.contextmanager
+def running_up(model: Path, environment: dict[str, str], *options: str) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
-        [*COMMAND, "up", "--model", str(model), "--listen", "127.0.0.1:0", "--dtype", "float32"],
+        [*COMMAND, "up", "--model", str(model), "--listen", "127.0.0.1:0", "--dtype", "float32", *options],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -258,6 +262,12 @@ def up(model: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen[st
             yield process
         finally:
             process.kill()
+
+
+@pytest.fixture
+def up(model: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    with running_up(model, environment) as process:
+        yield process
 
 
 def test_the_demo_command_ends_with_1_and_says_why(model: Path, environment: dict[str, str]) -> None:
@@ -298,14 +308,39 @@ def test_up_shows_the_cluster_and_stops_it(up: subprocess.Popen[str], number: si
     assert all(gone(pid) for pid in children)
 
 
-def test_up_says_which_process_died_and_stops_the_rest(up: subprocess.Popen[str]) -> None:
+def test_up_without_restarts_says_which_process_died_and_stops_the_rest(
+    model: Path, environment: dict[str, str]
+) -> None:
+    with running_up(model, environment, "--no-restart") as up:
+        children = pids(read_until(up, "ctrl-C"))
+        os.kill(children[0], signal.SIGKILL)
+        _, errors = up.communicate(timeout=30)
+        assert up.returncode == 1
+        assert errors.startswith("error: shard 0:15 (pid ")
+        assert "SIGKILL" in errors
+        assert all(gone(pid) for pid in children)
+
+
+def test_up_starts_a_process_again_that_was_killed_and_says_so(up: subprocess.Popen[str]) -> None:
     children = pids(read_until(up, "ctrl-C"))
     os.kill(children[0], signal.SIGKILL)
+    said = read_until(up, "started again").splitlines()[-1]
+    assert said.startswith(f"shard 0:15 (pid {children[0]}) was ended by SIGKILL; started again, pid ")
+    read_until(up, "[shard 0:15] loaded")
+    up.terminate()
     _, errors = up.communicate(timeout=30)
-    assert up.returncode == 1
-    assert errors.startswith("error: shard 0:15 (pid ")
-    assert "SIGKILL" in errors
-    assert all(gone(pid) for pid in children)
+    assert (up.returncode, errors) == (0, "")
+    assert gone(int(said.split()[-1]))
+
+
+def test_up_names_replicas_and_spares_apart(model: Path, environment: dict[str, str]) -> None:
+    options = ["--stages", "1", "--replicas", "2", "--spares", "1"]
+    with running_up(model, {**environment, "NUM_PIPELINES": "2"}, *options) as up:
+        shown = read_until(up, "ctrl-C")
+        up.terminate()
+    for name in ("shard 0:30 #1", "shard 0:30 #2", "spare 1", "router"):
+        assert f"  {name} " in shown
+    assert "--layers auto" in shown
 
 
 def test_nothing_outlives_an_up_that_was_killed(up: subprocess.Popen[str]) -> None:

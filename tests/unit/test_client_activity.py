@@ -43,6 +43,45 @@ def test_so_it_is_when_the_router_was_restarted_in_between() -> None:
     assert (stage.busy_fraction, stage.bubble_fraction) == (0.25, 0.5)
 
 
+def test_a_router_that_restarted_early_in_a_long_interval_is_found_out_by_its_counts() -> None:
+    before = cluster(50, 50, 3, uptime_s=5.0, completion_tokens=900)
+    (stage,) = activity(cluster(1, 3, 4, uptime_s=60.0, completion_tokens=10), before).stages
+    assert (stage.busy_fraction, stage.bubble_fraction) == (0.25, 0.75)
+
+
+def two_pipelines(*stages: list[tuple[str, float, float]], active_s: float) -> ClusterStatus:
+    """Pipelines of stages (address, compute_s, wait_s)."""
+    pipelines = [
+        pb.PipelineStatus(
+            stages=[
+                pb.StageStatus(address=address, compute_s=compute_s, wait_s=wait_s)
+                for address, compute_s, wait_s in each
+            ]
+        )
+        for each in stages
+    ]
+    return read_status(pb.GetClusterStatusResponse(pipelines=pipelines, active_s=active_s))
+
+
+def test_figures_go_by_address_whichever_pipeline_a_shard_is_in() -> None:
+    before = two_pipelines([("a:1", 10, 10), ("a:2", 20, 20)], [("b:1", 5, 5)], active_s=10)
+    after = two_pipelines([("a:1", 11, 13)], [("b:1", 5, 9), ("a:2", 23, 21)], active_s=14)
+    stages = activity(after, before).stages
+    assert [(stage.pipeline, stage.stage, stage.address) for stage in stages] == [
+        (0, 0, "a:1"),
+        (1, 0, "b:1"),
+        (1, 1, "a:2"),
+    ]
+    assert [stage.busy_fraction for stage in stages] == [0.25, 0.0, 0.75]
+    assert [stage.bubble_fraction for stage in stages] == [0.75, 1.0, 0.25]
+
+
+def test_a_shard_that_came_since_has_all_it_did_and_one_that_was_forgotten_too() -> None:
+    before = two_pipelines([("a:1", 50, 50)], active_s=10)
+    after = two_pipelines([("a:1", 1, 3)], [("b:1", 3, 1)], active_s=14)
+    assert [stage.busy_fraction for stage in activity(after, before).stages] == [0.25, 0.75]
+
+
 def test_what_cannot_be_told_is_none() -> None:
     done = activity(cluster(1, 1, 2), cluster(1, 1, 2))
     assert (done.stages[0].busy_fraction, done.stages[0].bubble_fraction) == (None, None)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,8 @@ from hypothesis import strategies as st
 from stagecoach.errors import CheckpointError, InvalidArgument, StagecoachError, TopologyError
 from stagecoach.topology import LayerRange
 from stagecoach_client.layer_split import ModelShape, read_shape, split_layers
-from stagecoach_client.local_cluster import StagecoachCommands
+from stagecoach_client.local_cluster import LocalCluster
+from stagecoach_client.local_commands import StagecoachCommands
 
 
 def test_stages_are_a_number_or_ranges() -> None:
@@ -113,3 +116,70 @@ def test_commands_name_everything() -> None:
         "--drain-timeout-s",
         "2",
     ]
+
+
+class Recorded:
+    """What a cluster is asked to start, in the place of its commands."""
+
+    def __init__(self) -> None:
+        self.shards: list[tuple[int, LayerRange | None, str]] = []
+        self.router_shards: list[str] = []
+
+    def shard(self, index: int, layers: LayerRange | None, address: str) -> Sequence[str]:
+        self.shards.append((index, layers, address))
+        return ["shard"]
+
+    def router(self, shard_addresses: Sequence[str], address: str) -> Sequence[str]:
+        self.router_shards = list(shard_addresses)
+        return ["router"]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 30}))
+    return tmp_path
+
+
+def test_replicas_are_whole_pipelines_and_spares_have_no_layers(model: Path) -> None:
+    commands = Recorded()
+    plan = LocalCluster(model, 2, replicas=2, spares=2, commands=commands)._plan()
+    assert [(process.name, process.role) for process in plan] == [
+        ("shard 0:15 #1", "shard"),
+        ("shard 15:30 #1", "shard"),
+        ("shard 0:15 #2", "shard"),
+        ("shard 15:30 #2", "shard"),
+        ("spare 1", "spare"),
+        ("spare 2", "spare"),
+        ("router", "router"),
+    ]
+    ranges = [LayerRange(0, 15), LayerRange(15, 30)] * 2 + [None, None]
+    assert [(index, layers) for index, layers, _ in commands.shards] == list(enumerate(ranges))
+    assert commands.router_shards == [address for *_, address in commands.shards]
+    assert len(set(commands.router_shards)) == 6
+
+
+def test_one_pipeline_needs_no_number(model: Path) -> None:
+    plan = LocalCluster(model, 2, spares=1, commands=Recorded())._plan()
+    assert [process.name for process in plan] == ["shard 0:15", "shard 15:30", "spare 1", "router"]
+
+
+@pytest.mark.parametrize("counts", [{"replicas": 0}, {"spares": -1}])
+def test_fewer_than_none_are_refused(model: Path, counts: dict[str, int]) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        LocalCluster(model, 1, **counts)
+    assert caught.value.field in counts
+
+
+def argument(command: Sequence[str], flag: str) -> str:
+    return command[command.index(flag) + 1]
+
+
+def test_spares_share_the_memory_but_not_the_threads(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    commands = LocalCluster(model, 2, replicas=2, spares=2)._commands
+    shard, spare = commands.shard(0, LayerRange(0, 15), "127.0.0.1:1"), commands.shard(4, None, "127.0.0.1:2")
+    assert argument(shard, "--layers") == "0:15"
+    assert argument(spare, "--layers") == "auto"
+    for command in (shard, spare):
+        assert argument(command, "--threads") == "2"
+        assert argument(command, "--kv-cache-fraction") == "0.0500"

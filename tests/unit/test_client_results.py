@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 
 from stagecoach.errors import InternalError
 from stagecoach.v1 import inference_pb2 as pb
+from stagecoach.v1 import model_pb2
 from stagecoach_client.results import Chunk, GenerationBuilder, PositionLogprobs, TokenLogprob, Usage, read_chunk
-from stagecoach_client.status import busy_fraction, read_status
+from stagecoach_client.status import SpareStatus, busy_fraction, read_status
 
 
 def piece(index: int = 0, text: str = "", finish: int = 0, tokens: list[int] | None = None) -> pb.GenerateResponse:
@@ -98,6 +99,22 @@ def test_status_of_a_cluster_that_has_nothing_yet() -> None:
     assert not status.ready
     assert status.pipelines[0].reason == "starting"
     assert read_status(pb.GetClusterStatusResponse()).pipelines == ()
+
+
+def test_status_of_several_pipelines_and_spares() -> None:
+    response = pb.GetClusterStatusResponse(
+        pipelines=[pb.PipelineStatus(reason="lost", num_waiting=2), pb.PipelineStatus(ready=True, num_running=3)],
+        spares=[
+            pb.SpareStatus(address="a:1", assignable=True),
+            pb.SpareStatus(address="a:2", layers=model_pb2.LayerRange(start=4, end=9), reason="other dtype"),
+        ],
+    )
+    status = read_status(response)
+    assert status.ready
+    assert status.num_ready == 1
+    assert [(each.num_running, each.num_waiting) for each in status.pipelines] == [(0, 2), (3, 0)]
+    assert status.spares == (SpareStatus("a:1", 0, 0, True, ""), SpareStatus("a:2", 4, 9, False, "other dtype"))
+    assert [spare.has_layers for spare in status.spares] == [False, True]
 
 
 def test_an_unknown_dtype_does_not_break_the_status() -> None:

@@ -33,22 +33,24 @@ def activity_line(done: Activity) -> str:
 
 
 def stage_table(title: str, done: Activity) -> Table:
-    """A row for each stage; times are per step."""
+    """A row for each stage, and the pipeline it is in where there are several; times are per step."""
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title=Text(title), title_justify="left")
-    for name in _COLUMNS:
+    several = any(stage.pipeline for stage in done.stages)
+    for name in ("pipeline", *_COLUMNS) if several else _COLUMNS:
         table.add_column(name, justify="right")
-    for index, stage in enumerate(done.stages):
-        table.add_row(*map(Text, _cells(index, stage)))
+    for stage in done.stages:
+        cells = (str(stage.pipeline), *_cells(stage)) if several else _cells(stage)
+        table.add_row(*map(Text, cells))
     return table
 
 
-def _cells(index: int, stage: StageActivity) -> tuple[str, ...]:
+def _cells(stage: StageActivity) -> tuple[str, ...]:
     times_s = (stage.compute_s, stage.wait_s, stage.queue_s, stage.decode_s, stage.encode_s)
     return (
-        str(index),
+        str(stage.stage),
         stage.layers,
         str(stage.num_steps),
         str(stage.num_tokens),

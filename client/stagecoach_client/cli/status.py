@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -23,7 +24,7 @@ from stagecoach_client.cli.options import (
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from stagecoach_client import ClusterStatus, PipelineStatus
+    from stagecoach_client import ClusterStatus, PipelineStatus, SpareStatus
 
 _COLUMNS = ["stage", "layers", "address", "device", "dtype", "host", "pid", "weights", "K/V", "queue"]
 _NUMBERS = {"stage", "pid", "weights", "K/V", "queue"}
@@ -42,9 +43,9 @@ def status(
     tls_key: TlsKey = None,
     tls_server_name: TlsServerName = "",
 ) -> None:
-    """Show the pipelines, their stages, and how busy they were: since the router started, or for an interval.
+    """Show the pipelines, their stages, how busy they were (since the router started, or for an interval), and spares.
 
-    Exit status 1 if none is ready.
+    Exit status 1 if no pipeline is ready.
     """
     from stagecoach_client import Client
     from stagecoach_client.activity import activity
@@ -63,8 +64,10 @@ def status(
         console = make_console()
         for line in _headlines(target, cluster):
             console.print(line)
-        for pipeline in cluster.pipelines:
-            console.print(_table(pipeline))
+        for index, pipeline in enumerate(cluster.pipelines):
+            console.print(_pipeline_table(pipeline, f"pipeline {index}, " if len(cluster.pipelines) > 1 else ""))
+        if cluster.spares:
+            console.print(_spare_table(cluster.spares))
         if done.stages:
             when = f"in {interval_s:g} s" if before is not None else "since the router started"
             console.print(stage_table(f"{when}: {activity_line(done)}", done))
@@ -79,18 +82,36 @@ def _headlines(target: str, cluster: ClusterStatus) -> list[str]:
         f"tokens: {cluster.prompt_tokens} in prompts ({cluster.cached_prompt_tokens} of them cached), "
         f"{cluster.completion_tokens} generated; "
         f"K/V blocks of {cluster.block_size}: {used_blocks} of {cluster.num_blocks} in use",
-        *([] if cluster.pipelines else ["no pipelines"]),
+        *_faults(cluster),
     ]
 
 
-def _table(pipeline: PipelineStatus) -> Table:
+def _faults(cluster: ClusterStatus) -> list[str]:
+    """Which pipelines do not serve, and whether others do."""
+    if not cluster.pipelines:
+        return ["no pipelines"]
+    lost = [(index, pipeline) for index, pipeline in enumerate(cluster.pipelines) if not pipeline.ready]
+    if not lost or len(cluster.pipelines) == 1:  # then its table says it
+        return []
+    serving = (
+        f"{cluster.num_ready} of {len(cluster.pipelines)} pipelines {'serves' if cluster.num_ready == 1 else 'serve'}"
+    )
+    return [serving, *(f"pipeline {index} does not serve: {_reason(pipeline)}" for index, pipeline in lost)]
+
+
+def _reason(pipeline: PipelineStatus) -> str:
+    return pipeline.reason or "no reason given"
+
+
+def _pipeline_table(pipeline: PipelineStatus, which: str) -> Table:
     from rich.table import Table
     from rich.text import Text
 
     from stagecoach_client.cli.terminal import format_bytes
 
-    state = "ready" if pipeline.ready else f"not ready: {pipeline.reason or 'no reason given'}"
-    title = Text(f"{pipeline.model.name or 'model unknown'}: {state} (epoch {pipeline.epoch})")
+    state = "ready" if pipeline.ready else f"not ready: {_reason(pipeline)}"
+    load = f"{pipeline.num_running} running, {pipeline.num_waiting} waiting"
+    title = Text(f"{which}{pipeline.model.name or 'model unknown'}: {state} (epoch {pipeline.epoch}; {load})")
     title.stylize("green" if pipeline.ready else "red")
     table = Table(title=title, title_justify="left")
     for name in _COLUMNS:
@@ -109,4 +130,18 @@ def _table(pipeline: PipelineStatus) -> Table:
             str(stage.queue_depth),
         )
         table.add_row(*map(Text, cells))
+    return table
+
+
+def _spare_table(spares: Sequence[SpareStatus]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text("shards in no pipeline"), title_justify="left")
+    for name in ("address", "layers", "state"):
+        table.add_column(name)
+    for spare in spares:
+        layers = f"{spare.first_layer}:{spare.end_layer}" if spare.has_layers else "none yet"
+        state = spare.reason or ("ready" if spare.has_layers else "not assigned")
+        table.add_row(*map(Text, (spare.address, layers, state)))
     return table

@@ -31,15 +31,18 @@ def up(
     stages: Annotated[
         str, typer.Option(metavar="N|RANGES", help="Shards to split the layers over; or layer ranges, 0:10,10:30.")
     ] = "2",
+    replicas: Annotated[int, typer.Option(min=1, help="Whole pipelines of --stages beside each other.")] = 1,
+    spares: Annotated[int, typer.Option(min=0, help="Shards that stand by for one that is lost.")] = 0,
     listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where the router answers.")] = DEFAULT_TARGET,
     dtype: Annotated[DType, typer.Option(help="To compute in.")] = DType.BFLOAT16,
     device: Annotated[
-        str, typer.Option(help="cpu, cuda or cuda:N; or one for each stage, separated by commas.")
+        str, typer.Option(help="cpu, cuda or cuda:N; or one for each shard, separated by commas.")
     ] = "cpu",
     kv_cache_memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Of each shard, for example 2G; default: the shard decides.")
     ] = None,
     threads_per_shard: Annotated[int | None, typer.Option(min=1, help="Default: an even share of the cores.")] = None,
+    restart: Annotated[bool, typer.Option(help="Start a process again that ends by itself.")] = True,
     tls: Annotated[
         bool,
         typer.Option(
@@ -63,6 +66,9 @@ def up(
         cluster = LocalCluster(
             model,
             stages,
+            replicas=replicas,
+            spares=spares,
+            restart=restart,
             listen=listen,
             device=device,
             dtype=dtype.value,
@@ -71,6 +77,7 @@ def up(
             certificates=certificates,
             insecure_listen=insecure_listen,
             on_line=log.print,
+            on_event=log.say,
             on_wait=lambda reason: progress.update(f"starting: {reason}"),
         )
         for number in (signal.SIGTERM, signal.SIGHUP):
@@ -108,11 +115,15 @@ class _Log:
             colour = self._colours.setdefault(name, _COLOURS[len(self._colours) % len(_COLOURS)])
             self._console.print(Text.assemble((f"[{name}] ", colour), line), soft_wrap=True)
 
+    def say(self, text: str) -> None:
+        """Something of our own."""
+        with self._lock:
+            self._console.print(text, style="bold", soft_wrap=True)
+
 
 def _print_welcome(console: Console, cluster: LocalCluster) -> None:
     for process in cluster.processes:
-        layers = "router" if process.layers is None else f"layers {process.layers}"
-        console.print(f"  {layers:<14} pid {process.pid:<8} {process.address}", soft_wrap=True)
+        console.print(f"  {process.name:<16} pid {process.pid:<8} {process.address}", soft_wrap=True)
     where = f"--target {cluster.address}" + (f" --tls-ca {cluster.tls.ca}" if cluster.tls is not None else "")
     console.print(f"ready at {cluster.address}. Try, in another terminal:", soft_wrap=True)
     console.print(f"  stagecoach chat {where}", soft_wrap=True)

@@ -1,0 +1,78 @@
+"""Which deaths a process comes back from, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from stagecoach_client.child_process import Ended
+from stagecoach_client.restarts import (
+    FIRST_DELAY_S,
+    MAX_DELAY_S,
+    MAX_FAILED_STARTS,
+    SETTLED_S,
+    GiveUp,
+    Restarts,
+    StartAgain,
+    is_mistake,
+)
+
+
+def ended(status: int = -9, *lines: str) -> Ended:
+    return Ended("shard 0:15", 7, status, lines)
+
+
+def delays_s(restarts: Restarts, lives_s: Sequence[float], *, came_up: bool = True) -> list[float]:
+    decisions = [restarts.after(ended(), lived_s=lived_s, came_up=came_up) for lived_s in lives_s]
+    return [decision.delay_s for decision in decisions if isinstance(decision, StartAgain)]
+
+
+def test_the_first_time_it_is_at_once_and_then_later_and_later() -> None:
+    assert delays_s(Restarts(), [1.0] * 8) == [0.0, *(FIRST_DELAY_S * 2**power for power in range(5)), 10.0, 10.0]
+    assert delays_s(Restarts(), [1.0] * 2000)[-1] == MAX_DELAY_S
+
+
+def test_who_lived_long_enough_is_started_again_at_once() -> None:
+    assert delays_s(Restarts(), [1.0, 1.0, 1.0, SETTLED_S, 1.0]) == [0.0, 0.5, 1.0, 0.0, 0.5]
+
+
+def test_a_process_that_came_up_is_started_again_however_often_it_is_killed() -> None:
+    assert len(delays_s(Restarts(), [3.0] * 100)) == 100
+
+
+def test_one_that_never_comes_up_is_given_up_however_long_it_tried() -> None:
+    restarts = Restarts()
+    assert len(delays_s(restarts, [1000.0] * (MAX_FAILED_STARTS - 1), came_up=False)) == MAX_FAILED_STARTS - 1
+    assert restarts.after(ended(), lived_s=1000.0, came_up=False) == GiveUp(
+        f"and did not come up {MAX_FAILED_STARTS} times in a row"
+    )
+
+
+def test_coming_up_once_is_a_new_beginning() -> None:
+    restarts = Restarts()
+    for _ in range(3):
+        assert len(delays_s(restarts, [1.0] * (MAX_FAILED_STARTS - 1), came_up=False)) == MAX_FAILED_STARTS - 1
+        delays_s(restarts, [1.0])
+
+
+@pytest.mark.parametrize(
+    ("end", "mistake"),
+    [
+        (ended(2, "usage: stagecoach-shard"), True),
+        (ended(1, "loading", "stagecoach-shard: error: kv-cache-memory: too little"), True),
+        (ended(1, "stagecoach-shard: error: listen: cannot listen on 127.0.0.1:7: is the port in use?"), False),
+        (ended(1, "Traceback (most recent call last):", "KeyError: 'x'"), False),
+        (ended(1), False),
+        (ended(0, "stagecoach-shard: error: what it had said before"), False),
+        (ended(-9, "stagecoach-shard: error: what it had said before"), False),
+    ],
+)
+def test_a_mistake_in_the_settings_is_told_from_a_crash(end: Ended, mistake: bool) -> None:
+    assert is_mistake(end) == mistake
+
+
+def test_a_mistake_is_not_tried_again_unless_the_process_had_come_up() -> None:
+    wrong = ended(1, "stagecoach-shard: error: model: it is gone")
+    assert Restarts().after(wrong, lived_s=1.0, came_up=False) == GiveUp("which a new start does not mend")
+    assert Restarts().after(wrong, lived_s=1.0, came_up=True) == StartAgain(0.0)
