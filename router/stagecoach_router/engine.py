@@ -219,6 +219,10 @@ class Engine:
         if self.pipeline is not None:
             await self.pipeline.close()
 
+    def check_room(self, num_sequences: int) -> None:
+        """Raises Overloaded where `submit` would: before anything is spent on a request."""
+        self.scheduler.check_room(num_sequences, time.monotonic())
+
     def submit(self, request: Request, past: Many[Many[Sampled]] = ()) -> Generation:
         """Begins a request, or goes on with one that has had the tokens of `past`, by completion.
 
