@@ -9,9 +9,11 @@ from typing import Any
 
 from stagecoach.errors import InvalidArgument, OutOfRange, Overloaded
 from stagecoach_router.kv_blocks import BlockManager
+from stagecoach_router.retry_delay import RetryDelay
 from stagecoach_router.sequence import Sequence
 
-RETRY_AFTER_S = 1.0
+# Of all that wait, prompts and what they had when they were preempted; some 100 bytes each.
+MAX_WAITING_TOKENS = 4 * 2**20
 # Admission leaves a block free for each running sequence to grow into, or else the newcomer would be preempted soon;
 # but no more than this part of all blocks.
 MAX_RESERVE_FRACTION = 8
@@ -62,6 +64,9 @@ class WaitingLine:
         self._blocks = blocks
         self._max_waiting = max_waiting
         self._line: list[Sequence] = []
+        self._num_tokens = 0  # of all that wait
+        self._num_left = 0  # so far, those that will be back left out
+        self._retry_delay = RetryDelay()
         # Who found too few blocks, and blocks.num_releases then: no use in trying again before that has risen.
         self._blocked: Sequence | None = None
         self._blocked_at = 0
@@ -72,30 +77,60 @@ class WaitingLine:
     def __iter__(self) -> Iterator[Sequence]:
         return iter(self._line)
 
+    @property
+    def retry_after_s(self) -> float:
+        """The last estimate of when a refused caller may come again."""
+        return self._retry_delay.delay_s
+
     def num_starting(self, num_free_slots: int) -> int:
         """How many may start with the next steps, as far as is known: none where the first one lacks blocks."""
         return 0 if self._lacks_blocks() else min(len(self._line), num_free_slots)
 
-    def check_room(self, num_free_slots: int) -> None:
-        """Raises Overloaded if no one more may wait. Those that wait only for the next step do not count."""
+    def check_room(
+        self, num_free_slots: int, *, num_sequences: int = 1, num_tokens: int = 0, now_s: float | None = None
+    ) -> None:
+        """Raises Overloaded if not so many more may wait, or not with so many tokens together.
+
+        Those that wait only for the next step do not count, and tokens do not where nobody else waits. With the clock's
+        reading, `retry_after_s` is an estimate of now, else the last one.
+        """
+        num_waiting = len(self._line)
         num_starting = 0 if self._lacks_blocks() else num_free_slots
-        if len(self._line) >= self._max_waiting + num_starting:
+        if num_waiting + num_sequences > self._max_waiting + num_starting:
             raise Overloaded(
-                f"{len(self._line)} sequences are waiting; at most {self._max_waiting} may",
+                f"{num_waiting} sequences are waiting; at most {self._max_waiting} may",
                 limit=self._max_waiting,
-                value=len(self._line),
-                retry_after_s=RETRY_AFTER_S,
+                value=num_waiting,
+                retry_after_s=self._retry_after_s(now_s),
             )
+        if num_waiting and self._num_tokens + num_tokens > MAX_WAITING_TOKENS:
+            raise Overloaded(
+                f"the sequences that wait have {self._num_tokens} tokens; at most {MAX_WAITING_TOKENS} may wait",
+                limit=MAX_WAITING_TOKENS,
+                value=self._num_tokens,
+                retry_after_s=self._retry_after_s(now_s),
+            )
+
+    def _retry_after_s(self, now_s: float | None) -> float:
+        if now_s is None:
+            return self.retry_after_s
+        return self._retry_delay.after_s(len(self._line), self._num_left, now_s)
 
     def join(self, sequence: Sequence) -> None:
         """A new sequence, or one that was preempted."""
         insort(self._line, sequence, key=by_order)
+        self._num_tokens += sequence.num_tokens
+        self._num_left -= sequence.incarnation > 0
 
     def leave(self, sequence: Sequence) -> None:
         """A waiting sequence that is not wanted any more."""
-        del self._line[bisect_left(self._line, sequence.order, key=by_order)]
+        self._take_out(bisect_left(self._line, sequence.order, key=by_order))
         if self._blocked is sequence:
             self._blocked = None
+
+    def _take_out(self, index: int) -> None:
+        self._num_tokens -= self._line.pop(index).num_tokens
+        self._num_left += 1
 
     def admit(self, num_running: int, before: Any = None) -> Sequence | None:
         """Gives the first sequence that may start its blocks, and takes it out of the line.
@@ -113,7 +148,7 @@ class WaitingLine:
                 sequence.digests = sequence.leader.digests[:num_full]  # of the same prompt
             if not self._allocate(sequence, num_running):
                 return None
-            del self._line[index]
+            self._take_out(index)
             return sequence
         return None
 

@@ -106,6 +106,17 @@ class Engine:
 
     # ---- requests
 
+    def check_room(self, num_sequences: int) -> None:
+        """Raises Overloaded where `submit` would: before anything is spent on a request."""
+        ready = [replica for replica in self.replicas if replica.ready] or self.replicas
+        least = min(ready, key=lambda replica: replica.num_sequences)
+        least.scheduler.check_room(num_sequences, time.monotonic())
+
+    @property
+    def retry_after_s(self) -> float:
+        """The last estimate of when a refused caller may come again."""
+        return min(replica.scheduler.retry_after_s for replica in self.replicas)
+
     def submit(self, request: Request, past: Many[Many[Sampled]] = ()) -> Generation:
         """Begins a request, or goes on with one that has had the tokens of `past`, by completion.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 import uuid
 from collections.abc import Sequence
@@ -11,18 +12,22 @@ from typing import Any
 import grpc.aio
 
 from stagecoach import errors
-from stagecoach.sampling import SamplingParams
+from stagecoach.sampling import MAX_N, SamplingParams
 from stagecoach.v1 import inference_pb2 as pb
 from stagecoach.v1 import inference_pb2_grpc, model_pb2
 from stagecoach_router.callers import Caller, Callers
 from stagecoach_router.cluster_status import write_status
 from stagecoach_router.completion import FinishReason, Piece
+from stagecoach_router.encoding_line import EncodingLine
 from stagecoach_router.engine import Engine
 from stagecoach_router.generation import Generation
-from stagecoach_router.idempotency import AcceptedRequests, content_digest
+from stagecoach_router.idempotency import Accepted, AcceptedRequests, content_digest
+from stagecoach_router.pieces import PieceReader
 from stagecoach_router.pipeline_totals import PipelineTotals
 from stagecoach_router.request import Request, check_delivery, check_params, check_prompt, with_max_tokens
+from stagecoach_router.retry_delay import FIRST_S
 from stagecoach_router.roster import Roster
+from stagecoach_router.stalled_writes import StalledWrites
 from stagecoach_router.tokenizer import Tokenizer
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -36,8 +41,6 @@ MAX_BYTES_ON_LOOP = 4096
 LOAD_REPORT_TIMEOUT_S = 1.0
 # Another router, or this one when it is back.
 STOPPING_RETRY_AFTER_S = 1.0
-# Long texts that are tokenized at a time; the others wait, and the event loop keeps a core.
-_ENCODERS = asyncio.Semaphore(1)
 _FINISH_REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
@@ -67,15 +70,23 @@ class Serving:
 class InferenceService(inference_pb2_grpc.InferenceServicer):
     """Answers Unavailable until `serving` is set; `reason` says why. `callers` may change while it serves.
 
-    While `draining`, it takes no request that is not known yet.
+    While `draining`, it takes no request that is not known yet. Who takes nothing of an answer for `max_stall_s` is cut
+    off.
     """
 
-    def __init__(self, callers: Callers) -> None:
+    def __init__(self, callers: Callers, *, max_stall_s: float = math.inf) -> None:
         self._callers = callers
+        self._encoding = EncodingLine()
+        self._stalled_writes = StalledWrites(max_stall_s)
         self.serving: Serving | None = None
         self.reason = "starting"
         self.draining = False
         self._started = time.monotonic()
+
+    @property
+    def retry_after_s(self) -> float:
+        """What those were told lately whom the line had no room for; else a second."""
+        return FIRST_S if self.serving is None else self.serving.engine.retry_after_s
 
     async def Generate(  # noqa: N802
         self, request: pb.GenerateRequest, context: Context
@@ -85,28 +96,28 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             serving = self._require(request.model, caller)
             caller.check_priority(request.priority)
             check_delivery(request.from_tokens, request.linger_s)
-            request.request_id = request.request_id or uuid.uuid4().hex
-            key, digest = (caller.name, request.request_id), content_digest(request)
-            accepted = serving.accepted.find(key, digest)
-            if accepted is None:
-                with caller.admit(time.monotonic()) as visit:
-                    checked = await self._read_new(request, serving, caller)
-                    visit.charge_up_to(len(checked.prompt_tokens), time.monotonic())
-                    # While it was read, another call may have brought the same.
-                    accepted = serving.accepted.find(key, digest)
-                    accepted = accepted or serving.accepted.accept(key, digest, checked, visit=visit)
+            accepted = await self._find_or_accept(request, serving, caller)
+            from_tokens, linger_s = tuple(request.from_tokens), request.linger_s
+            del request  # it may be large, and the call may last
             with serving.accepted.reading(
-                accepted,
-                from_tokens=request.from_tokens,
-                linger_s=request.linger_s,
-                remaining_s=context.time_remaining(),
+                accepted, from_tokens=from_tokens, linger_s=linger_s, remaining_s=context.time_remaining()
             ) as reader:
-                while pieces := await reader.read():
-                    accepted.charge()
-                    for response in write_pieces(pieces, accepted.generation, serving.tokenizer):
-                        await context.write(response)
+                await self._deliver(accepted, reader, serving.tokenizer, context)
         except errors.StagecoachError as error:
             await errors.abort(context, error)
+
+    async def _deliver(self, accepted: Accepted, reader: PieceReader, tokenizer: Tokenizer, context: Context) -> None:
+        """Sends the pieces as they come, up to the last one. Raises the error they end with."""
+        task, loop = asyncio.current_task(), asyncio.get_running_loop()
+        assert task is not None, "a call is a task"
+        while pieces := await reader.read():
+            accepted.charge()
+            for response in write_pieces(pieces, accepted.generation, tokenizer):
+                self._stalled_writes.begin(task, loop.time())
+                try:
+                    await context.write(response)
+                finally:
+                    self._stalled_writes.end(task)
 
     async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:  # noqa: N802
         try:
@@ -122,7 +133,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             caller = self._callers.identify(context.invocation_metadata())
             serving = self._require(request.model, caller)
             with caller.admit(time.monotonic()):
-                token_ids = await _tokens(request, serving.tokenizer)
+                token_ids = await _tokens(request, serving.tokenizer, self._encoding)
         except errors.StagecoachError as error:
             await errors.abort(context, error)
         return pb.TokenizeResponse(token_ids=token_ids, context_length=serving.model.context_length)
@@ -149,7 +160,25 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         serving = self.serving
         return write_status(serving.model, serving.engine, serving.roster, serving.totals, uptime_s)
 
-    async def _read_new(self, request: pb.GenerateRequest, serving: Serving, caller: Caller) -> Request:
+    async def _find_or_accept(self, request: pb.GenerateRequest, serving: Serving, caller: Caller) -> Accepted:
+        """The request of this id, where it is known, or a new one. What is refused is refused before it costs much."""
+        request.request_id = request.request_id or uuid.uuid4().hex
+        key = (caller.name, request.request_id)
+        if not serving.accepted.knows(key):
+            self._check_new(request, serving)
+            with caller.admit(time.monotonic()) as visit:
+                checked = await read_request(request, serving, caller, self._encoding)
+                visit.charge_up_to(len(checked.prompt_tokens), time.monotonic())
+                digest = content_digest(request)
+                # While it was read, another call may have brought the same.
+                accepted = serving.accepted.find(key, digest)
+                return accepted or serving.accepted.accept(key, digest, checked, visit=visit)
+        known = serving.accepted.find(key, content_digest(request))
+        assert known is not None, "nothing was waited for since"
+        return known
+
+    def _check_new(self, request: pb.GenerateRequest, serving: Serving) -> None:
+        """Raises Unavailable, FailedPrecondition or Overloaded where no request that is not known can be taken."""
         if self.draining:
             raise errors.Unavailable("the router is stopping", retry_after_s=STOPPING_RETRY_AFTER_S)
         if any(request.from_tokens):
@@ -158,7 +187,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 field="from_tokens",
                 value=request.request_id,
             )
-        return await read_request(request, serving, caller)
+        serving.engine.check_room(max(1, min(request.sampling.n, MAX_N)))
 
     def _require(self, model: str, caller: Caller) -> Serving:
         if self.serving is None:
@@ -174,7 +203,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         return self.serving
 
 
-async def read_request(request: pb.GenerateRequest, serving: Serving, caller: Caller) -> Request:
+async def read_request(
+    request: pb.GenerateRequest, serving: Serving, caller: Caller, encoding: EncodingLine
+) -> Request:
     """The request, checked against the model. Raises typed errors that name the field."""
     params = read_params(request.sampling)
     model = serving.model
@@ -187,7 +218,7 @@ async def read_request(request: pb.GenerateRequest, serving: Serving, caller: Ca
             "cache_salt: too long", field="cache_salt", limit=MAX_CACHE_SALT_LENGTH, value=len(request.cache_salt)
         )
     check_params(params, vocab_size=model.vocab_size)
-    prompt_tokens = tuple(await _tokens(request, serving.tokenizer))
+    prompt_tokens = tuple(await _tokens(request, serving.tokenizer, encoding))
     check_prompt(prompt_tokens, vocab_size=model.vocab_size, context_length=model.context_length)
     return Request(
         request_id=request.request_id,
@@ -228,11 +259,13 @@ def read_params(message: pb.SamplingParams) -> SamplingParams:
     )
 
 
-async def _tokens(request: pb.GenerateRequest | pb.TokenizeRequest, tokenizer: Tokenizer) -> list[int]:
+async def _tokens(
+    request: pb.GenerateRequest | pb.TokenizeRequest, tokenizer: Tokenizer, encoding: EncodingLine
+) -> list[int]:
     """The request's tokens. A long text is encoded on another thread: every stream waits for the event loop."""
-    if request.ByteSize() > MAX_BYTES_ON_LOOP and request.WhichOneof("input") != "token_ids":
-        async with _ENCODERS:
-            return await asyncio.to_thread(_encode, request, tokenizer)
+    num_bytes = request.ByteSize()
+    if num_bytes > MAX_BYTES_ON_LOOP and request.WhichOneof("input") != "token_ids":
+        return await encoding.encode(num_bytes, lambda: _encode(request, tokenizer))
     return _encode(request, tokenizer)
 
 

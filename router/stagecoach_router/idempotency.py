@@ -89,6 +89,11 @@ class AcceptedRequests:
         """Returns when no request runs."""
         await self._idle.wait()
 
+    def knows(self, key: RequestKey) -> bool:
+        """Whether a request of this id is known."""
+        self._forget(self._remembered.forget_old(time.monotonic()))
+        return key in self._known
+
     def find(self, key: RequestKey, digest: bytes) -> Accepted | None:
         """The request of this id, if it is known. Raises FailedPrecondition where that is another one."""
         self._forget(self._remembered.forget_old(time.monotonic()))

@@ -141,6 +141,15 @@ class Scheduler:
         """Whether any sequence waits or runs."""
         return bool(self._waiting) or self.num_running > 0
 
+    @property
+    def retry_after_s(self) -> float:
+        """The last estimate of when a refused caller may come again."""
+        return self._waiting.retry_after_s
+
+    def check_room(self, num_sequences: int, now_s: float) -> None:
+        """Raises Overloaded, with when to come again, if `add` would not take so many more now."""
+        self._waiting.check_room(len(self._free_slots), num_sequences=num_sequences, now_s=now_s)
+
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence; sets its `token_limit`, at which the caller has to remove it.
 
@@ -150,7 +159,7 @@ class Scheduler:
         sequence.token_limit = token_limit(
             sequence, context_length=self.context_length, capacity=self.blocks.capacity_tokens
         )
-        self._waiting.check_room(len(self._free_slots))
+        self._waiting.check_room(len(self._free_slots), num_tokens=sequence.num_tokens)
         sequence.order = (self._order_key(sequence), sequence.seq_id)
         self._waiting.join(sequence)
 

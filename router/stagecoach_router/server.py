@@ -19,6 +19,7 @@ from stagecoach_router.authentication import KeyRequired
 from stagecoach_router.callers import Callers
 from stagecoach_router.canary import Canary
 from stagecoach_router.discovery import Stage, fetch_files
+from stagecoach_router.door import Door
 from stagecoach_router.engine import Engine
 from stagecoach_router.fleet import Fleet, FleetSettings
 from stagecoach_router.grpc_service import InferenceService, Serving
@@ -39,8 +40,10 @@ from stagecoach_router.watchdog import FaultLimits
 SERVICE_NAME = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 STOP_GRACE_S = 2.0
 CONNECT_RETRY_DELAY_S = 0.2
-# Beside the requests that run or wait: status, tokenize, health, and those that are only to be refused.
+# Beside the requests that run or wait: status, tokenize, and those that are only to be refused.
 SPARE_CALLS = 256
+# gRPC's own limit, beyond those: health checks, strangers, and those that the door refuses.
+UNCOUNTED_CALLS = 1024
 
 logger = logging.getLogger(__name__)
 
@@ -53,16 +56,17 @@ async def serve(settings: RouterSettings, stop: asyncio.Event) -> None:
     keys = None if settings.api_keys is None else await asyncio.to_thread(KeyFile, settings.api_keys)
     callers = Callers(None, time.monotonic()) if keys is None else keys.callers
     journal = None if settings.journal is None else Journal(settings.journal)
+    service = InferenceService(callers, max_stall_s=settings.max_stall_s)
+    door = Door(max_calls, lambda: service.retry_after_s)
     server, port = lifecycle.listen(
         MAX_PUBLIC_MESSAGE_BYTES,
         settings.listen,
-        max_calls,
+        max_calls + UNCOUNTED_CALLS,
         identity=_edge_identity(settings),
         insecure=settings.insecure_listen,
-        interceptors=[] if keys is None else [KeyRequired(callers)],
+        interceptors=[door] if keys is None else [KeyRequired(callers), door],
     )
     dial = tls.shard_dial(identity, settings.tls_shard_name)
-    service = InferenceService(callers)
     inference_pb2_grpc.add_InferenceServicer_to_server(service, server)  # type: ignore[no-untyped-call]
     health = Health(server, SERVICE_NAME)
     reflection.enable_server_reflection((SERVICE_NAME, reflection.SERVICE_NAME), server)

@@ -49,6 +49,9 @@ class RouterSettings(LinkSettings):
     max_linger_s: float = Field(
         60.0, ge=0, description="how long, at most, a request runs on for a caller whose connection broke"
     )
+    max_stall_s: float = Field(
+        60.0, gt=0, description="a caller that takes nothing of its answer for so long is cut off"
+    )
     fault_timeout_s: float = Field(
         5.0,
         ge=0.1,

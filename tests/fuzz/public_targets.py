@@ -23,6 +23,7 @@ from stagecoach.v1 import model_pb2
 from stagecoach_router import tokenizer as router_tokenizer
 from stagecoach_router.callers import Callers
 from stagecoach_router.chat_template import ChatTemplate
+from stagecoach_router.encoding_line import EncodingLine
 from stagecoach_router.grpc_service import read_request
 from stagecoach_router.model_files import ModelFiles
 from tests.fuzz.engine import Target
@@ -104,7 +105,9 @@ def generate(scratch: Path) -> Target:
             message = pb.GenerateRequest.FromString(data)
         except DecodeError as error:
             raise errors.InvalidArgument(str(error)) from error
-        request = loop.run_until_complete(asyncio.wait_for(read_request(message, serving, caller), WAIT_S))
+        request = loop.run_until_complete(
+            asyncio.wait_for(read_request(message, serving, caller, EncodingLine()), WAIT_S)
+        )
         assert request.params.max_tokens is not None
         assert 1 <= request.params.max_tokens <= CONTEXT_LENGTH - len(request.prompt_tokens)
         assert all(0 <= token < tokenizer.vocab_size for token in request.prompt_tokens)

@@ -1,0 +1,105 @@
+"""The calls that may be open at a time, and how their requests are read. In front of the router's services.
+
+gRPC has a limit of calls, but whom it refuses it does not tell when to come back; and it reads a request before
+anything of ours is asked, waits for it as long as the sender likes, and keeps its bytes as long as the call lasts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeAlias
+
+import grpc
+import grpc.aio
+
+from stagecoach import errors
+from stagecoach_router.authentication import HEALTH_CHECK, Find
+
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Context = grpc.aio.ServicerContext[Any, Any]
+Serve = Callable[[Any, Context], Awaitable[Any]]
+
+# Requests that are received at a time: with 4 MiB each, what senders that stop in the middle can make us hold.
+MAX_READING = 32
+# From the beginning of a call until its request is there, which a caller usually sends at once.
+READ_TIMEOUT_S = 10.0
+RETRY_AFTER_S = 1.0
+
+
+class Door(grpc.aio.ServerInterceptor):
+    """Lets in at most `max_calls` at a time that bring one request each; more are refused before theirs is received.
+
+    The health check is always let in, or a busy router would be taken for a dead one. `retry_after_s` says when to come
+    back. Calls with a stream of requests, which only reflection has, are left to gRPC's own limit.
+    """
+
+    def __init__(
+        self,
+        max_calls: int,
+        retry_after_s: Callable[[], float] = lambda: RETRY_AFTER_S,
+        *,
+        read_timeout_s: float = READ_TIMEOUT_S,
+    ) -> None:
+        self._max_calls = max_calls
+        self._retry_after_s = retry_after_s
+        self._read_timeout_s = read_timeout_s
+        self._reading = asyncio.Semaphore(MAX_READING)
+        self.num_calls = 0
+
+    async def intercept_service(
+        self, continuation: Find, handler_call_details: grpc.HandlerCallDetails
+    ) -> Handler | None:
+        """The method's handler, or one that refuses."""
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.request_streaming or handler_call_details.method == HEALTH_CHECK:
+            return handler
+        # A handler of streams is the one that reads its request itself; callers cannot tell the difference.
+        return grpc.stream_stream_rpc_method_handler(
+            self._guarded(handler),
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
+    def _guarded(self, handler: Handler) -> Serve:
+        handle: Any = handler.unary_stream if handler.response_streaming else handler.unary_unary
+        serve: Serve = handle if handler.response_streaming else _answer_once(handle)
+
+        async def guarded(_: object, context: Context) -> None:
+            if self.num_calls >= self._max_calls:
+                await errors.abort(context, self._full())
+            self.num_calls += 1
+            try:
+                # Not kept in a variable: the service lets go of it when it has read it.
+                await serve(await self._read(context), context)
+            finally:
+                self.num_calls -= 1
+
+        return guarded
+
+    def _full(self) -> errors.Overloaded:
+        return errors.Overloaded(
+            f"{self.num_calls} calls are open; at most {self._max_calls} may be",
+            limit=self._max_calls,
+            value=self.num_calls,
+            retry_after_s=self._retry_after_s(),
+        )
+
+    async def _read(self, context: Context) -> Any:
+        """The call's request. Ends the call where none comes in time."""
+        try:
+            async with asyncio.timeout(self._read_timeout_s), self._reading:
+                request = await context.read()
+        except TimeoutError:
+            text = f"the request was not received within {self._read_timeout_s:g} s"
+            await errors.abort(context, errors.DeadlineExceeded(text, limit=self._read_timeout_s))
+        if request is grpc.aio.EOF:
+            await errors.abort(context, errors.InvalidArgument("the call brought no request"))
+        return request
+
+
+def _answer_once(serve: Serve) -> Serve:
+    async def answer(request: Any, context: Context) -> None:
+        await context.write(await serve(request, context))
+
+    return answer
