@@ -13,6 +13,7 @@ from stagecoach.errors import StagecoachError
 from stagecoach_client import AsyncClient
 from tests.cluster import free_port
 from tests.delay_proxy import DelayProxy
+from tests.soak.failure import Failed
 from tests.soak.supervised import Supervised
 
 START_TIMEOUT_S = 120.0
@@ -96,3 +97,15 @@ async def running(deployment: Deployment) -> AsyncIterator[Cluster]:
             process.start()
         await cluster.wait_until_ready()
         yield cluster
+
+
+async def check_nothing_is_left(cluster: Cluster, client: AsyncClient) -> None:
+    """Raises Failed unless the cluster is idle and whole, and has printed no traceback."""
+    await cluster.wait_until_ready()
+    status = await client.status()
+    if (status.num_running, status.num_waiting) != (0, 0):
+        raise Failed(f"{status.num_running} sequences run and {status.num_waiting} wait")
+    if status.num_free_blocks != status.num_blocks:
+        raise Failed(f"{status.num_free_blocks} of {status.num_blocks} blocks are free")
+    if tracebacks := cluster.tracebacks():
+        raise Failed("; ".join(tracebacks))

@@ -23,7 +23,8 @@ from typing import NamedTuple
 
 from stagecoach.errors import StagecoachError
 from stagecoach_client import AsyncClient
-from tests.soak.cluster import READ_TIMEOUT_S, Cluster, Deployment, running
+from tests.soak.cluster import READ_TIMEOUT_S, Cluster, Deployment, check_nothing_is_left, running
+from tests.soak.failure import Failed
 from tests.soak.mixed_requests import MixedRequest, difference, with_answers
 from tests.soak.supervised import kill_and_restart
 
@@ -34,10 +35,6 @@ MAX_TOKENS_BETWEEN = 400
 NUM_SHOWN_LINES = 30
 MAX_PREFILL_ATTEMPTS = 5
 MOMENTS = ("decode", "prefill", "replay")
-
-
-class Failed(Exception):
-    """Something was lost, wrong or left over."""
 
 
 @dataclass(eq=False)
@@ -271,18 +268,6 @@ async def survive(
         finally:
             await streams.stop()
     return streams.tally
-
-
-async def check_nothing_is_left(cluster: Cluster, client: AsyncClient) -> None:
-    """Raises Failed unless the cluster is idle and whole, and has printed no traceback."""
-    await cluster.wait_until_ready()
-    status = await client.status()
-    if (status.num_running, status.num_waiting) != (0, 0):
-        raise Failed(f"{status.num_running} sequences run and {status.num_waiting} wait")
-    if status.num_free_blocks != status.num_blocks:
-        raise Failed(f"{status.num_free_blocks} of {status.num_blocks} blocks are free")
-    if tracebacks := cluster.tracebacks():
-        raise Failed("; ".join(tracebacks))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
