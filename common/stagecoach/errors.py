@@ -7,6 +7,7 @@ class that the server raised.
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Iterable
 from typing import Any, NoReturn
@@ -301,5 +302,9 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: StagecoachEr
         (DETAIL_METADATA_KEY, detail.SerializeToString()),
         (STATUS_METADATA_KEY, rich_status(detail, error.code).SerializeToString()),
     )
-    await context.abort(error.code, detail.message, trailing_metadata=metadata)
+    try:
+        await context.abort(error.code, detail.message, trailing_metadata=metadata)
+    except grpc.aio.InternalError as failure:
+        # The call was over a moment before, by its deadline or its caller, and its task is about to be cancelled.
+        raise asyncio.CancelledError from failure
     raise AssertionError("abort returned")

@@ -1,0 +1,1 @@
+"""Real processes under faults from outside: kills at chosen moments, and mixed load with random faults for minutes."""
