@@ -83,13 +83,7 @@ def _stage_status(stage: Stage, totals: StageTotals) -> pb.StageStatus:
 
 
 def _spare_status(member: Member) -> pb.SpareStatus:
-    status = pb.SpareStatus(address=member.address, assignable=member.assignable)
+    status = pb.SpareStatus(address=member.address, assignable=member.assignable, reason=member.reason)
     if member.layers is not None:
         status.layers.start, status.layers.end = member.layers.start, member.layers.end
-    if member.loading is not None:
-        status.reason = f"loading layers {member.loading}"
-    elif member.error is not None:
-        status.reason = str(member.error)
-    elif member.stage is None:
-        status.reason = "it has not answered yet"
     return status

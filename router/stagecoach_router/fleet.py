@@ -150,7 +150,7 @@ class Fleet:
 
     def _explained(self, error: errors.StagecoachError) -> errors.StagecoachError:
         """With what is wrong with the shards that could help; as an error for good where nothing is."""
-        reasons = [str(member.error) for member in self.roster.free if member.error is not None]
+        reasons = [member.reason for member in self.roster.free if member.error is not None]
         if reasons:
             return errors.Unavailable("; ".join(dict.fromkeys([*reasons, str(error)])))
         if isinstance(error, errors.TopologyError) and self.roster.all_answered:

@@ -39,6 +39,16 @@ class Member:
     wake: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
+    def reason(self) -> str:
+        """Why it cannot take part, with its address; "" where it can."""
+        if self.loading is not None:
+            return f"{self.address}: loading layers {self.loading}"
+        if self.error is not None:
+            text = str(self.error)
+            return text if self.address in text else f"{self.address}: {text}"
+        return "" if self.stage is not None else f"{self.address}: it has not answered yet"
+
+    @property
     def layers(self) -> LayerRange | None:
         """That it has now; None: none, or it is not known."""
         return self.stage.layers if self.stage is not None and self.stage.description.layers.end else None
@@ -170,9 +180,10 @@ class Roster:
             error = caught
         if member.in_pipeline or member.wake.is_set():  # what came is of a time before
             return
-        if error is not None and str(error) != str(member.error):
-            logger.info("%s", error)
+        known = member.reason
         member.stage, member.error, member.asked = stage, error, True
+        if member.error is not None and member.reason != known:
+            logger.info("%s", member.reason)
         self._tell()
 
     async def _load(self, member: Member, layers: LayerRange, fingerprint: str) -> None:

@@ -81,6 +81,8 @@ async def serve(settings: RouterSettings, stop: asyncio.Event) -> None:
             if task.done():
                 task.result()  # only an error ends it
         await _drain(settings.drain_timeout_s, service, health, working)
+        if working.done():
+            working.result()
     finally:
         logger.info("stopping")
         health.set_ready(False)
@@ -135,11 +137,18 @@ async def _work(
     if journal is not None:
         await journal.open()
     fleet = make_fleet(settings, addresses, dial)
-    watching = asyncio.create_task(fleet.roster.run())
+    tasks = [
+        asyncio.create_task(fleet.roster.run()),
+        asyncio.create_task(_serve_fleet(settings, fleet, service, health, dial, journal)),
+    ]
     try:
-        await _serve_fleet(settings, fleet, service, health, dial, journal)
+        ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in ended:
+            task.result()  # only an error ends it
     finally:
-        watching.cancel()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _serve_fleet(
