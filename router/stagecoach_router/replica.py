@@ -53,8 +53,8 @@ class Replica:
     """Generates over one pipeline at a time.
 
     `connect` opens it; `canary` says when to try it without a request; what it does is added to `counters`. `on_change`
-    is told when `ready` has changed: it is true once a token has come through the pipeline, and false when that is
-    lost. `on_work` is told of whatever may have changed how many sequences run.
+    is told when `ready` has changed, which is true once a token has come through the pipeline, and of each loss.
+    `on_work` is told of whatever may have changed how many sequences run.
     """
 
     def __init__(
@@ -257,7 +257,8 @@ class Replica:
         self.scheduler.preempt_all()
         self._lost.set()
         self._on_work()
-        self._set_ready(False)
+        self.ready = False
+        self._on_change(self)  # also where it never was: requests may be here all the same
 
     def _suspect(self, run: Run, error: errors.StagecoachError) -> None:
         """Gives up on one that was under way too often. Whoever only waited for a step cannot have broken anything."""

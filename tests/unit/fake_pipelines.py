@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 
@@ -129,5 +130,5 @@ class FakeCluster:
 
 
 def request(name: str, *, num_prompt: int = 3, max_tokens: int = 20, n: int = 1, priority: int = 0) -> Request:
-    prompt = tuple(hash((name, index)) % VOCAB_SIZE for index in range(num_prompt))
+    prompt = tuple(crc32(f"{name} {index}".encode()) % VOCAB_SIZE for index in range(num_prompt))
     return Request(name, prompt, SamplingParams(temperature=0.0, max_tokens=max_tokens, n=n, seed=1), priority)
