@@ -94,6 +94,7 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer):
         self.begun = threading.Event()
         self.failed = threading.Event()
         self.caller_left = threading.Event()
+        self.cancelled = threading.Event()
         self.ready = True
         self.num_pipelines = 1
         self.status: pb.GetClusterStatusResponse | None = None  # None: an ordinary one
@@ -105,6 +106,10 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer):
         except StagecoachError as error:
             self._fail(error, context)
         self._stay()
+
+    def Cancel(self, request: pb.CancelRequest, context: Any) -> pb.CancelResponse:
+        self.cancelled.set()
+        return pb.CancelResponse()
 
     def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
         self._begin(request, context, stays=self.stay_open)
@@ -159,9 +164,13 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer):
 
 
 @contextmanager
-def serving(router: FakeRouter, address: str = "127.0.0.1:0") -> Iterator[str]:
+def serving(router: FakeRouter, address: str = "127.0.0.1:0", *, max_calls: int | None = None) -> Iterator[str]:
     """The address at which `router` answers."""
-    server = grpc.server(futures.ThreadPoolExecutor(16), options=server_options(MAX_PUBLIC_MESSAGE_BYTES))
+    server = grpc.server(
+        futures.ThreadPoolExecutor(16),
+        options=server_options(MAX_PUBLIC_MESSAGE_BYTES),
+        maximum_concurrent_rpcs=max_calls,
+    )
     inference_pb2_grpc.add_InferenceServicer_to_server(router, server)
     port = server.add_insecure_port(address)
     server.start()
