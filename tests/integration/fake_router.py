@@ -94,7 +94,6 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer):
         self.begun = threading.Event()
         self.failed = threading.Event()
         self.caller_left = threading.Event()
-        self.cancelled = threading.Event()
         self.ready = True
         self.num_pipelines = 1
         self.status: pb.GetClusterStatusResponse | None = None  # None: an ordinary one
@@ -106,10 +105,6 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer):
         except StagecoachError as error:
             self._fail(error, context)
         self._stay()
-
-    def Cancel(self, request: pb.CancelRequest, context: Any) -> pb.CancelResponse:
-        self.cancelled.set()
-        return pb.CancelResponse()
 
     def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
         self._begin(request, context, stays=self.stay_open)

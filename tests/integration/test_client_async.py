@@ -149,22 +149,6 @@ async def test_closing_ends_the_wait_for_the_next_attempt(client: AsyncClient, r
     assert len(router.requests) == 1
 
 
-async def test_cancelling_the_task_that_waits_for_the_next_attempt_ends_the_request(
-    client: AsyncClient, router: FakeRouter
-) -> None:
-    router.failures.append(sdk.Unavailable("starting", retry_after_s=10.0))
-    stream = await client.generate("x", stream=True, linger_s=60.0)
-    reader = asyncio.create_task(anext(stream))
-    assert await asyncio.to_thread(router.failed.wait, 5)
-    reader.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await reader
-    assert await asyncio.to_thread(router.cancelled.wait, 5)
-    with pytest.raises(sdk.Cancelled):
-        await stream.collect()
-    assert len(router.requests) == 1
-
-
 async def test_errors_of_a_given_channel_do_not_name_the_default_target() -> None:
     async with grpc.aio.insecure_channel("127.0.0.1:1") as channel:
         client = AsyncClient(channel=channel, max_retries=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ from stagecoach.errors import (
 from stagecoach.v1 import inference_pb2 as pb
 from stagecoach_client.requests import GenerateCall, generate_call
 from stagecoach_client.retry import MAX_BREAK_S, MAX_REATTACH_DELAY_S, Attempts, connection_ended
-from stagecoach_client.streams import GenerationStream
+from stagecoach_client.streams import AsyncGenerationStream, GenerationStream
 
 
 class Failure(grpc.RpcError):
@@ -205,6 +206,40 @@ def test_closing_a_stream_that_would_linger_tells_the_server(linger_s: float, to
     assert len(ends) == told
     with pytest.raises(Cancelled):
         stream.collect()
+
+
+class RefusedCall:
+    """One that the server refuses for now."""
+
+    def __aiter__(self) -> RefusedCall:
+        return self
+
+    async def __anext__(self) -> pb.GenerateResponse:
+        raise Failure(Unavailable("starting", retry_after_s=9.0))
+
+    def cancel(self) -> None:
+        pass
+
+
+async def test_cancelling_the_task_that_waits_for_the_next_attempt_tells_the_server() -> None:
+    ends: list[None] = []
+    begun: list[float] = []
+
+    def begin(timeout_s: float) -> RefusedCall:
+        begun.append(timeout_s)
+        return RefusedCall()
+
+    call = generate_call("x", {"linger_s": 60.0})
+    stream = AsyncGenerationStream(begin, lambda: ends.append(None), call, Attempts(100.0, 4), "router:1")
+    reader = asyncio.create_task(anext(aiter(stream)))
+    for _ in range(10):  # nothing here takes longer than a turn of the loop, but for the wait
+        await asyncio.sleep(0)
+    reader.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reader
+    assert (len(begun), len(ends)) == (1, 1)
+    with pytest.raises(Cancelled):
+        await stream.collect()
 
 
 def test_a_stream_that_has_ended_tells_nothing() -> None:
