@@ -10,7 +10,8 @@ Of a stage, over an interval:
   them had one, so a pipeline without requests beside one that has them is all bubble.
 
 Figures go by a shard's address, whichever pipeline it was in. Of one that came only after the first look they are
-since the router first heard of it, and what one did that is in no pipeline any more is not among them.
+since the router first heard of it, and what one did that is in no pipeline any more is not among them. A pipeline that
+is lost still names its stages; one of them that serves in another pipeline by now is counted there, and once.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Activity:
     result_bytes_per_token: float | None  # the same of the whole messages
     num_frames: int  # that the router read from its shards
     num_fast_frames: int
-    stages: tuple[StageActivity, ...]  # those of all pipelines
+    stages: tuple[StageActivity, ...]  # those of all pipelines, each shard once
 
 
 def activity(after: ClusterStatus, before: ClusterStatus | None = None) -> Activity:
@@ -80,6 +81,7 @@ def activity(after: ClusterStatus, before: ClusterStatus | None = None) -> Activ
             _stage_activity(pipeline_index, stage_index, stage, earlier.get(stage.address), active_s)
             for pipeline_index, pipeline in enumerate(after.pipelines)
             for stage_index, stage in enumerate(pipeline.stages)
+            if pipeline.ready or after.serving_pipeline(stage.address) is None
         ),
     )
 

@@ -38,8 +38,8 @@ class Client:
     attempts, 1.5 s with the default. A call is retried, at most `max_retries` times, if nothing has come back and the
     server was not there or had no room; it has the same request id, so that nothing is computed twice. With the
     default, a cluster that is starting gets some 15 s. A stream that breaks later goes on where it was, without a gap
-    or a repeat, where the router still knows the request or has it in its journal, and is back within 30 s. With
-    `max_retries` 0 neither is tried.
+    or a repeat, where the router still knows the request or has it in its journal, and is back within 30 s; one whose
+    connection ends before its first token waits as long for the router. With `max_retries` 0 neither is tried.
 
     `tls` says what a router is that speaks TLS; without it nothing is encrypted.
 

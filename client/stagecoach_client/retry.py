@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections.abc import Callable
 
@@ -17,15 +18,27 @@ MAX_BREAK_S = 30.0
 FIRST_REATTACH_DELAY_S = 0.05
 MAX_REATTACH_DELAY_S = 1.0
 _SHORTEST_TIMEOUT_S = 0.001
+# What gRPC says of a call whose connection ended under it, and of one that never had a connection.
+_CONNECTION_ENDED = re.compile(r"Socket closed|Connection reset|Broken pipe|GOAWAY|Cancelling all calls|ping timeout")
+_NOT_CONNECTED = re.compile(r"failed to connect", re.IGNORECASE)
+
+
+def connection_ended(details: str) -> bool:
+    """Whether a call, by the `details` of its UNAVAILABLE, had reached a server before it failed.
+
+    Where that is not clear it had not: then the call is tried again for a shorter time.
+    """
+    return _CONNECTION_ENDED.search(details) is not None and _NOT_CONNECTED.search(details) is None
 
 
 class Attempts:
     """The attempts of one call: they share its deadline, and there are at most `max_retries` after the first.
 
-    Retried are Unavailable, and Overloaded with a hint when to come back, as long as nothing has come back. Delays
+    Retried are Unavailable, and Overloaded with a hint when to come back, as long as the server has not begun. Delays
     double, from the server's hint where there is one, with jitter, so that callers who failed together do not return
     together. A stream that breaks later is gone on with (`reattach_delay_s`), for `max_break_s` at a time and as often
-    as it breaks.
+    as it breaks with something new in between. While it is broken, Overloaded is no answer either: the request may be
+    running, and everyone who lost the same server comes at once.
     """
 
     def __init__(
@@ -56,7 +69,7 @@ class Attempts:
         if self._num_retries >= self._max_retries or hint_s > MAX_RETRY_AFTER_S:
             return None
         factor = 2.0**self._num_retries
-        hinted_s = min(MAX_RETRY_AFTER_S, max(0.0, hint_s) * factor) * (1.0 + 0.25 * self._dice())
+        hinted_s = self._after(min(MAX_RETRY_AFTER_S, hint_s * factor))
         if isinstance(error, Unavailable) and error.retryable:
             backoff_s = min(MAX_DELAY_S, FIRST_DELAY_S * factor) * (0.5 + 0.5 * self._dice())
             delay_s = max(backoff_s, hinted_s)
@@ -70,20 +83,26 @@ class Attempts:
         return delay_s
 
     def has_progressed(self) -> None:
-        """Something came: the next break is a new one."""
+        """Something new came: the next break is another one."""
         self._broke_at = None
         self._num_reattaches = 0
 
     def reattach_delay_s(self, error: StagecoachError) -> float | None:
         """How long to wait before the stream is gone on with, or None when `error` is its end."""
         now = self._clock()
+        is_first = self._broke_at is None
         if self._broke_at is None:
             self._broke_at = now
-        if not (isinstance(error, Unavailable) and error.retryable) or self._max_retries == 0:
+        passes = isinstance(error, Unavailable) or (isinstance(error, Overloaded) and not is_first)
+        if not (passes and error.retryable) or self._max_retries == 0:
             return None
-        delay_s = min(MAX_REATTACH_DELAY_S, FIRST_REATTACH_DELAY_S * 2.0**self._num_reattaches)
-        delay_s *= 0.5 + 0.5 * self._dice()
+        backoff_s = min(MAX_REATTACH_DELAY_S, FIRST_REATTACH_DELAY_S * 2.0 ** min(self._num_reattaches, 30))
+        delay_s = max(backoff_s * (0.5 + 0.5 * self._dice()), self._after(error.retry_after_s))
         if now + delay_s >= min(self._deadline, self._broke_at + self._max_break_s):
             return None
         self._num_reattaches += 1
         return delay_s
+
+    def _after(self, hint_s: float) -> float:
+        """Not before the server said, and not everyone at once."""
+        return max(0.0, hint_s) * (1.0 + 0.25 * self._dice())

@@ -119,6 +119,13 @@ class ClusterStatus:
         """Whether at least one pipeline can take requests."""
         return self.num_ready > 0
 
+    def serving_pipeline(self, address: str) -> int | None:
+        """The ready pipeline that the shard at `address` is in, as `pipelines` has them; None: it is in none."""
+        for index, pipeline in enumerate(self.pipelines):
+            if pipeline.ready and any(stage.address == address for stage in pipeline.stages):
+                return index
+        return None
+
 
 def busy_fraction(compute_s: float, wait_s: float) -> float | None:
     """compute / (compute + wait), or None when both are zero."""

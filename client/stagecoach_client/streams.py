@@ -13,11 +13,18 @@ from typing import Any, Self
 import grpc
 import grpc.aio
 
-from stagecoach.errors import Cancelled, FailedPrecondition, StagecoachError, from_rpc_error
+from stagecoach.errors import (
+    Cancelled,
+    FailedPrecondition,
+    StagecoachError,
+    Unavailable,
+    from_rpc_error,
+    from_trailing_metadata,
+)
 from stagecoach.v1.inference_pb2 import GenerateResponse
 from stagecoach_client.requests import GenerateCall
 from stagecoach_client.results import Chunk, Generation, GenerationBuilder
-from stagecoach_client.retry import Attempts
+from stagecoach_client.retry import Attempts, connection_ended
 
 # Begins the call with so many seconds to its deadline, and returns gRPC's call object.
 Begin = Callable[[float], Any]
@@ -39,6 +46,7 @@ class _Stream:
         # So that the request can be gone on with, and sending it twice is harmless.
         self._request.request_id = self._request.request_id or uuid.uuid4().hex
         self._received = False
+        self._begun = False  # the server had the request, and may have begun
         self._broken: StagecoachError | None = None  # why the call that brought the last chunk ended
         self._ended = False
         self._error: StagecoachError | None = None
@@ -64,9 +72,10 @@ class _Stream:
             self._call.cancel()
 
     def _accept(self, response: GenerateResponse) -> Chunk:
-        self._received = True
-        self._broken = None
-        self._attempts.has_progressed()
+        self._received = self._begun = True
+        if response.token_ids or response.finish_reason:  # without them the next call would bring the same again
+            self._broken = None
+            self._attempts.has_progressed()
         try:
             return self._builder.add(response)
         except StagecoachError as error:
@@ -87,9 +96,10 @@ class _Stream:
         error = from_rpc_error(failure, self._peer)
         if self._error is not None:  # it was closed meanwhile, which is why it failed, or might as well be
             raise self._error from failure
-        if self._received:
+        self._begun = self._begun or _ended_with_its_connection(error, failure)
+        if self._begun:
             # A server that knows nothing of the request says so; why the stream broke says more.
-            is_unknown = self._broken is not None and isinstance(error, FailedPrecondition)
+            is_unknown = self._received and self._broken is not None and isinstance(error, FailedPrecondition)
             self._broken = self._broken or error
             error = self._broken if is_unknown else error
             delay_s = None if is_unknown else self._attempts.reattach_delay_s(error)
@@ -112,6 +122,12 @@ class _Stream:
         if self._error is not None:
             raise self._error
         return self._builder.build()
+
+
+def _ended_with_its_connection(error: StagecoachError, failure: grpc.RpcError) -> bool:
+    """Whether gRPC, and not the server, ended a call that had reached the server."""
+    is_bare = from_trailing_metadata(getattr(failure, "trailing_metadata", lambda: ())()) is None
+    return is_bare and type(error) is Unavailable and connection_ended(error.message)
 
 
 async def wait_for_event(event: asyncio.Event, timeout_s: float) -> None:
@@ -179,6 +195,16 @@ class AsyncGenerationStream(_Stream, AsyncIterator[Chunk]):
         super().__init__(begin, end, call, attempts, peer)
 
     async def __anext__(self) -> Chunk:
+        try:
+            return await self._next()
+        except asyncio.CancelledError:
+            self._cancel()
+            task = asyncio.current_task()
+            if self._error is None or (task is not None and task.cancelling()):
+                raise
+            raise self._error from None  # not this task was cancelled, but the call: someone closed it
+
+    async def _next(self) -> Chunk:
         while not self._ended:
             try:
                 # Not call.read(): it says "end" as soon as the status is there, without looking for messages.
@@ -188,12 +214,6 @@ class AsyncGenerationStream(_Stream, AsyncIterator[Chunk]):
             except grpc.RpcError as failure:
                 await wait_for_event(self._closed, self._retry_delay_s(failure))
                 self._begin_again()
-            except asyncio.CancelledError:
-                self._cancel()
-                task = asyncio.current_task()
-                if self._error is None or (task is not None and task.cancelling()):
-                    raise
-                raise self._error from None  # not this task was cancelled, but the call: someone closed it
             else:
                 return self._accept(response)
         raise StopAsyncIteration

@@ -26,6 +26,9 @@ MAX_MESSAGE_LENGTH = 300
 # characters for a byte, twice in base64), the facts twice.
 MAX_MESSAGE_BYTES = 600
 MAX_FACT_BYTES = 256
+# Calls beyond a server's limit are refused by gRPC itself, which says so and no more; the next one may find room.
+CALL_LIMIT_DETAILS = "Concurrent RPC limit exceeded"
+CALL_LIMIT_RETRY_AFTER_S = 1.0
 # The longest wait that a peer's hint can ask for.
 MAX_RETRY_AFTER_S = 86_400.0
 
@@ -274,7 +277,9 @@ def from_rpc_error(error: grpc.RpcError, peer: str) -> StagecoachError:
         if (reason := handshake.explain(details)) is not None:
             return HandshakeFailed(f"{peer}: {reason}")
         details += handshake.hint(details)
-    return kind(f"{peer}: {details or code.name}")
+    is_call_limit = kind is Overloaded and CALL_LIMIT_DETAILS in (details or "")
+    retry_after_s = CALL_LIMIT_RETRY_AFTER_S if is_call_limit else 0.0
+    return kind(f"{peer}: {details or code.name}", retry_after_s=retry_after_s)
 
 
 def _cut(text: str) -> str:

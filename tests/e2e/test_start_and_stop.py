@@ -175,9 +175,10 @@ def test_up_serves_until_told_to_stop_and_its_children_stop_with_it(tiny_model):
 
 
 @on_linux
-def test_up_says_which_child_died_and_stops_the_rest(tiny_model):
+def test_up_without_restarts_says_which_child_died_and_stops_the_rest(tiny_model):
     listen = f"127.0.0.1:{free_port()}"
-    with running("stagecoach", "up", "--model", str(tiny_model), "--stages", "2", "--listen", listen) as up:
+    options = ["--stages", "2", "--no-restart", "--listen", listen]
+    with running("stagecoach", "up", "--model", str(tiny_model), *options) as up:
         up.wait_for("ready at")
         with Client(listen) as client:
             stages = client.status().pipelines[0].stages

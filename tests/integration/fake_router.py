@@ -159,9 +159,13 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer):
 
 
 @contextmanager
-def serving(router: FakeRouter, address: str = "127.0.0.1:0") -> Iterator[str]:
+def serving(router: FakeRouter, address: str = "127.0.0.1:0", *, max_calls: int | None = None) -> Iterator[str]:
     """The address at which `router` answers."""
-    server = grpc.server(futures.ThreadPoolExecutor(16), options=server_options(MAX_PUBLIC_MESSAGE_BYTES))
+    server = grpc.server(
+        futures.ThreadPoolExecutor(16),
+        options=server_options(MAX_PUBLIC_MESSAGE_BYTES),
+        maximum_concurrent_rpcs=max_calls,
+    )
     inference_pb2_grpc.add_InferenceServicer_to_server(router, server)
     port = server.add_insecure_port(address)
     server.start()

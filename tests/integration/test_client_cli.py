@@ -143,11 +143,12 @@ def test_status_of_a_cluster_that_lost_one_of_two_pipelines(
 ) -> None:
     lost = pb.PipelineStatus(model=MODEL, epoch=4, reason="127.0.0.1:7 does not answer", num_waiting=3)
     lost.stages.extend([stage(0, 10), stage(10, 30)])
-    serving = pb.PipelineStatus(model=MODEL, epoch=1, ready=True, num_running=5, stages=[stage(0, 30)])
+    serving = pb.PipelineStatus(model=MODEL, epoch=1, ready=True, num_running=5, stages=[stage(5, 30)])
+    serving.stages.append(stage(10, 30))  # taken from the lost one
     spares = [
         pb.SpareStatus(address="127.0.0.1:8", assignable=True),
         pb.SpareStatus(address="127.0.0.1:9", layers=model_pb2.LayerRange(start=0, end=10)),
-        pb.SpareStatus(address="127.0.0.1:10", reason="dtype: float16, not bfloat16"),
+        pb.SpareStatus(address="127.0.0.1:10", reason="127.0.0.1:10: dtype: float16, not bfloat16"),
     ]
     router.status = pb.GetClusterStatusResponse(pipelines=[serving, lost], spares=spares, active_s=4.0)
     assert run(["status", "--target", target]) == 0
@@ -160,7 +161,8 @@ def test_status_of_a_cluster_that_lost_one_of_two_pipelines(
     assert ["", "127.0.0.1:9", "0:10", "ready", ""] in rows
     assert ["", "127.0.0.1:10", "none yet", "dtype: float16, not bfloat16", ""] in rows
     stages = [row[1:4] for row in rows if "9 of 9" in row]
-    assert stages == [["0", "0", "0:30"], ["1", "0", "0:10"], ["1", "1", "10:30"]]
+    assert stages == [["0", "0", "5:30"], ["0", "1", "10:30"], ["1", "0", "0:10"]]
+    assert shown.count("(now in pipeline 0)") == 1
 
     serving.ready = False
     router.status = pb.GetClusterStatusResponse(pipelines=[serving, lost])

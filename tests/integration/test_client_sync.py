@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
@@ -114,6 +116,32 @@ def test_what_was_refused_is_tried_again(router: FakeRouter, client: Client, fai
     assert client.generate("x", timeout_s=5).text == "Hello, world"
     assert len(router.requests) == 3
     assert router.timeouts_s[2] < router.timeouts_s[0] - 0.1  # one deadline for all of them
+
+
+def test_what_grpc_itself_refuses_for_want_of_room_is_tried_again(router: FakeRouter) -> None:
+    router.stay_open = True
+    with serving(router, max_calls=1) as address, Client(address) as first, Client(address, max_retries=0) as second:
+        stream = first.generate("x", stream=True)
+        next(stream)
+        with pytest.raises(sdk.Overloaded) as caught:
+            second.models()
+        assert caught.value.retry_after_s > 0
+        stream.close()
+        assert router.caller_left.wait(5)
+        assert first.models()[0].name == "tiny"
+
+
+def test_a_server_that_dies_before_the_first_token_is_asked_again(router: FakeRouter) -> None:
+    router.stay_open, router.answer = True, lambda request: iter(())
+    with ThreadPoolExecutor(1) as threads, contextlib.ExitStack() as stack:
+        with serving(router) as address:
+            client = stack.enter_context(Client(address))
+            answer = threads.submit(client.generate, "x", timeout_s=20)
+            assert router.begun.wait(10)
+        again = FakeRouter()
+        with serving(again, address):
+            assert answer.result(20).text == "Hello, world"
+    assert router.requests[0].request_id == again.requests[0].request_id != ""
 
 
 def test_retries_end(router: FakeRouter, client: Client) -> None:

@@ -53,10 +53,11 @@ def two_pipelines(*stages: list[tuple[str, float, float]], active_s: float) -> C
     """Pipelines of stages (address, compute_s, wait_s)."""
     pipelines = [
         pb.PipelineStatus(
+            ready=True,
             stages=[
                 pb.StageStatus(address=address, compute_s=compute_s, wait_s=wait_s)
                 for address, compute_s, wait_s in each
-            ]
+            ],
         )
         for each in stages
     ]
@@ -74,6 +75,17 @@ def test_figures_go_by_address_whichever_pipeline_a_shard_is_in() -> None:
     ]
     assert [stage.busy_fraction for stage in stages] == [0.25, 0.0, 0.75]
     assert [stage.bubble_fraction for stage in stages] == [0.75, 1.0, 0.25]
+
+
+def test_a_stage_that_a_lost_pipeline_still_names_is_counted_once() -> None:
+    def stage(address: str) -> pb.StageStatus:
+        return pb.StageStatus(address=address, compute_s=1, wait_s=1)
+
+    lost = pb.PipelineStatus(stages=[stage("a:1"), stage("a:2")])
+    serving = pb.PipelineStatus(ready=True, stages=[stage("b:1"), stage("a:2")])
+    status = read_status(pb.GetClusterStatusResponse(pipelines=[lost, serving], active_s=2))
+    stages = activity(status).stages
+    assert [(stage.pipeline, stage.address) for stage in stages] == [(0, "a:1"), (1, "b:1"), (1, "a:2")]
 
 
 def test_a_shard_that_came_since_has_all_it_did_and_one_that_was_forgotten_too() -> None:

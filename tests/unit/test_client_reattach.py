@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from stagecoach.errors import (
     DETAIL_METADATA_KEY,
     Cancelled,
     FailedPrecondition,
+    Overloaded,
     ShardFault,
     StagecoachError,
     Unavailable,
@@ -19,12 +21,12 @@ from stagecoach.errors import (
 )
 from stagecoach.v1 import inference_pb2 as pb
 from stagecoach_client.requests import GenerateCall, generate_call
-from stagecoach_client.retry import MAX_REATTACH_DELAY_S, Attempts
-from stagecoach_client.streams import GenerationStream
+from stagecoach_client.retry import MAX_BREAK_S, MAX_REATTACH_DELAY_S, Attempts, connection_ended
+from stagecoach_client.streams import AsyncGenerationStream, GenerationStream
 
 
 class Failure(grpc.RpcError):
-    """What gRPC raises."""
+    """What gRPC raises for a server's error."""
 
     def __init__(self, error: StagecoachError) -> None:
         self._error = error
@@ -39,10 +41,26 @@ class Failure(grpc.RpcError):
         return ((DETAIL_METADATA_KEY, to_detail(self._error).SerializeToString()),)
 
 
+class Lost(grpc.RpcError):
+    """What gRPC raises by itself."""
+
+    def __init__(self, details: str) -> None:
+        self._details = details
+
+    def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.UNAVAILABLE
+
+    def details(self) -> str:
+        return self._details
+
+    def trailing_metadata(self) -> tuple[tuple[str, bytes], ...]:
+        return ()
+
+
 class Call(Iterator[pb.GenerateResponse]):
     """Gives responses, then fails or ends."""
 
-    def __init__(self, responses: list[pb.GenerateResponse], error: StagecoachError | None) -> None:
+    def __init__(self, responses: list[pb.GenerateResponse], error: StagecoachError | Lost | None) -> None:
         self._responses = iter(responses)
         self._error = error
 
@@ -51,7 +69,7 @@ class Call(Iterator[pb.GenerateResponse]):
             return response
         if self._error is None:
             raise StopIteration
-        raise Failure(self._error)
+        raise self._error if isinstance(self._error, Lost) else Failure(self._error)
 
     def cancel(self) -> None:
         pass
@@ -71,20 +89,30 @@ class Clock:
 
 
 def stream_of(
-    *calls: Call, max_retries: int = 4, end: Callable[[], object] = lambda: None, **options: object
+    *calls: Call,
+    max_retries: int = 4,
+    end: Callable[[], object] = lambda: None,
+    clock: Clock | None = None,
+    **options: object,
 ) -> tuple[GenerationStream, list[list[int]]]:
     """A stream over `calls`, one after the other, and the from_tokens that each was begun with."""
     asked: list[list[int]] = []
     left = iter(calls)
     call: GenerateCall = generate_call("x", options)  # type: ignore[arg-type]
-    attempts = Attempts(100.0, max_retries, clock=Clock(), dice=lambda: 0.0)
+    clock = clock or Clock()
+    attempts = Attempts(100.0, max_retries, clock=clock, dice=lambda: 0.0)
 
     def begin(timeout_s: float) -> Call:
         asked.append(list(call.request.from_tokens))
         return next(left)
 
     stream = GenerationStream(begin, end, call, attempts, "router:1")
-    stream._closed.wait = lambda timeout=None: False  # type: ignore[method-assign]  # no waiting here
+
+    def wait(timeout: float | None = None) -> bool:  # no waiting here
+        clock.now_s += timeout or 0.0
+        return False
+
+    stream._closed.wait = wait  # type: ignore[method-assign]
     return stream, asked
 
 
@@ -180,9 +208,130 @@ def test_closing_a_stream_that_would_linger_tells_the_server(linger_s: float, to
         stream.collect()
 
 
+class RefusedCall:
+    """One that the server refuses for now."""
+
+    def __aiter__(self) -> RefusedCall:
+        return self
+
+    async def __anext__(self) -> pb.GenerateResponse:
+        raise Failure(Unavailable("starting", retry_after_s=9.0))
+
+    def cancel(self) -> None:
+        pass
+
+
+async def test_cancelling_the_task_that_waits_for_the_next_attempt_tells_the_server() -> None:
+    ends: list[None] = []
+    begun: list[float] = []
+
+    def begin(timeout_s: float) -> RefusedCall:
+        begun.append(timeout_s)
+        return RefusedCall()
+
+    call = generate_call("x", {"linger_s": 60.0})
+    stream = AsyncGenerationStream(begin, lambda: ends.append(None), call, Attempts(100.0, 4), "router:1")
+    reader = asyncio.create_task(anext(aiter(stream)))
+    for _ in range(10):  # nothing here takes longer than a turn of the loop, but for the wait
+        await asyncio.sleep(0)
+    reader.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reader
+    assert (len(begun), len(ends)) == (1, 1)
+    with pytest.raises(Cancelled):
+        await stream.collect()
+
+
 def test_a_stream_that_has_ended_tells_nothing() -> None:
     ends: list[None] = []
     stream, _ = stream_of(Call([tokens(1, last=True)], None), end=lambda: ends.append(None), linger_s=5.0)
     stream.collect()
     stream.close()
     assert ends == []
+
+
+KILLED = Lost("Stream removed (Socket closed)")
+REFUSED = Lost("failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:5: Connection refused")
+
+
+def test_a_server_that_dies_before_the_first_token_gets_the_time_to_come_back() -> None:
+    """It had the request, and may have it in its journal."""
+    clock = Clock()
+    done = Call([tokens(1, last=True)], None)
+    stream, asked = stream_of(Call([], KILLED), *[Call([], REFUSED)] * 20, done, clock=clock)
+    assert stream.collect().completions[0].token_ids == (1,)
+    assert asked == [[]] * 22
+    assert clock.now_s > 5
+
+
+def test_a_server_that_does_not_come_back_is_given_up_in_time() -> None:
+    clock = Clock()
+    stream, _ = stream_of(Call([], KILLED), *[Call([], REFUSED)] * 200, clock=clock)
+    with pytest.raises(Unavailable, match="Connection refused"):
+        stream.collect()
+    assert MAX_BREAK_S - 2 < clock.now_s <= MAX_BREAK_S
+
+
+def test_an_address_where_nobody_was_is_given_up_soon() -> None:
+    clock = Clock()
+    stream, asked = stream_of(*[Call([], REFUSED)] * 200, clock=clock)
+    with pytest.raises(Unavailable, match="Connection refused"):
+        stream.collect()
+    assert len(asked) == 5
+    assert clock.now_s < 2
+
+
+@pytest.mark.parametrize(
+    ("details", "ended"),
+    [
+        ("Stream removed (Socket closed)", True),
+        ("Socket closed", True),
+        ("recvmsg:Connection reset by peer", True),
+        ("GOAWAY received; Error code: 0; Debug Text: server_shutdown", True),
+        ("Cancelling all calls", True),
+        ("failed to connect to all addresses; last error: INTERNAL: ipv4:1.2.3.4:5: Socket closed", False),
+        ("DNS resolution failed for router:1", False),
+        ("Received http2 header with status: 503", False),
+        ("", False),
+    ],
+)
+def test_a_lost_connection_is_told_from_one_that_never_was(details: str, ended: bool) -> None:
+    assert connection_ended(details) == ended
+
+
+def test_a_full_server_is_no_answer_to_a_stream_that_broke() -> None:
+    clock = Clock()
+    stream, asked = stream_of(
+        Call([tokens(1)], Unavailable("connection lost")),
+        Call([], Overloaded("the waiting line is full", retry_after_s=3.0)),
+        Call([], Overloaded("too many calls")),
+        Call([tokens(2, last=True)], None),
+        clock=clock,
+    )
+    assert stream.collect().completions[0].token_ids == (1, 2)
+    assert asked == [[], [1], [1], [1]]
+    assert clock.now_s >= 3.0
+
+
+def test_a_full_server_is_the_end_of_a_stream_that_had_not_broken() -> None:
+    stream, asked = stream_of(Call([tokens(1)], Overloaded("read too late", retry_after_s=1.0)))
+    with pytest.raises(Overloaded):
+        stream.collect()
+    assert len(asked) == 1
+
+
+def test_a_broken_stream_does_not_come_back_before_the_server_said() -> None:
+    attempts = Attempts(1000.0, 1, clock=Clock(), dice=lambda: 1.0)
+    assert attempts.reattach_delay_s(Unavailable("no pipeline yet", retry_after_s=4.0)) == 5.0
+    assert attempts.reattach_delay_s(Unavailable("no pipeline yet", retry_after_s=20.0)) == 25.0
+    assert attempts.reattach_delay_s(Unavailable("no pipeline yet", retry_after_s=MAX_BREAK_S)) is None
+
+
+def test_a_server_that_only_says_the_same_again_is_given_up_in_time() -> None:
+    """Each call brings a piece without a token, and breaks."""
+    clock = Clock()
+    stream, asked = stream_of(*(Call([tokens()], Unavailable("connection lost")) for _ in range(2000)), clock=clock)
+    with pytest.raises(Unavailable, match="connection lost"):
+        stream.collect()
+    assert clock.now_s <= MAX_BREAK_S
+    assert len(asked) < 100

@@ -64,8 +64,8 @@ def status(
         console = make_console()
         for line in _headlines(target, cluster):
             console.print(line)
-        for index, pipeline in enumerate(cluster.pipelines):
-            console.print(_pipeline_table(pipeline, f"pipeline {index}, " if len(cluster.pipelines) > 1 else ""))
+        for index in range(len(cluster.pipelines)):
+            console.print(_pipeline_table(cluster, index))
         if cluster.spares:
             console.print(_spare_table(cluster.spares))
         if done.stages:
@@ -103,15 +103,17 @@ def _reason(pipeline: PipelineStatus) -> str:
     return pipeline.reason or "no reason given"
 
 
-def _pipeline_table(pipeline: PipelineStatus, which: str) -> Table:
+def _pipeline_table(cluster: ClusterStatus, which: int) -> Table:
     from rich.table import Table
     from rich.text import Text
 
     from stagecoach_client.cli.terminal import format_bytes
 
+    pipeline = cluster.pipelines[which]
+    name = f"pipeline {which}, " if len(cluster.pipelines) > 1 else ""
     state = "ready" if pipeline.ready else f"not ready: {_reason(pipeline)}"
     load = f"{pipeline.num_running} running, {pipeline.num_waiting} waiting"
-    title = Text(f"{which}{pipeline.model.name or 'model unknown'}: {state} (epoch {pipeline.epoch}; {load})")
+    title = Text(f"{name}{pipeline.model.name or 'model unknown'}: {state} (epoch {pipeline.epoch}; {load})")
     title.stylize("green" if pipeline.ready else "red")
     table = Table(title=title, title_justify="left")
     for name in _COLUMNS:
@@ -120,7 +122,7 @@ def _pipeline_table(pipeline: PipelineStatus, which: str) -> Table:
         cells = (
             str(index),
             f"{stage.first_layer}:{stage.end_layer}",
-            stage.address,
+            stage.address + ("" if pipeline.ready else _elsewhere(cluster, stage.address)),
             f"{stage.device} ({stage.kernels})",
             stage.dtype,
             stage.hostname,
@@ -133,6 +135,12 @@ def _pipeline_table(pipeline: PipelineStatus, which: str) -> Table:
     return table
 
 
+def _elsewhere(cluster: ClusterStatus, address: str) -> str:
+    """Where a stage of a lost pipeline serves now, if it does."""
+    index = cluster.serving_pipeline(address)
+    return "" if index is None else f" (now in pipeline {index})"
+
+
 def _spare_table(spares: Sequence[SpareStatus]) -> Table:
     from rich.table import Table
     from rich.text import Text
@@ -142,6 +150,6 @@ def _spare_table(spares: Sequence[SpareStatus]) -> Table:
         table.add_column(name)
     for spare in spares:
         layers = f"{spare.first_layer}:{spare.end_layer}" if spare.has_layers else "none yet"
-        state = spare.reason or ("ready" if spare.has_layers else "not assigned")
+        state = spare.reason.removeprefix(f"{spare.address}: ") or ("ready" if spare.has_layers else "not assigned")
         table.add_row(*map(Text, (spare.address, layers, state)))
     return table
