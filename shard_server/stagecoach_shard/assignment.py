@@ -10,6 +10,7 @@ import asyncio
 import gc
 import logging
 import time
+import traceback
 from collections.abc import Callable
 
 from stagecoach import errors
@@ -158,7 +159,7 @@ class Assignment:
         except Exception as error:
             if not isinstance(error, errors.StagecoachError):
                 logger.exception("loading layers %s", layers)
-            failure = _without_frames(error, layers)
+            failure = _failure(error, layers)
         await asyncio.to_thread(_give_back_memory)
         raise failure
 
@@ -182,11 +183,14 @@ def _give_back_memory() -> None:
     give_back_unused()
 
 
-def _without_frames(error: Exception, layers: LayerRange) -> errors.StagecoachError:
-    """The error without the frames that it passed: they hold the tensors that had been loaded by then."""
-    if not isinstance(error, errors.StagecoachError):
-        return errors.FailedPrecondition(
-            f"layers {layers} cannot be loaded: {type(error).__name__}: {error}", field="layers", value=layers
-        )
-    error.__traceback__ = error.__cause__ = error.__context__ = None
-    return error
+def _failure(error: Exception, layers: LayerRange) -> errors.StagecoachError:
+    """The error to answer with. The frames that it passed let go of the tensors that had been loaded by then."""
+    passed: BaseException | None = error
+    while passed is not None:
+        traceback.clear_frames(passed.__traceback__)
+        passed = passed.__cause__ or passed.__context__
+    if isinstance(error, errors.StagecoachError):
+        return error
+    return errors.FailedPrecondition(
+        f"layers {layers} cannot be loaded: {type(error).__name__}: {error}", field="layers", value=layers
+    )

@@ -152,6 +152,20 @@ async def test_the_lease_of_a_router_that_falls_silent_ends(tiny_model):
         call.cancel()
 
 
+async def test_the_lease_of_a_router_whose_other_stages_open_slowly_does_not_end(tiny_model):
+    """It asks for the first time when all of them are open."""
+    async with running_shard(tiny_model) as (stub, description):
+        call = await open_session(stub, description, silence_timeout_s=0.1)
+        for _ in range(3):  # which come once a second
+            await read_kind(call, "load")
+        await call.write(pb.SessionRequest(report_load=pb.ReportLoad(number=1)))
+        load, _ = await read_kind(call, "load")
+        while load.number != 1:
+            load, _ = await read_kind(call, "load")
+        await free_blocks_become(stub, description.num_blocks)  # and from then on it is in a hurry
+        call.cancel()
+
+
 async def test_the_lease_of_a_router_that_reads_nothing_ends_too(tiny_model):
     """A write to it hangs, and must not keep the lease alive."""
     shard = start_shard(tiny_model, "0:4")

@@ -206,23 +206,23 @@ async def test_a_pipeline_that_comes_back_smaller_serves_what_still_fits(tiny_mo
 
 
 async def test_a_stage_that_answers_twice_loses_the_pipeline_and_does_not_hang_it(tiny_model, reference, monkeypatch):
-    from stagecoach_shard.service import ShardService
+    from stagecoach_shard import forward_stream
 
-    deliver = ShardService._deliver
+    deliver = forward_stream._deliver
     answered = []
 
-    def once_twice(self, session, header, result, decode_s, times, on_sent):
-        deliver(self, session, header, result, decode_s, times, on_sent)
+    def once_twice(stage, session, header, result, decode_s, times, on_sent):
+        deliver(stage, session, header, result, decode_s, times, on_sent)
         if not answered:
             answered.append(header.step)
             del header.timings[:]  # it is the step that is to be refused
-            deliver(self, session, header, result, decode_s, times, lambda: None)
+            deliver(stage, session, header, result, decode_s, times, lambda: None)
 
     shard = start_shard(tiny_model, "0:4")
     router = start_router([shard.address])
     async with AsyncClient(router.address, max_retries=0) as client:
         await wait_until_ready(client, router, shard)
-        monkeypatch.setattr(ShardService, "_deliver", once_twice)
+        monkeypatch.setattr(forward_stream, "_deliver", once_twice)
         async with asyncio.timeout(RESTART_TIMEOUT_S):
             answer = await client.generate(token_ids=[1, 2, 3], **greedy(6))
         assert answer.completions[0].token_ids == reference_tokens(reference, [1, 2, 3], 6)
