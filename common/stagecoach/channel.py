@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections import Counter
 from collections.abc import Callable
 
 import grpc.aio
@@ -27,6 +28,9 @@ HANDSHAKE_TIMEOUT_S = 10.0
 # Between two attempts to connect. Short at first, because a call fails at once while none is being made.
 FIRST_RECONNECT_DELAY_S = 0.1
 MAX_RECONNECT_DELAY_S = 3.0
+
+# In one list of shards.
+MAX_ADDRESSES = 1024
 
 _MAX_HOST_LENGTH = 253
 _HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
@@ -112,6 +116,18 @@ def check_address(address: str, field: str, *, listening: bool = False) -> str:
     elif len(host) > _MAX_HOST_LENGTH or not _HOST_NAME.fullmatch(host):
         raise _malformed(address, field, f"{host[:80]!r} is not a host name")
     return address
+
+
+def read_addresses(text: str, field: str) -> list[str]:
+    """The addresses in "HOST:PORT,HOST:PORT", each for a process of its own. Else InvalidArgument with `field`."""
+    parts = text.split(",", MAX_ADDRESSES)
+    if len(parts) > MAX_ADDRESSES:
+        raise InvalidArgument(f"{field}: more than {MAX_ADDRESSES} addresses", field=field, limit=MAX_ADDRESSES)
+    addresses = [check_address(part.strip(), field) for part in parts]
+    twice = next((address for address, count in Counter(addresses).items() if count > 1), None)
+    if twice is not None:
+        raise InvalidArgument(f"{field}: {twice} is named twice", field=field, value=twice)
+    return addresses
 
 
 def split_address(address: str, field: str) -> tuple[str, int]:

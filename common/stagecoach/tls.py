@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 ROUTER_NAME = "stagecoach-router"
 SHARD_NAME = "stagecoach-shard"
 
+# Of one PEM file: a CA's bundle of the whole web has a quarter of it.
+MAX_FILE_BYTES = 1 << 20
+
 # (st_mtime_ns, st_size, st_ino) of each file; None where there is none.
 _Signature = tuple[tuple[int, int, int] | None, ...]
 
@@ -163,13 +166,19 @@ def name_override(name: str) -> list[tuple[str, Any]]:
 
 
 def read_file(path: Path, field_name: str) -> bytes:
-    """The file's bytes, or ConfigError."""
+    """The file's bytes, or ConfigError, also for one that is too large to be what it is said to be."""
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise ConfigError(
             f"{field_name}: cannot read {path}: {error.strerror or error}", field=field_name, value=path
         ) from error
+    if len(data) > MAX_FILE_BYTES:
+        raise ConfigError(
+            f"{field_name}: {path} has more than {MAX_FILE_BYTES} bytes", field=field_name, limit=MAX_FILE_BYTES
+        )
+    return data
 
 
 def check_key_pair(cert: Path, key: Path) -> None:

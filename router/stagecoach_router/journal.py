@@ -2,7 +2,8 @@
 
 The event loop never waits for the disk: what is to be written gathers, and goes to the journal's own thread in one
 transaction as soon as the one before is done. A token is shown to callers only when it is in the file, so a router that
-comes back after a crash knows every token that anyone has seen.
+comes back after a crash knows every token that anyone has seen. A disk that fails, or hangs, costs the journal and no
+answer.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from stagecoach_router.remembered import MAX_AGE_S
 from stagecoach_router.request import RequestKey
 
 Result = TypeVar("Result")
+
+# A disk that takes longer for a transaction hangs, as far as callers can tell, whose answers wait for it.
+MAX_WRITE_S = 10.0
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +113,7 @@ class Journal:
         shows, self._shows = self._shows, {}
         failed = False
         try:
-            await self._in_thread(lambda: store.apply(entries))
+            await self._in_time(lambda: store.apply(entries))
         except Exception as error:  # the disk's, or a bug's: without this, answers would be held back for ever
             logger.error("journal: %s: %s: requests will not outlive this process", self._path, error)
             failed, self._store = True, None
@@ -126,9 +130,19 @@ class Journal:
 
     async def _close(self, store: JournalStore) -> None:
         try:
-            await self._in_thread(store.close)
+            await self._in_time(store.close)
         except Exception as error:  # what was written before is there or not: nobody can do anything about it now
             logger.error("journal: %s could not be closed: %s", self._path, error)
 
     async def _in_thread(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    async def _in_time(self, work: Callable[[], None]) -> None:
+        """Does the work. Raises TimeoutError where it takes too long; it is then done later, or never."""
+        done = asyncio.ensure_future(self._in_thread(work))
+        done.add_done_callback(lambda done: done.cancelled() or done.exception())  # when nobody waits any more
+        try:
+            async with asyncio.timeout(MAX_WRITE_S):
+                await asyncio.shield(done)
+        except TimeoutError:
+            raise TimeoutError(f"the disk has not answered in {MAX_WRITE_S:g} s") from None

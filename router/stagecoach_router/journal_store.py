@@ -4,14 +4,15 @@ In write-ahead mode with `synchronous=NORMAL` a transaction that was committed s
 last ones may be lost with the machine's power. The file holds prompts and answers, so only its owner may read it.
 
 A file is ours if its schema is, to the letter: views, triggers and whatever else SQLite would run are not in it. Every
-page is looked at before a row is read, as a tree whose branches meet again could take for ever; what is read takes
-memory in proportion to the file.
+page is looked at before a row is read, as a tree whose branches meet again could take for ever; SQLite reads its own
+schema before that, so there is a limit in time, too. What is read takes memory in proportion to the file.
 """
 
 from __future__ import annotations
 
 import os
 import sqlite3
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +29,13 @@ FORMAT = "1"
 LOCK_TIMEOUT_S = 1.0
 # Of one value in the file. A prompt comes in a message of 4 MiB, in which a token takes a byte or more, and here ten.
 MAX_VALUE_BYTES = 64 << 20
+# For opening the file, and for reading what is in it.
+MAX_READ_S = 60.0
+# Of SQLite's machine, between two looks at the clock.
+_STEPS_BETWEEN_LOOKS = 100_000
+
+# The second where SQLite quotes what is no text in a message of its own.
+_NOT_READABLE = (sqlite3.Error, UnicodeDecodeError)
 
 _SCHEMA = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -110,13 +118,8 @@ class JournalStore:
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(f"journal: {path}: {error}", field="journal", value=path) from error
         try:
-            self._prepare()
-        except sqlite3.Error as error:
-            self._db.close()
-            # Python's own errors of this class, as for text that is none, have no code.
-            locked = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY
-            what = "is in use: has another router opened it?" if locked else f"is no journal: {error}"
-            raise ConfigError(f"journal: {path} {what}", field="journal", value=path) from error
+            with self._reading("is no journal"):
+                self._prepare()
         except ConfigError:
             self._db.close()
             raise
@@ -241,11 +244,22 @@ class JournalStore:
         return past
 
     @contextmanager
-    def _reading(self) -> Iterator[None]:
+    def _reading(self, failed: str = "cannot be used") -> Iterator[None]:
+        """Raises ConfigError for whatever SQLite cannot read, or not within MAX_READ_S."""
+        end_s = time.monotonic() + MAX_READ_S
+        self._db.set_progress_handler(lambda: time.monotonic() > end_s, _STEPS_BETWEEN_LOOKS)
         try:
             yield
-        except (sqlite3.Error, InvalidArgument) as error:
-            raise self._error(f"cannot be used: {error}") from error
+        except (*_NOT_READABLE, InvalidArgument) as error:
+            # Python's own errors of this class, as for text that is none, have no code.
+            code = getattr(error, "sqlite_errorcode", None)
+            if code == sqlite3.SQLITE_BUSY:
+                text = f"journal: {self._path} is in use: has another router opened it?"
+                raise ConfigError(text, field="journal", value=self._path) from error
+            why = f"not read in {MAX_READ_S:g} s" if code == sqlite3.SQLITE_INTERRUPT else error
+            raise self._error(f"{failed}: {why}") from error
+        finally:
+            self._db.set_progress_handler(None, 0)
 
     def _error(self, text: str) -> ConfigError:
         text = f"journal: {self._path} {text}: give another file or delete this"

@@ -13,6 +13,8 @@ from stagecoach.errors import ConfigError
 from stagecoach_router.callers import Callers
 
 CHECK_INTERVAL_S = 1.0
+# An entry has some 300 of them.
+MAX_FILE_BYTES = 4 << 20
 
 logger = logging.getLogger(__name__)
 
@@ -69,11 +71,17 @@ def _identity(path: Path) -> tuple[int, int, int] | None:
 
 def _read(path: Path) -> tuple[KeyEntry, ...]:
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+        text = data.decode()
     except OSError as error:
         raise ConfigError(f"api_keys: cannot read {path}: {error.strerror}", field="api_keys", value=path) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"api_keys: {path} is not UTF-8 text", field="api_keys", value=path) from error
+    if len(data) > MAX_FILE_BYTES:
+        raise ConfigError(
+            f"api_keys: {path} has more than {MAX_FILE_BYTES} bytes", field="api_keys", limit=MAX_FILE_BYTES
+        )
     try:
         entries = read_entries(text)
     except ConfigError as error:

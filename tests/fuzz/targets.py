@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.fuzz import checkpoint_targets, lease_target, public_targets, result_targets, service_targets
+from tests.fuzz import (
+    checkpoint_targets,
+    lease_target,
+    operator_targets,
+    public_targets,
+    result_targets,
+    service_targets,
+)
 from tests.fuzz.engine import Target
 
 TARGETS: dict[str, Callable[[Path], Target]] = {
@@ -24,6 +31,10 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "text": public_targets.text,
     "chat_template": public_targets.chat_template,
     "tokenizer_files": public_targets.tokenizer_files,
+    "journal": operator_targets.journal,
+    "key_file": operator_targets.key_file,
+    "pem": operator_targets.pem,
+    "shards": operator_targets.shards,
     "safetensors": checkpoint_targets.safetensors,
     "config_json": checkpoint_targets.config_json,
     "gguf": checkpoint_targets.gguf,

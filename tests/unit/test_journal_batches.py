@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,27 @@ async def test_answers_are_shown_before_a_failed_disk_is_let_go(path: Path, monk
     accepted.generation.pieces.put(piece(1))
     await journal.close()
     assert num_readable == [1]
+
+
+async def test_a_disk_that_hangs_holds_no_answer_back(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    comes_back = threading.Event()
+    journal, accepted = await opened(path), accepted_request()
+    monkeypatch.setattr("stagecoach_router.journal.MAX_WRITE_S", 0.05)
+    monkeypatch.setattr(JournalStore, "apply", lambda *arguments: comes_back.wait())
+    try:
+        journal.begin(accepted)
+        accepted.generation.pieces.put(piece(1))
+        reader = accepted.generation.pieces.reader()
+        async with asyncio.timeout(10):
+            assert [each.token_id for each in await reader.read()] == [1]
+            accepted.generation.pieces.put(piece(2))
+            assert [each.token_id for each in await reader.read()] == [2]
+            await journal.close()
+    finally:
+        comes_back.set()
+    assert "has not answered in 0.05 s: requests will not outlive this process" in caplog.text
 
 
 async def test_a_token_that_comes_after_its_request_failed_is_not_left_over(path: Path) -> None:

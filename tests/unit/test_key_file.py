@@ -114,3 +114,10 @@ def test_a_file_that_cannot_be_used_at_the_start_is_an_error(tmp_path, text):
     with pytest.raises(ConfigError, match=r"keys\.toml") as caught:
         KeyFile(path)
     assert caught.value.field == "api_keys"
+
+
+def test_a_file_that_is_too_large_for_keys_is_not_read(path, monkeypatch):
+    monkeypatch.setattr("stagecoach_router.key_file.MAX_FILE_BYTES", 1000)
+    path.write_text(entry(ANN, "ann") + "#" * 1000)
+    with pytest.raises(ConfigError, match="more than 1000 bytes"):
+        KeyFile(path)

@@ -255,3 +255,11 @@ def test_the_flags_are_read_as_they_are_written(issued: ClusterCertificates) -> 
     settings = read_settings(RouterSettings, "prog", ["--shards", "a:1"], "PROG_TEST_")
     assert (settings.tls_cert, settings.edge_tls, settings.insecure_listen) == (None, True, False)
     assert settings.tls_shard_name == SHARD_NAME
+
+
+def test_a_file_that_is_too_large_for_pem_is_not_read(issued: ClusterCertificates) -> None:
+    with issued.ca.open("ab") as file:
+        file.truncate(2 << 20)
+    with pytest.raises(ConfigError, match="more than 1048576 bytes") as caught:
+        read_identity(issued.shard.cert, issued.shard.key, issued.ca)
+    assert caught.value.field == "tls_ca"
