@@ -57,6 +57,7 @@ FUZZ_SEED ?= 1
 nightly: model  ## a million hostile inputs, every benchmark with more rounds, and the engines a user would pick instead
 	$(BIN)/python -m tests.fuzz --inputs $(FUZZ_INPUTS) --seed $(FUZZ_SEED)
 	for name in $(BENCHMARKS) far_machines against_transformers; do $(call benchmark,$$name,--rounds 7); done
+	$(call benchmark,overload)
 ifdef VLLM_PYTHON
 	$(call benchmark,against_vllm,--rounds 7 --python $(VLLM_PYTHON))
 endif

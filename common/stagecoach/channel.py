@@ -25,6 +25,11 @@ DEFAULT_CONNECT_TIMEOUT_S = 5.0
 # Whoever connects and does not say by then who they are is cut off: gRPC's own two minutes let few strangers take many
 # connections.
 HANDSHAKE_TIMEOUT_S = 10.0
+# A connection without a call is closed after so long; a channel makes another one when it has need of it.
+MAX_IDLE_S = 300.0
+# Calls of all connections that have arrived and that the event loop has not looked at yet, which takes it some 0.3 ms
+# each. gRPC's own limit is 1,000, and beyond that it cancels calls without a word.
+MAX_UNSEEN_CALLS = 8192
 # Between two attempts to connect. Short at first, because a call fails at once while none is being made.
 FIRST_RECONNECT_DELAY_S = 0.1
 MAX_RECONNECT_DELAY_S = 3.0
@@ -76,6 +81,20 @@ def server_options(max_message_bytes: int) -> Options:
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.so_reuseport", 0),
         ("grpc.server_handshake_timeout_ms", _milliseconds(HANDSHAKE_TIMEOUT_S)),
+    ]
+
+
+def public_limits(max_connections: int) -> Options:
+    """What a server takes of those whom it does not know, beside `server_options`.
+
+    Beyond `max_connections` at a time, new ones are closed. There is no limit on one connection's calls: gRPC resets
+    those beyond it, and a caller would not learn when to come back.
+    """
+    return [
+        ("grpc.server.max_pending_requests", MAX_UNSEEN_CALLS),
+        ("grpc.server.max_pending_requests_hard_limit", MAX_UNSEEN_CALLS),
+        ("grpc.max_allowed_incoming_connections", max_connections),
+        ("grpc.max_connection_idle_ms", _milliseconds(MAX_IDLE_S)),
     ]
 
 

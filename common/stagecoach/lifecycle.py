@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Sequence
@@ -11,9 +12,12 @@ from collections.abc import Awaitable, Callable, Sequence
 import grpc.aio
 import uvloop
 
-from stagecoach.channel import check_address, is_loopback, server_options, split_address
+from stagecoach.channel import check_address, is_loopback, public_limits, server_options, split_address
 from stagecoach.errors import ConfigError, StagecoachError
 from stagecoach.tls import Identity
+
+# Some 50 KB each while they do nothing.
+MAX_CONNECTIONS = 4096
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +67,8 @@ def listen(
 ) -> tuple[grpc.aio.Server, int]:
     """A gRPC server, not yet started, bound to `address`, and its port (chosen by the system for port 0).
 
-    Beyond `max_calls` at a time, calls are refused with RESOURCE_EXHAUSTED. With an `identity` it speaks TLS only.
+    With `max_calls`, whoever connects is taken for a stranger: there are as many calls at a time, beyond which they are
+    refused with RESOURCE_EXHAUSTED, and limits on connections. With an `identity` it speaks TLS only.
     Without one it listens on loopback only, unless `insecure`.
 
     Raises ConfigError where it may not listen there, and where another process has the port.
@@ -71,9 +76,10 @@ def listen(
     check_address(address, "listen", listening=True)
     if identity is None and not insecure:
         _check_loopback(address)
-    server = grpc.aio.server(
-        interceptors=interceptors, options=server_options(max_message_bytes), maximum_concurrent_rpcs=max_calls
-    )
+    options = server_options(max_message_bytes)
+    if max_calls is not None:
+        options += public_limits(max_connections())
+    server = grpc.aio.server(interceptors=interceptors, options=options, maximum_concurrent_rpcs=max_calls)
     try:
         if identity is None:
             port = server.add_insecure_port(address)
@@ -86,6 +92,16 @@ def listen(
     if port == 0:
         raise ConfigError(f"listen: cannot listen on {address}: is the port in use?", field="listen", value=address)
     return server, port
+
+
+def max_connections() -> int:
+    """Half of the files that this process may have open: the other half is for all else, as without any left it could
+    neither open its files nor reach its shards.
+    """
+    soft_limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft_limit == resource.RLIM_INFINITY:
+        return MAX_CONNECTIONS
+    return max(1, min(MAX_CONNECTIONS, soft_limit // 2))
 
 
 def _check_loopback(address: str) -> None:

@@ -113,7 +113,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         while pieces := await reader.read():
             accepted.charge()
             for response in write_pieces(pieces, accepted.generation, tokenizer):
-                self._stalled_writes.begin(task, loop.time())
+                self._stalled_writes.begin(task, context, loop.time())
                 try:
                     await context.write(response)
                 finally:

@@ -11,6 +11,7 @@ from stagecoach.channel import (
     MAX_SHARD_MESSAGE_BYTES,
     channel_options,
     check_address,
+    public_limits,
     server_options,
     split_address,
 )
@@ -109,3 +110,10 @@ def test_a_server_tolerates_its_callers_keepalive() -> None:
 
 def test_the_connect_timeout_is_the_callers() -> None:
     assert dict(channel_options(1, connect_timeout_s=0.25))["grpc.min_reconnect_backoff_ms"] == 250
+
+
+def test_strangers_get_limits_that_a_shard_and_its_router_do_not() -> None:
+    limits = dict(public_limits(7))
+    assert limits["grpc.max_allowed_incoming_connections"] == 7
+    assert limits["grpc.server.max_pending_requests"] == limits["grpc.server.max_pending_requests_hard_limit"]
+    assert not limits.keys() & dict(server_options(1)).keys()
