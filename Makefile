@@ -60,6 +60,7 @@ nightly: model  ## a million hostile inputs, kills and faults under load, every 
 	$(BIN)/python -m tests.soak.kills --model $(MODEL)
 	$(BIN)/python -m tests.soak --minutes $(SOAK_MINUTES)
 	for name in $(BENCHMARKS) far_machines against_transformers; do $(call benchmark,$$name,--rounds 7); done
+	$(call benchmark,recovery,--rounds 3)
 ifdef VLLM_PYTHON
 	$(call benchmark,against_vllm,--rounds 7 --python $(VLLM_PYTHON))
 endif
