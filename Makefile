@@ -52,12 +52,16 @@ bench: model  ## the short benchmarks: tables here, JSON and PNG in $(BENCH_OUT)
 
 FUZZ_INPUTS ?= 1000000
 FUZZ_SEED ?= 1
+SOAK_MINUTES ?= 10
 
 # VLLM_PYTHON, LLAMACPP_BUILD and LLAMACPP_GGUF say where those engines are; without them they are left out.
-nightly: model  ## a million hostile inputs, every benchmark with more rounds, and the engines a user would pick instead
+nightly: model  ## a million hostile inputs, kills and faults under load, every benchmark with more rounds, and the engines a user would pick instead
 	$(BIN)/python -m tests.fuzz --inputs $(FUZZ_INPUTS) --seed $(FUZZ_SEED)
+	$(BIN)/python -m tests.soak.kills --model $(MODEL)
+	$(BIN)/python -m tests.soak --minutes $(SOAK_MINUTES)
 	for name in $(BENCHMARKS) far_machines against_transformers; do $(call benchmark,$$name,--rounds 7); done
 	$(call benchmark,overload)
+	$(call benchmark,recovery,--rounds 3)
 ifdef VLLM_PYTHON
 	$(call benchmark,against_vllm,--rounds 7 --python $(VLLM_PYTHON))
 endif

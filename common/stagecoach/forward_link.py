@@ -19,6 +19,8 @@ from stagecoach.channel import Dial, dial_plainly
 from stagecoach.shard_rpc import ShardStub
 from stagecoach.v1.shard_pb2 import ForwardResponse
 
+Call = grpc.aio.StreamStreamCall[bytes, ForwardResponse]
+
 
 class ForwardLink:
     """A stream of micro-batches to one shard.
@@ -40,8 +42,8 @@ class ForwardLink:
 
     async def open(self, timeout_s: float) -> None:
         """Connects and waits for the first credits. Raises Unavailable."""
-        self._call = ShardStub(self._channel).forward()
-        self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._write())]
+        call = ShardStub(self._channel).forward()
+        self._tasks = [asyncio.create_task(self._read(call)), asyncio.create_task(self._write(call))]
         try:
             await asyncio.wait_for(asyncio.shield(self._opened), timeout_s)
         except TimeoutError:
@@ -61,6 +63,8 @@ class ForwardLink:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        # What ended them knows their frames, and these the call, whose connection would wait for the garbage collector.
+        self._tasks.clear()
         if not self._opened.done():
             self._opened.cancel()
         await self._channel.close()
@@ -73,13 +77,13 @@ class ForwardLink:
     ) -> None:
         await self.close()
 
-    async def _write(self) -> None:
+    async def _write(self, call: Call) -> None:
         try:
             while True:
                 while self._waiting and self._credits:
                     frame, on_sent = self._waiting.popleft()
                     self._credits -= 1
-                    await self._call.write(frame)
+                    await call.write(frame)
                     if on_sent is not None:
                         on_sent()
                 self._wake.clear()
@@ -87,17 +91,17 @@ class ForwardLink:
         except (grpc.RpcError, asyncio.InvalidStateError):
             return  # the reader learns why
 
-    async def _read(self) -> None:
+    async def _read(self, call: Call) -> None:
         error: errors.StagecoachError
         try:
-            while isinstance(response := await self._call.read(), ForwardResponse):
+            while isinstance(response := await call.read(), ForwardResponse):
                 if not response.credits:
                     raise errors.ShardFault(f"{self.address}: no credits in a credit message", field="credits", limit=1)
                 self._credits += response.credits
                 self._wake.set()
                 if not self._opened.done():
                     self._opened.set_result(None)
-            status = await self._call.code()
+            status = await call.code()
             error = errors.Unavailable(f"{self.address}: the Forward stream ended ({status.name})")
         except grpc.RpcError as rpc_error:
             error = errors.from_rpc_error(rpc_error, self.address)

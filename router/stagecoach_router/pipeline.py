@@ -155,6 +155,8 @@ class Pipeline:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        # What ended them knows their frames, and these the calls, whose connections would wait for garbage collection.
+        self._tasks.clear()
         if self._link is not None:
             await self._link.close()
         await asyncio.gather(*(stage.channel.close() for stage in self.stages if stage.channel is not None))

@@ -81,16 +81,15 @@ async def running(deployment: Deployment) -> AsyncIterator[Cluster]:
         for index, layers in enumerate(deployment.layers):
             address = f"127.0.0.1:{free_port()}"
             command = [sys.executable, "-m", "stagecoach_shard", "--model", str(deployment.model), "--layers", layers]
-            shards.append(
-                Supervised(f"shard {index} {layers}", [*command, "--listen", address, *deployment.shard_flags])
-            )
+            command += ["--listen", address, *deployment.shard_flags]
+            shards.append(Supervised(f"shard {index} ({layers})", address, command))
             if index in deployment.proxied:
                 proxies[index] = await stack.enter_async_context(DelayProxy(address))
                 address = proxies[index].address
             addresses.append(address)
         address = f"127.0.0.1:{free_port()}"
         command = [sys.executable, "-m", "stagecoach_router", "--shards", ",".join(addresses), "--listen", address]
-        router = Supervised("router", [*command, *deployment.router_flags])
+        router = Supervised("router", address, [*command, *deployment.router_flags])
         cluster = Cluster(shards, router, address, proxies)
         for process in cluster.processes:
             stack.callback(process.close)

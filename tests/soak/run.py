@@ -34,8 +34,8 @@ NUM_REQUESTS = 45
 MAX_QUIET_S = 3.0
 MIN_TOKENS_BETWEEN = 300
 RECOVERY_TIMEOUT_S = 90.0
-# Of the stale sessions of a shard that was cut off: they end after twice the fault timeout.
-SETTLE_TIMEOUT_S = 30.0
+# The stale sessions of a shard that was cut off end after twice the fault timeout.
+SETTLE_S = 2 * FAULT_TIMEOUT_S + 1.0
 NUM_SHOWN_LINES = 30
 
 
@@ -58,7 +58,7 @@ class Plan:
 
 
 async def soak(plan: Plan, model: Path, say: Callable[[str], None]) -> None:
-    """Raises Failed with what was lost, wrong or left over. `say` gets a line every ten seconds, and a table at last."""
+    """Raises Failed with what was lost, wrong or left over. `say` gets a line every ten seconds, and a table."""
     dice = random.Random(plan.seed)
     async with running(plan.deployment(model, model / "journal.sqlite")) as cluster:
         async with AsyncClient(cluster.address) as client:
@@ -132,7 +132,7 @@ class _Run:
         """Of what is watched, while nobody calls."""
         await self._load.pause()
         await self._cluster.wait_until_ready()
-        await asyncio.sleep(2 * FAULT_TIMEOUT_S + 1)
+        await asyncio.sleep(SETTLE_S)
         return [read_resources(process) for process in self._watched()]
 
     def _watched(self) -> list[Supervised]:

@@ -12,10 +12,11 @@ KILL_TIMEOUT_S = 20.0
 
 
 class Supervised:
-    """Runs `command`, and keeps what all of its incarnations print. Use it from one thread."""
+    """Runs `command`, which serves `address`, and keeps what all of its incarnations print."""
 
-    def __init__(self, name: str, command: Sequence[str]) -> None:
+    def __init__(self, name: str, address: str, command: Sequence[str]) -> None:
         self.name = name
+        self.address = address
         self.lines: list[str] = []
         self.num_kills = 0
         self._command = command

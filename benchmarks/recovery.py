@@ -1,0 +1,281 @@
+"""What the death of a stage costs running streams, by how long their contexts are.
+
+Streams decode. One stage is killed (SIGKILL), and what is to take its place does: by default the same command, started
+again at once, on the same port. The pause is what a client sees: the longest time between two tokens of any of its
+streams. In it the router finds that the stage is gone (detect), the new process comes to serve (restart, from the kill
+on), the router opens the pipeline anew (reopen, from then on), and computes the streams' contexts again (replay, from
+then on until each of them has a new token). Found by asking every 10 ms, so the parts are that coarse.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import grpc
+import grpc.aio
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
+
+from benchmarks import plots, report
+from benchmarks.timed_request import only_model, random_tokens, timed_request
+from stagecoach.errors import ConfigError, DeadlineExceeded, InternalError, StagecoachError
+from stagecoach_client import AsyncClient, Model
+from stagecoach_client.layer_split import read_shape, split_layers
+from tests.soak.cluster import Cluster, Deployment, running
+from tests.soak.supervised import Supervised
+
+NUM_STAGES = 2
+POLL_INTERVAL_S = 0.01
+TIMEOUT_S = 300.0
+# Of each stream, before the kill and after it. One that comes right after it had been computed before, so several.
+NUM_TOKENS_BEFORE = 8
+NUM_TOKENS_AFTER = 4
+# For what the first of the streams generates while the last one's prompt is computed.
+MIN_ROOM_TOKENS = 1024
+SHARD_FLAGS = ("--dtype", "bfloat16", "--threads", "1", "--kv-cache-memory", "1G")
+
+
+@dataclass(frozen=True, slots=True)
+class Rescue:
+    """What takes a killed stage's place. `layers` are started beside those of one pipeline."""
+
+    extra_pipelines: int = 0
+    spares: int = 0
+    restarts: bool = False  # the killed process, at once; else when the streams are through
+
+
+RESCUES = {
+    "restart": Rescue(restarts=True),
+    "spare": Rescue(spares=1),
+    "replica": Rescue(extra_pipelines=1),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Seconds. None: could not be seen, or is not part of this way to recover."""
+
+    pause_s: float
+    detect_s: float | None
+    restart_s: float | None
+    reopen_s: float | None
+    replay_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The rounds of one case."""
+
+    context_tokens: int
+    num_streams: int
+    killed_stage: int
+    rounds: list[Pause]
+
+    def median(self, name: str) -> float | None:
+        values = [value for each in self.rounds if (value := getattr(each, name)) is not None]
+        return statistics.median(values) if values else None
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = report.argument_parser(__doc__, rounds=3, model=True)
+    parser.add_argument(
+        "--with", dest="rescue", choices=sorted(RESCUES), default="restart", help="what takes its place"
+    )
+    parser.add_argument("--contexts", default="128,512,1024,2048,4096", help="tokens, of each stream")
+    parser.add_argument("--streams", default="1,8", help="at a time")
+    arguments = report.parse(parser, argv)
+    contexts, streams = _numbers(arguments.contexts, "contexts"), _numbers(arguments.streams, "streams")
+    layers = [str(part) for part in split_layers(NUM_STAGES, read_shape(arguments.model))]
+    rescue = RESCUES[arguments.rescue]
+    deployment = Deployment(
+        arguments.model, [*layers * (1 + rescue.extra_pipelines), *["auto"] * rescue.spares], SHARD_FLAGS
+    )
+    results = asyncio.run(measure(deployment, rescue, contexts, streams, arguments.rounds))
+    print(f"a killed stage, with {arguments.rescue}; seconds, medians of {arguments.rounds} rounds")
+    names = [field.name for field in fields(Pause)]
+    rows = [
+        (
+            f"{case.context_tokens} tokens, {case.num_streams} streams, stage {case.killed_stage}",
+            *("-" if (value := case.median(name)) is None else value for name in names),
+        )
+        for case in results
+    ]
+    report.print_table(("context", *(name.removesuffix("_s") for name in names)), rows)
+    settings = {"model": arguments.model, "with": arguments.rescue, "contexts": contexts, "streams": streams}
+    report.write(arguments, "recovery", settings=settings, results=results)
+    if arguments.plot:
+        _plot(arguments, results, streams)
+
+
+async def measure(
+    deployment: Deployment, rescue: Rescue, contexts: Sequence[int], streams: Sequence[int], num_rounds: int
+) -> list[Measured]:
+    """Every case in each round, on one cluster that is whole before each of them; a round to warm up is left out."""
+    cases = [Measured(*case, rounds=[]) for case in itertools.product(contexts, streams, range(NUM_STAGES))]
+    async with running(deployment) as cluster, AsyncClient(cluster.address, max_retries=0) as client:
+        model = await only_model(client, max(contexts) + MIN_ROOM_TOKENS)
+        await _kill_one(cluster, client, model, rescue, Measured(min(contexts), 1, 0, []))
+        for _ in range(num_rounds):
+            for case in cases:
+                case.rounds.append(await _kill_one(cluster, client, model, rescue, case))
+    return cases
+
+
+async def _kill_one(cluster: Cluster, client: AsyncClient, model: Model, rescue: Rescue, case: Measured) -> Pause:
+    streams = [_Stream(client, model, case.context_tokens) for _ in range(case.num_streams)]
+    try:
+        async with asyncio.timeout(TIMEOUT_S):
+            await asyncio.gather(*(stream.has(NUM_TOKENS_BEFORE) for stream in streams))
+            victim = cluster.shards[case.killed_stage]
+            seen = _Seen(client)
+            await seen.look()
+            victim.kill()
+            killed_s = time.perf_counter()
+            watching = asyncio.create_task(seen.watch())
+            restart_s = await _restart(victim) - killed_s if rescue.restarts else None
+            await asyncio.gather(*(stream.has_after(killed_s, NUM_TOKENS_AFTER) for stream in streams))
+            watching.cancel()
+            await _stop(streams)
+            if not rescue.restarts:
+                await _restart(victim)
+            await cluster.wait_until_ready()
+    except TimeoutError as error:
+        raise DeadlineExceeded(f"no recovery within {TIMEOUT_S:g} s", field="case", limit=TIMEOUT_S) from error
+    finally:
+        await _stop(streams)
+    gaps = [stream.longest_gap(killed_s) for stream in streams]
+    back_s = max(end for _, end in gaps)
+    detect_s = None if seen.detected_s is None else seen.detected_s - killed_s
+    reopened_s = killed_s + (detect_s or 0.0) if seen.reopened_s is None else seen.reopened_s
+    return Pause(
+        pause_s=max(end - start for start, end in gaps),
+        detect_s=detect_s,
+        restart_s=restart_s,
+        reopen_s=None if restart_s is None else reopened_s - killed_s - restart_s,
+        replay_s=back_s - reopened_s,
+    )
+
+
+async def _restart(victim: Supervised) -> float:
+    """Starts the killed process again; when it was ready, in time.perf_counter()."""
+    await asyncio.to_thread(victim.start)
+    request = HealthCheckRequest()
+    while True:
+        victim.check()
+        # A new channel each time: one that failed to connect would wait before it tries again.
+        async with grpc.aio.insecure_channel(victim.address) as channel:
+            with contextlib.suppress(grpc.RpcError):
+                answer = await HealthStub(channel).Check(request, timeout=1.0)
+                if answer.status == HealthCheckResponse.SERVING:
+                    return time.perf_counter()
+        await asyncio.sleep(POLL_INTERVAL_S)
+
+
+class _Seen:
+    """When the router has shown that a pipeline is lost, and when one was open again, in time.perf_counter()."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self.detected_s: float | None = None
+        self.reopened_s: float | None = None
+        self._client = client
+        self._epochs: list[int] = []
+
+    async def look(self) -> bool:
+        """Remembers what is, and says whether it is all ready."""
+        pipelines = (await self._client.status()).pipelines
+        self._epochs = [pipeline.epoch for pipeline in pipelines]
+        return all(pipeline.ready for pipeline in pipelines)
+
+    async def watch(self) -> None:
+        before = self._epochs
+        while self.reopened_s is None:
+            with contextlib.suppress(StagecoachError):
+                ready = await self.look()
+                now_s = time.perf_counter()
+                if self.detected_s is None and (not ready or self._epochs != before):
+                    self.detected_s = now_s
+                if self._epochs != before:
+                    self.reopened_s = now_s
+            await asyncio.sleep(POLL_INTERVAL_S)
+
+
+class _Stream:
+    """A request that goes on until it is stopped, and when its tokens came."""
+
+    def __init__(self, client: AsyncClient, model: Model, context_tokens: int) -> None:
+        self._arrivals: list[float] = []
+        self._came = asyncio.Event()
+        prompt = random_tokens(context_tokens, model)
+        output_tokens = model.context_length - context_tokens
+        self.task = asyncio.create_task(
+            timed_request(client, model, prompt, output_tokens, lambda times: self._note(times.last_s))
+        )
+        self.task.add_done_callback(lambda _: self._came.set())
+
+    async def has(self, count: int) -> None:
+        """Returns when `count` tokens have come. Raises what ended the stream before."""
+        while len(self._arrivals) < count:
+            if self.task.done():
+                self.task.result()
+                raise InternalError(f"a stream ended after {len(self._arrivals)} tokens")
+            self._came.clear()
+            await self._came.wait()
+
+    async def has_after(self, time_s: float, count: int) -> None:
+        """The same, of those that came after that time."""
+        await self.has(sum(arrival <= time_s for arrival in self._arrivals) + count)
+
+    def longest_gap(self, after_s: float) -> tuple[float, float]:
+        """From one token to the next, of those that came after that time."""
+        gaps = [gap for gap in itertools.pairwise(self._arrivals) if gap[1] > after_s]
+        return max(gaps, key=lambda gap: gap[1] - gap[0])
+
+    def _note(self, now_s: float) -> None:
+        self._arrivals.append(now_s)
+        self._came.set()
+
+
+async def _stop(streams: Sequence[_Stream]) -> None:
+    for stream in streams:
+        stream.task.cancel()
+    await asyncio.gather(*(stream.task for stream in streams), return_exceptions=True)
+
+
+def _plot(arguments: argparse.Namespace, results: Sequence[Measured], streams: Sequence[int]) -> None:
+    series = {}
+    for count, name in itertools.product(streams, ("pause_s", "replay_s")):
+        points = []
+        for context, cases in itertools.groupby(results, key=lambda case: case.context_tokens):
+            values = [case.median(name) for case in cases if case.num_streams == count]
+            points.append((float(context), statistics.fmean(value for value in values if value is not None)))
+        series[f"{name.removesuffix('_s')}, {count} streams"] = points
+    plots.lines(
+        arguments.plot,
+        title=f"A killed stage, with {arguments.rescue} (mean of either stage)",
+        series=series,
+        x_label="tokens of context",
+        y_label="seconds",
+    )
+
+
+def _numbers(text: str, field: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise ConfigError(
+            f"{field}: whole numbers from 1 on, separated by commas; got {text!r}", field=field, value=text
+        )
+    return numbers
+
+
+if __name__ == "__main__":
+    report.run(main)
