@@ -9,8 +9,9 @@ MAX_S = 30.0
 FIRST_S = 1.0
 # The speed is that of the last one to two windows.
 WINDOW_S = 5.0
-# Less time says too little of a speed.
-MIN_WINDOW_S = 0.5
+# Less time, or fewer that have left, says too little of a speed; but when a whole window has passed, it is slow.
+MIN_WINDOW_S = 1.0
+MIN_LEFT = 3
 
 
 class RetryDelay:
@@ -34,8 +35,9 @@ class RetryDelay:
             self._began = self._before = (now_s, num_left)
         self._asked_s = now_s
         since_s, then = self._before
-        if now_s - since_s >= MIN_WINDOW_S:
-            self._per_s = (num_left - then) / (now_s - since_s)
+        measured_s = now_s - since_s
+        if measured_s >= WINDOW_S or (measured_s >= MIN_WINDOW_S and num_left - then >= MIN_LEFT):
+            self._per_s = (num_left - then) / measured_s
         if now_s - self._began[0] >= WINDOW_S:
             self._before, self._began = self._began, (now_s, num_left)
         if self._per_s is not None:

@@ -45,4 +45,8 @@ def test_quiet_time_says_nothing_of_the_speed() -> None:
 def test_with_what_left_before_the_first_refusal_nothing_is_reckoned() -> None:
     delay = RetryDelay()
     delay.after_s(10, 1_000_000, 50.0)
-    assert abs(delay.after_s(10, 1_000_002, 51.0) - 5.5) < 0.01
+    assert abs(delay.after_s(10, 1_000_004, 51.0) - 2.75) < 0.01
+
+
+def test_that_nobody_left_for_a_moment_does_not_make_the_line_slow() -> None:
+    assert refuse(RetryDelay(), per_s=0.0, num_waiting=32, start_s=0.0, seconds=2.0) == FIRST_S
