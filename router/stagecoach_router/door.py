@@ -22,7 +22,7 @@ Serve = Callable[[Any, Context], Awaitable[Any]]
 
 # Requests that are received at a time: with 4 MiB each, what senders that stop in the middle can make us hold.
 MAX_READING = 32
-# From the beginning of a call until its request is there, which a caller usually sends at once.
+# For a request to be received, which callers usually send at once; half of it for its turn to come.
 READ_TIMEOUT_S = 10.0
 RETRY_AFTER_S = 1.0
 
@@ -86,13 +86,22 @@ class Door(grpc.aio.ServerInterceptor):
         )
 
     async def _read(self, context: Context) -> Any:
-        """The call's request. Ends the call where none comes in time."""
+        """The call's request. Ends the call where it does not come in time, or its turn to be received does not."""
         try:
-            async with asyncio.timeout(self._read_timeout_s), self._reading:
+            async with asyncio.timeout(self._read_timeout_s / 2):
+                await self._reading.acquire()
+        except TimeoutError:
+            text = f"{MAX_READING} requests are being received, and none of them was through in time"
+            error = errors.Overloaded(text, limit=MAX_READING, retry_after_s=self._retry_after_s())
+            await errors.abort(context, error)
+        try:
+            async with asyncio.timeout(self._read_timeout_s):
                 request = await context.read()
         except TimeoutError:
             text = f"the request was not received within {self._read_timeout_s:g} s"
             await errors.abort(context, errors.DeadlineExceeded(text, limit=self._read_timeout_s))
+        finally:
+            self._reading.release()
         if request is grpc.aio.EOF:
             await errors.abort(context, errors.InvalidArgument("the call brought no request"))
         return request

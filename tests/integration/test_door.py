@@ -124,6 +124,19 @@ async def test_who_sends_no_request_loses_the_call_and_those_behind_are_served()
         assert await channel.unary_unary(ONCE)(b"a") == b"a"
 
 
+async def test_whose_turn_does_not_come_is_told_to_come_again() -> None:
+    async with serving(door := Door(2 * MAX_READING, lambda: 3.0, read_timeout_s=1.0)) as (echo, channel):
+        silent = [channel.stream_stream(STREAM)(never()) for _ in range(MAX_READING)]
+        await until(lambda: door.num_calls == MAX_READING)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await channel.unary_unary(ONCE)(b"a")
+        error = errors.from_rpc_error(caught.value, "peer")
+        assert (type(error), error.retry_after_s, echo.num_received) == (errors.Overloaded, 3.0, 0)
+        assert await channel.unary_unary(HEALTH_CHECK)(b"alive") == b"alive"
+        for call in silent:
+            call.cancel()
+
+
 async def test_a_call_without_a_request_is_refused() -> None:
     async with serving(Door(1)) as (_, channel):
 
