@@ -178,8 +178,9 @@ class JournalStore:
         Raises ConfigError for a damaged file.
         """
         select = "SELECT owner, request_id, digest, content, cache_salt FROM requests ORDER BY rowid"
-        with self._reading():
-            return [self._read(*row) for row in self._db.execute(select)]
+        # A cursor that is left open would keep the file locked.
+        with self._reading(), closing(self._db.execute(select)) as rows:
+            return [self._read(*row) for row in rows]
 
     def close(self) -> None:
         """Gives the file back."""
@@ -231,16 +232,16 @@ class JournalStore:
 
     def _tokens(self, key: RequestKey, num_completions: int) -> list[list[Sampled]]:
         past: list[list[Sampled]] = [[] for _ in range(num_completions)]
-        rows = self._db.execute(
+        select = (
             "SELECT completion, position, token_id, logprobs FROM tokens WHERE owner = ? AND request_id = ? "
-            "ORDER BY completion, position",
-            key,
+            "ORDER BY completion, position"
         )
-        for completion, position, token_id, logprobs in rows:
-            known = isinstance(completion, int) and 0 <= completion < num_completions
-            if not known or position != len(past[completion]):
-                raise InvalidArgument("tokens: they do not follow each other", field="tokens")
-            past[completion].append(read_sampled(token_id, logprobs))
+        with closing(self._db.execute(select, key)) as rows:
+            for completion, position, token_id, logprobs in rows:
+                known = isinstance(completion, int) and 0 <= completion < num_completions
+                if not known or position != len(past[completion]):
+                    raise InvalidArgument("tokens: they do not follow each other", field="tokens")
+                past[completion].append(read_sampled(token_id, logprobs))
         return past
 
     @contextmanager
@@ -268,4 +269,5 @@ class JournalStore:
 
 def _schema_of(db: sqlite3.Connection) -> _Schema:
     """In the order in which it was made; of a longer one the beginning."""
-    return db.execute("SELECT name, type, tbl_name, sql FROM sqlite_master LIMIT 9").fetchall()
+    with closing(db.execute("SELECT name, type, tbl_name, sql FROM sqlite_master LIMIT 9")) as rows:
+        return rows.fetchall()

@@ -178,9 +178,12 @@ def test_a_row_that_is_not_what_was_written_is_a_typed_error(path: Path, change:
     with sqlite3.connect(path) as db:
         assert db.execute(change).rowcount
     db.close()
+    store = JournalStore(path)
     with pytest.raises(ConfigError, match="cannot be used") as caught:
-        JournalStore(path).load()
+        store.load()
     assert caught.value.field == "journal"
+    store.close()
+    JournalStore(path).close()  # the file is free again, though the error is still there
 
 
 ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT "
