@@ -2,9 +2,10 @@
 
 Streams decode. One stage is killed (SIGKILL), and what is to take its place does: by default the same command, started
 again at once, on the same port. The pause is what a client sees: the longest time between two tokens of any of its
-streams. In it the router finds that the stage is gone (detect), the new process comes to serve (restart, from the kill
-on), the router opens the pipeline anew (reopen, from then on), and computes the streams' contexts again (replay, from
-then on until each of them has a new token). Found by asking every 10 ms, so the parts are that coarse.
+streams. In it the router finds that the stage is gone (detect, from the kill on), the new process comes to serve
+(restart, from the kill on), the router opens the pipeline anew (reopen, from then on), and computes the streams'
+contexts again (replay, from then on until each of them has a new token). Beside it stands what the same contexts took
+before anything broke (prefill, until each stream had its first token).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from benchmarks import plots, report
 from benchmarks.timed_request import only_model, random_tokens, timed_request
-from stagecoach.errors import ConfigError, DeadlineExceeded, InternalError, StagecoachError
+from stagecoach.errors import ConfigError, DeadlineExceeded, InternalError
 from stagecoach_client import AsyncClient, Model
 from stagecoach_client.layer_split import read_shape, split_layers
 from tests.soak.cluster import Cluster, Deployment, running
@@ -62,6 +63,7 @@ RESCUES = {
 class Pause:
     """Seconds. None: could not be seen, or is not part of this way to recover."""
 
+    prefill_s: float  # until each stream had its first token, before anything broke
     pause_s: float
     detect_s: float | None
     restart_s: float | None
@@ -129,19 +131,18 @@ async def measure(
 
 
 async def _kill_one(cluster: Cluster, client: AsyncClient, model: Model, rescue: Rescue, case: Measured) -> Pause:
+    began_s = time.perf_counter()
     streams = [_Stream(client, model, case.context_tokens) for _ in range(case.num_streams)]
+    seen = _Seen(client, cluster.address)
+    watching = asyncio.create_task(seen.watch())
     try:
         async with asyncio.timeout(TIMEOUT_S):
             await asyncio.gather(*(stream.has(NUM_TOKENS_BEFORE) for stream in streams))
             victim = cluster.shards[case.killed_stage]
-            seen = _Seen(client)
-            await seen.look()
             victim.kill()
             killed_s = time.perf_counter()
-            watching = asyncio.create_task(seen.watch())
             restart_s = await _restart(victim) - killed_s if rescue.restarts else None
             await asyncio.gather(*(stream.has_after(killed_s, NUM_TOKENS_AFTER) for stream in streams))
-            watching.cancel()
             await _stop(streams)
             if not rescue.restarts:
                 await _restart(victim)
@@ -149,12 +150,14 @@ async def _kill_one(cluster: Cluster, client: AsyncClient, model: Model, rescue:
     except TimeoutError as error:
         raise DeadlineExceeded(f"no recovery within {TIMEOUT_S:g} s", field="case", limit=TIMEOUT_S) from error
     finally:
+        watching.cancel()
         await _stop(streams)
     gaps = [stream.longest_gap(killed_s) for stream in streams]
     back_s = max(end for _, end in gaps)
     detect_s = None if seen.detected_s is None else seen.detected_s - killed_s
     reopened_s = killed_s + (detect_s or 0.0) if seen.reopened_s is None else seen.reopened_s
     return Pause(
+        prefill_s=max(stream.first_s for stream in streams) - began_s,
         pause_s=max(end - start for start, end in gaps),
         detect_s=detect_s,
         restart_s=restart_s,
@@ -179,31 +182,31 @@ async def _restart(victim: Supervised) -> float:
 
 
 class _Seen:
-    """When the router has shown that a pipeline is lost, and when one was open again, in time.perf_counter()."""
+    """When the router has become not ready, and when a pipeline was open again after that; in time.perf_counter().
 
-    def __init__(self, client: AsyncClient) -> None:
+    A router that has another whole pipeline stays ready.
+    """
+
+    def __init__(self, client: AsyncClient, address: str) -> None:
         self.detected_s: float | None = None
         self.reopened_s: float | None = None
         self._client = client
-        self._epochs: list[int] = []
-
-    async def look(self) -> bool:
-        """Remembers what is, and says whether it is all ready."""
-        pipelines = (await self._client.status()).pipelines
-        self._epochs = [pipeline.epoch for pipeline in pipelines]
-        return all(pipeline.ready for pipeline in pipelines)
+        self._address = address
 
     async def watch(self) -> None:
-        before = self._epochs
+        before = await self._epochs()
+        async with grpc.aio.insecure_channel(self._address) as channel:
+            async for answer in HealthStub(channel).Watch(HealthCheckRequest()):
+                if answer.status == HealthCheckResponse.NOT_SERVING:
+                    break
+        self.detected_s = time.perf_counter()
         while self.reopened_s is None:
-            with contextlib.suppress(StagecoachError):
-                ready = await self.look()
-                now_s = time.perf_counter()
-                if self.detected_s is None and (not ready or self._epochs != before):
-                    self.detected_s = now_s
-                if self._epochs != before:
-                    self.reopened_s = now_s
+            if await self._epochs() != before:
+                self.reopened_s = time.perf_counter()
             await asyncio.sleep(POLL_INTERVAL_S)
+
+    async def _epochs(self) -> list[int]:
+        return [pipeline.epoch for pipeline in (await self._client.status()).pipelines]
 
 
 class _Stream:
@@ -231,6 +234,10 @@ class _Stream:
     async def has_after(self, time_s: float, count: int) -> None:
         """The same, of those that came after that time."""
         await self.has(sum(arrival <= time_s for arrival in self._arrivals) + count)
+
+    @property
+    def first_s(self) -> float:
+        return self._arrivals[0]
 
     def longest_gap(self, after_s: float) -> tuple[float, float]:
         """From one token to the next, of those that came after that time."""
