@@ -11,7 +11,7 @@ from stagecoach.errors import ShardFault
 from stagecoach.sampling import SamplingParams
 from stagecoach_router.outputs import NeedsWholeRow, OutputWant, wanted_output
 from stagecoach_router.penalties import TokenCounts
-from stagecoach_router.scheduler import BlockDelta, Plan, Row
+from stagecoach_router.plan import BlockDelta, Plan, Row
 from stagecoach_router.sequence import Sequence
 from stagecoach_router.step_sampler import Chooser, choose_tokens
 from stagecoach_router.wire import GroupOutputs

@@ -14,14 +14,15 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any, NamedTuple
+from typing import Any
 
+from stagecoach.errors import OutOfRange
 from stagecoach_router.admission import WaitingLine, by_order, by_priority_then_arrival, token_limit
 from stagecoach_router.deadlines import Deadlines
 from stagecoach_router.kv_blocks import BlockManager
 from stagecoach_router.pacing import NO_PROMPTS, Pace, Pacing, Prompts, StageSeconds
+from stagecoach_router.plan import BlockDelta, Draft, Plan, Row
 from stagecoach_router.sequence import Sequence
 from stagecoach_router.step_cost import StepShape
 
@@ -31,47 +32,6 @@ MIN_PREFILL_FRACTION = 4
 # it is known what a chunk costs, not in chunks below this, which could cost more than the waiting they save.
 MIN_CHUNK_TOKENS = 64
 CHUNKS_PER_LANE = 2
-
-
-class Row(NamedTuple):
-    """Positions [start, start + num_tokens) of a sequence's token log, to be computed in one step."""
-
-    sequence: Sequence
-    slot: int
-    start: int
-    num_tokens: int
-    wants_logits: bool  # of the last of these positions
-    incarnation: int
-
-
-class BlockDelta(NamedTuple):
-    """A slot's block table from entry `first` on is now `block_ids`."""
-
-    slot: int
-    first: int
-    block_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Plan:
-    """One step. Plans are sent in the order they were made, and every one of them is: the scheduler counts on it."""
-
-    rows: tuple[Row, ...]  # at most one for each sequence
-    deltas: tuple[BlockDelta, ...]  # to be applied before the rows run
-    num_tokens: int
-
-
-class _Draft:
-    """A plan that is being made. `room`: tokens that still fit; `logit_room`: rows that may still want logits."""
-
-    __slots__ = ("deltas", "logit_room", "room", "rows", "victims")
-
-    def __init__(self, max_batch_tokens: int, max_logit_rows: int) -> None:
-        self.room = max_batch_tokens
-        self.logit_room = max_logit_rows
-        self.rows: dict[Sequence, Row] = {}
-        self.deltas: list[BlockDelta] = []
-        self.victims: list[Sequence] | None = None  # who may be preempted, first in order first; made when needed
 
 
 class Scheduler:
@@ -147,7 +107,18 @@ class Scheduler:
         return self._waiting.retry_after_s
 
     def check_room(self, num_sequences: int, now_s: float) -> None:
-        """Raises Overloaded, with when to come again, if `add` would not take so many more now."""
+        """Raises Overloaded, with when to come again, if `add` would not take so many more now.
+
+        Raises OutOfRange for more than could be here at any time.
+        """
+        most = self.max_running + self.max_waiting
+        if num_sequences > most:
+            raise OutOfRange(
+                f"n: {num_sequences} completions; at most {most} sequences may run and wait",
+                field="n",
+                limit=most,
+                value=num_sequences,
+            )
         self._waiting.check_room(len(self._free_slots), num_sequences=num_sequences, now_s=now_s)
 
     def add(self, sequence: Sequence) -> None:
@@ -168,7 +139,7 @@ class Scheduler:
         pace = self._pace()
         if len(self._in_flight) >= pace.num_lanes:
             return None
-        draft = _Draft(self.max_batch_tokens, self.max_logit_rows)
+        draft = Draft(self.max_batch_tokens, self.max_logit_rows)
         share = self._lane_share(pace.num_lanes)
         if self._prefill_is_due:
             num_decodes = min(len(self._ready), share)
@@ -278,7 +249,7 @@ class Scheduler:
 
     # ---- prefill and admission
 
-    def _plan_prefill(self, draft: _Draft, max_tokens: int, pace: Pace) -> None:
+    def _plan_prefill(self, draft: Draft, max_tokens: int, pace: Pace) -> None:
         """Adds chunks of up to `max_tokens` tokens in all, first in order first."""
         chunk_tokens = pace.chunk_tokens or self._even_chunk_tokens(pace.num_lanes)
         room = min(max_tokens, draft.room, chunk_tokens)
@@ -338,7 +309,7 @@ class Scheduler:
         """How many decodes a step takes, so that all lanes get as many. The ones left over go into the next step."""
         return -(-(self.num_running - len(self._prefilling)) // num_lanes)
 
-    def _plan_decodes(self, draft: _Draft, share: int) -> None:
+    def _plan_decodes(self, draft: Draft, share: int) -> None:
         """Adds up to `share` ready sequences, longest ready first.
 
         One that gets no block stalls: it keeps its place and its blocks.
@@ -356,7 +327,7 @@ class Scheduler:
             self._ready[stalled] = None
             self._ready.move_to_end(stalled, last=False)
 
-    def _make_room(self, sequence: Sequence, draft: _Draft) -> bool:
+    def _make_room(self, sequence: Sequence, draft: Draft) -> bool:
         """Gets a block for the next position if it needs one, from a sequence that is later in order if it must.
 
         Nobody is ever preempted for one that is later in order. So the first in order goes on until it is finished,
@@ -371,7 +342,7 @@ class Scheduler:
             self.num_preemptions += 1
         return True
 
-    def _find_victim(self, sequence: Sequence, draft: _Draft) -> Sequence | None:
+    def _find_victim(self, sequence: Sequence, draft: Draft) -> Sequence | None:
         """The last in order of those after `sequence` that have no row in the draft and no token about to come."""
         if draft.victims is None:
             draft.victims = sorted((runner for runner in self._running if runner is not None), key=by_order)
@@ -402,7 +373,7 @@ class Scheduler:
         sequence.sampling = sequence.awaiting_token = False
         self._ready[sequence] = None
 
-    def _dispatch(self, sequence: Sequence, num_tokens: int, draft: _Draft) -> None:
+    def _dispatch(self, sequence: Sequence, num_tokens: int, draft: Draft) -> None:
         """Adds the sequence's next `num_tokens` positions to the draft."""
         slot, start = sequence.slot, sequence.num_computed
         assert slot is not None

@@ -15,7 +15,8 @@ from stagecoach_router.generation import Generation, Run
 from stagecoach_router.outputs import NeedsWholeRow, OutputWant, wider_output
 from stagecoach_router.pacing import StageSeconds
 from stagecoach_router.pipeline import Pipeline
-from stagecoach_router.scheduler import Plan, Row, Scheduler
+from stagecoach_router.plan import Plan, Row
+from stagecoach_router.scheduler import Scheduler
 from stagecoach_router.slowness import Slowness
 from stagecoach_router.step_cost import StepShape
 from stagecoach_router.step_sampler import Choice, choose_tokens

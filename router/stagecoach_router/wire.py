@@ -12,7 +12,7 @@ from stagecoach.errors import ShardFault
 from stagecoach.framing import write_frame
 from stagecoach.v1 import model_pb2, shard_pb2
 from stagecoach_router.outputs import CandidateRows, OutputWant, WholeRows
-from stagecoach_router.scheduler import Plan, Row
+from stagecoach_router.plan import Plan, Row
 
 _FLOAT32: np.dtype[np.float32] = np.dtype("<f4")
 _INT32: np.dtype[np.int32] = np.dtype("<i4")

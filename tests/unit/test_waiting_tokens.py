@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stagecoach.errors import Overloaded
+from stagecoach.errors import OutOfRange, Overloaded
 from stagecoach_router import admission
 from tests.unit.test_scheduler import add, finish, make_scheduler
 
@@ -36,6 +36,13 @@ def test_a_prompt_above_the_limit_may_wait_by_itself(monkeypatch: pytest.MonkeyP
 def test_places_are_asked_for_before_the_prompt_is_known() -> None:
     scheduler = make_scheduler(max_running=2, max_waiting=3)
     scheduler.check_room(5, now_s=0.0)
+    add(scheduler, 1, 4)
     with pytest.raises(Overloaded) as caught:
-        scheduler.check_room(6, now_s=0.0)
+        scheduler.check_room(5, now_s=0.0)
     assert caught.value.retry_after_s > 0
+
+
+def test_more_completions_than_there_are_places_are_no_matter_of_time() -> None:
+    with pytest.raises(OutOfRange) as caught:
+        make_scheduler(max_running=2, max_waiting=3).check_room(6, now_s=0.0)
+    assert (caught.value.field, caught.value.limit, caught.value.retryable) == ("n", "5", False)
