@@ -11,8 +11,8 @@ from collections.abc import Callable
 from grpc_reflection.v1alpha import reflection
 
 from stagecoach import lifecycle, tls
-from stagecoach.channel import MAX_PUBLIC_MESSAGE_BYTES, MAX_SHARD_MESSAGE_BYTES, Dial, check_address
-from stagecoach.errors import ConfigError, KVCacheFull, StagecoachError, Unavailable
+from stagecoach.channel import MAX_PUBLIC_MESSAGE_BYTES, MAX_SHARD_MESSAGE_BYTES, Dial, read_addresses
+from stagecoach.errors import ConfigError, KVCacheFull, Unavailable
 from stagecoach.health import Health
 from stagecoach.v1 import inference_pb2, inference_pb2_grpc, model_pb2
 from stagecoach_router.authentication import KeyRequired
@@ -34,6 +34,7 @@ from stagecoach_router.roster import Roster
 from stagecoach_router.scheduler import Scheduler
 from stagecoach_router.settings import RouterSettings
 from stagecoach_router.steps import Counters
+from stagecoach_router.take_over import take_over
 from stagecoach_router.tokenizer import Tokenizer
 from stagecoach_router.watchdog import FaultLimits
 
@@ -50,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 async def serve(settings: RouterSettings, stop: asyncio.Event) -> None:
     """Takes the port, opens the pipeline as soon as its shards are there, serves until `stop`."""
-    addresses = _shard_addresses(settings)
+    addresses = read_addresses(settings.shards, "shards")
     max_calls = settings.max_running + settings.max_waiting + SPARE_CALLS
     identity = tls.read_identity(settings.tls_cert, settings.tls_key, settings.tls_ca)
     keys = None if settings.api_keys is None else await asyncio.to_thread(KeyFile, settings.api_keys)
@@ -73,7 +74,7 @@ async def serve(settings: RouterSettings, stop: asyncio.Event) -> None:
     await server.start()
     logger.info("listening on port %d", port)
     stopped = asyncio.create_task(stop.wait())
-    working = asyncio.create_task(_work(settings, addresses, service, health, dial, journal))
+    working = asyncio.create_task(_work(settings, addresses, service, health, dial, journal, callers))
     watching = [] if keys is None else [asyncio.create_task(keys.watch())]
     try:
         await asyncio.wait([stopped, working, *watching], return_when=asyncio.FIRST_COMPLETED)
@@ -97,13 +98,6 @@ async def serve(settings: RouterSettings, stop: asyncio.Event) -> None:
             serving.accepted.close()
             await serving.engine.close()
         await server.stop(STOP_GRACE_S)
-
-
-def _shard_addresses(settings: RouterSettings) -> list[str]:
-    addresses = [check_address(part.strip(), "shards") for part in settings.shards.split(",")]
-    if len(set(addresses)) != len(addresses):
-        raise ConfigError("shards: an address is named twice", field="shards", value=settings.shards)
-    return addresses
 
 
 async def _drain(timeout_s: float, service: InferenceService, health: Health, working: asyncio.Task[None]) -> None:
@@ -133,13 +127,14 @@ async def _work(
     health: Health,
     dial: Dial,
     journal: Journal | None,
+    callers: Callers,
 ) -> None:
     if journal is not None:
         await journal.open()
     fleet = make_fleet(settings, addresses, dial)
     tasks = [
         asyncio.create_task(fleet.roster.run()),
-        asyncio.create_task(_serve_fleet(settings, fleet, service, health, dial, journal)),
+        asyncio.create_task(_serve_fleet(settings, fleet, service, health, dial, journal, callers)),
     ]
     try:
         ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -158,32 +153,17 @@ async def _serve_fleet(
     health: Health,
     dial: Dial,
     journal: Journal | None,
+    callers: Callers,
 ) -> None:
     serving = await _join_when_possible(settings, fleet, service, health, dial, journal)
     if journal is not None:
-        await _take_over(journal, serving, settings.max_linger_s)
+        try:
+            await take_over(journal, serving.accepted, callers, serving.model, settings.max_linger_s)
+        except BaseException:
+            await serving.engine.close()
+            raise
     service.serving = serving
     await serving.engine.run(fleet.another)
-
-
-async def _take_over(journal: Journal, serving: Serving, linger_s: float) -> None:
-    """Goes on with what a former router left, for as long as its callers may take to come back."""
-    try:
-        left = await journal.load(serving.model.fingerprint)
-    except BaseException:
-        await serving.engine.close()
-        raise
-    for entry in left:
-        await asyncio.sleep(0)  # long answers are spelt out anew, and shards wait for a word meanwhile
-        try:
-            accepted = serving.accepted.accept(entry.key, entry.digest, entry.request, entry.past)
-        except StagecoachError as error:
-            logger.warning("request %s of the journal cannot go on: %s", entry.request.request_id, error)
-            journal.forget(entry.key)
-        else:
-            serving.accepted.linger(accepted, linger_s)
-    if left:
-        logger.info("%d requests of the journal, %d of them go on", len(left), serving.accepted.num_running)
 
 
 async def _join_when_possible(

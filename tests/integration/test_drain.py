@@ -9,6 +9,7 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from stagecoach import errors
 from stagecoach_client import AsyncClient
+from stagecoach_router.replica import Replica
 from tests.cluster import start_router, start_shard, wait_until_ready
 from tests.held_stage import held_stages
 from tests.integration.test_generate import greedy, random_prompts, reference_tokens
@@ -65,6 +66,28 @@ async def test_a_router_whose_requests_do_not_end_in_time_stops_all_the_same(tin
                 await stream.collect()
             goes_on.set()
             await router.task
+    await shard.close()
+
+
+async def test_a_router_that_fails_while_it_drains_says_so(tiny_model, monkeypatch):
+    def fail(replica):
+        raise RuntimeError("a bug")
+
+    shard = start_shard(tiny_model, "0:4")
+    router = start_router([shard.address], drain_timeout_s=DRAIN_TIMEOUT_S)
+    async with AsyncClient(router.address, max_retries=0) as client, asyncio.timeout(TIMEOUT_S):
+        await wait_until_ready(client, router, shard)
+        with held_stages(monkeypatch) as goes_on:
+            stream = await client.generate(token_ids=[1, 2, 3], stream=True, **greedy(400))
+            await anext(stream)
+            goes_on.clear()
+            router.stop.set()
+            monkeypatch.setattr(Replica, "_prove", fail)
+            with pytest.raises(ExceptionGroup) as caught:
+                await router.task
+            assert caught.group_contains(RuntimeError, match="a bug")
+            with pytest.raises(errors.Unavailable):
+                await stream.collect()
     await shard.close()
 
 
