@@ -87,6 +87,11 @@ def check_same_model(stage: Stage, reference: Stage) -> None:
     _check_same("block_size", stage.address, theirs.block_size, ours.block_size, reference.address)
 
 
+def is_same_shard(one: Stage, other: Stage) -> bool:
+    """Whether two addresses lead to one process, with the layers that it has now."""
+    return bool(one.description.shard_id) and one.description.shard_id == other.description.shard_id
+
+
 async def fetch_files(address: str, dial: Dial = dial_plainly) -> dict[str, bytes]:
     """The tokenizer and configuration files of a shard's checkpoint."""
     files: dict[str, bytearray] = {}

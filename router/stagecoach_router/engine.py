@@ -30,7 +30,13 @@ from stagecoach_router.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-GROW_RETRY_DELAY_S = 1.0
+# After an attempt to open a further pipeline that failed, and after many.
+GROW_FIRST_DELAY_S = 1.0
+GROW_MAX_DELAY_S = 30.0
+# A request that was under way at so many losses in a row moves to another pipeline all the same; after more, only when
+# its own has not come back for so long.
+MAX_LOSSES_TO_MOVE = 1
+SUSPECT_PATIENCE_S = 10.0
 
 # Makes a replica: (counters, on_change, on_work), as Replica takes them.
 MakeReplica = Callable[[Counters, Callable[[Replica], None], Callable[[], None]], Replica]
@@ -86,16 +92,21 @@ class Engine:
         async with asyncio.TaskGroup() as tasks:
             for replica in self.replicas:
                 tasks.create_task(replica.run())
+            delay_s = GROW_FIRST_DELAY_S
             while True:
                 await another(len(self.replicas))
                 # One that has lost its pipeline comes first, and looks for shards itself.
                 if all(replica.is_open for replica in self.replicas):
                     try:
                         tasks.create_task((await self.open_replica()).run())
+                        delay_s = GROW_FIRST_DELAY_S
                         continue
                     except errors.StagecoachError as error:
-                        logger.warning("no further pipeline yet: %s", error)
-                await asyncio.sleep(GROW_RETRY_DELAY_S)
+                        logger.warning("no further pipeline yet, next attempt in %g s: %s", delay_s, error)
+                        await asyncio.sleep(delay_s)
+                        delay_s = min(2 * delay_s, GROW_MAX_DELAY_S)
+                else:
+                    await asyncio.sleep(GROW_FIRST_DELAY_S)
 
     async def close(self) -> None:
         """Fails what runs, and closes the pipelines."""
@@ -120,7 +131,7 @@ class Engine:
     def submit(self, request: Request, past: Many[Many[Sampled]] = ()) -> Generation:
         """Begins a request, or goes on with one that has had the tokens of `past`, by completion.
 
-        Raises Overloaded or OutOfRange, and then nothing was begun.
+        Raises OutOfRange, and Overloaded for a new one, and then nothing was begun.
         """
         generation = Generation(request)
         params = request.params
@@ -135,7 +146,7 @@ class Engine:
                     continue
                 leader = leader or run.sequence
                 home = home or self._home_of_new(run.sequence)
-                home.add(run)
+                home.add(run, was_accepted=bool(past))
         except errors.StagecoachError:
             self.cancel(generation)
             raise
@@ -232,6 +243,9 @@ class Engine:
         changed = set()
         for lost in (replica for replica in self.replicas if not replica.is_open):
             for generation in lost.generations:
+                # It may be what broke one pipeline, and then another: it waits for this one rather than break a third.
+                if generation.num_losses > MAX_LOSSES_TO_MOVE and lost.lost_s < SUSPECT_PATIENCE_S:
+                    continue
                 loads = [
                     ReplicaLoad(
                         num_sequences=replica.num_sequences,

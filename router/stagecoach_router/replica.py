@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 REOPEN_FIRST_DELAY_S = 0.1
 REOPEN_MAX_DELAY_S = 2.0
-# A sequence that ran each time a pipeline was lost, and got no token in between, may be what breaks them.
+# A sequence that ran each time a pipeline was lost, and made no progress in between, may be what breaks them.
 MAX_REPLAYS_WITHOUT_PROGRESS = 3
 
 # Opens a pipeline under an epoch that none had before: (on_result, on_lost).
@@ -53,7 +53,8 @@ class Replica:
     """Generates over one pipeline at a time.
 
     `connect` opens it; `canary` says when to try it without a request; what it does is added to `counters`. `on_change`
-    is told when `ready` has changed, which is true once a token has come through the pipeline, and of each loss.
+    is told when `ready` has changed, which is true once a token has come through the pipeline, of each loss, and of
+    each attempt to open it again that has failed.
     `on_work` is told of whatever may have changed how many sequences run.
     """
 
@@ -81,6 +82,7 @@ class Replica:
         self._runs: dict[int, Run] = {}  # by seq_id
         self._steps: Steps | None = None  # of the pipeline; None once that is lost
         self._lost = asyncio.Event()
+        self._lost_since_s: float | None = None  # time.monotonic(), while its pipeline is lost
         self._reopen_delay_s = REOPEN_FIRST_DELAY_S
 
     # ---- requests
@@ -100,14 +102,19 @@ class Replica:
         """Whether steps can be sent, though none may have come back yet."""
         return self._steps is not None
 
+    @property
+    def lost_s(self) -> float:
+        """For how long its pipeline has been lost; 0 where it is not."""
+        return 0.0 if self._lost_since_s is None else time.monotonic() - self._lost_since_s
+
     def waiting(self) -> list[Generation]:
         """The requests none of whose sequences runs, in the order in which they would begin."""
         waiting = [each for each in self.generations if all(run.sequence.slot is None for run in each.runs)]
         return sorted(waiting, key=lambda generation: generation.runs[0].sequence.order)
 
-    def add(self, run: Run) -> None:
-        """A new sequence. Raises Overloaded or OutOfRange. `pump` has to follow."""
-        self.scheduler.add(run.sequence)
+    def add(self, run: Run, *, was_accepted: bool = False) -> None:
+        """A new sequence; `was_accepted`: by a former process. Raises as Scheduler.add. `pump` has to follow."""
+        self.scheduler.add(run.sequence, was_accepted=was_accepted)
         self._runs[run.sequence.seq_id] = run
 
     def cancel(self, generation: Generation) -> None:
@@ -166,6 +173,7 @@ class Replica:
         self.pipeline = await self._connect(self._take, self._lose)
         self._fit(self.pipeline)
         if self.pipeline.lost is None:
+            self._lost_since_s = None
             self._steps = self._begin(self.pipeline)
             self._steps.send_canary()
             self.reason = "no token has come through it yet"
@@ -217,7 +225,6 @@ class Replica:
 
     async def _reopen(self) -> None:
         """Opens a pipeline again; requests fail once that has taken too long, and the attempts go on."""
-        began = time.monotonic()
         await self.close()
         while True:
             await asyncio.sleep(self._reopen_delay_s)  # also when it opens well, and breaks with its first step
@@ -229,13 +236,15 @@ class Replica:
                 logger.warning("pipeline not back yet: %s", error)
                 if time.monotonic() - tried >= self._reopen_delay_s:  # it has waited by itself, for shards
                     self._reopen_delay_s = REOPEN_FIRST_DELAY_S
-                if time.monotonic() - began > self._settings.recovery_timeout_s:
+                self.reason = str(error)
+                self._on_change(self)  # it may be time to let go of what it kept
+                if self.lost_s > self._settings.recovery_timeout_s:
                     self.fail_all(
                         errors.Unavailable(f"the pipeline is lost: {error}", retry_after_s=REOPEN_MAX_DELAY_S)
                     )
                 continue
             assert self.pipeline is not None, "open"
-            logger.info("pipeline back in epoch %d after %.2f s", self.pipeline.epoch, time.monotonic() - began)
+            logger.info("pipeline back in epoch %d", self.pipeline.epoch)
             return
 
     def _take(self, result: shard_pb2.StepResult, payload: memoryview) -> None:
@@ -251,6 +260,8 @@ class Replica:
     def _lose(self, error: errors.StagecoachError) -> None:
         logger.warning("pipeline lost: %s", error)
         self.reason = str(error)
+        if self._lost_since_s is None:
+            self._lost_since_s = time.monotonic()
         steps, self._steps = self._steps, None
         for run in [] if steps is None else steps.under_way():
             self._suspect(run, error)
@@ -262,9 +273,9 @@ class Replica:
 
     def _suspect(self, run: Run, error: errors.StagecoachError) -> None:
         """Gives up on one that was under way too often. Whoever only waited for a step cannot have broken anything."""
-        run.num_losses += 1
-        if run.num_losses > MAX_REPLAYS_WITHOUT_PROGRESS:
-            text = f"the pipeline was lost {run.num_losses} times while it computed this request: {error}"
+        num_losses = run.was_under_way()
+        if num_losses > MAX_REPLAYS_WITHOUT_PROGRESS:
+            text = f"the pipeline was lost {num_losses} times while it computed this request: {error}"
             self.fail(run.generation, errors.ShardFault(text))
 
     def _set_ready(self, ready: bool) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from stagecoach import errors
 from stagecoach.channel import Dial, dial_plainly
 from stagecoach.topology import LayerRange
-from stagecoach_router.discovery import Stage, assign, check_same_model, describe
+from stagecoach_router.discovery import Stage, assign, check_same_model, describe, is_same_shard
 from stagecoach_router.placement import Candidate
 
 logger = logging.getLogger(__name__)
@@ -174,6 +174,7 @@ class Roster:
         error: errors.StagecoachError | None = None
         try:
             stage = await describe(member.address, self._dial, lease_id=self._lease_id, timeout_s=self._timeout_s)
+            self._check_only_once(stage)
             if self._reference is not None:
                 check_same_model(stage, self._reference)
         except errors.StagecoachError as caught:
@@ -186,6 +187,14 @@ class Roster:
             logger.info("%s", member.reason)
         self._tell()
 
+    def _check_only_once(self, stage: Stage) -> None:
+        """Raises ConfigError for a shard that is listed under another address, too."""
+        for member in self.members.values():
+            known = member.stage
+            if known is not None and known.address != stage.address and is_same_shard(known, stage):
+                text = f"shards: {stage.address} is the shard at {known.address}"
+                raise errors.ConfigError(text, field="shards", value=stage.address)
+
     async def _load(self, member: Member, layers: LayerRange, fingerprint: str) -> None:
         try:
             await assign(member.address, layers, self._dial, fingerprint=fingerprint)
@@ -193,7 +202,7 @@ class Roster:
             logger.warning("%s cannot load layers %s: %s", member.address, layers, error)
             member.no_load_before_s = time.monotonic() + LOAD_RETRY_S
         finally:
-            member.loading = None
+            member.loading = member.stage = None  # what it has now, it has to say
             member.wake.set()
 
     def _tell(self) -> None:

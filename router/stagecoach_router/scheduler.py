@@ -121,16 +121,18 @@ class Scheduler:
             )
         self._waiting.check_room(len(self._free_slots), num_sequences=num_sequences, now_s=now_s)
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: Sequence, *, was_accepted: bool = False) -> None:
         """Queues a sequence; sets its `token_limit`, at which the caller has to remove it.
 
-        Raises OutOfRange if it can never fit, InvalidArgument if the prompt is empty, Overloaded if the queue is full.
+        Raises OutOfRange if it can never fit, InvalidArgument if the prompt is empty, Overloaded if the queue is full
+        and it was not accepted before, by another process.
         """
         assert sequence.order is None, f"{sequence} was added before"
         sequence.token_limit = token_limit(
             sequence, context_length=self.context_length, capacity=self.blocks.capacity_tokens
         )
-        self._waiting.check_room(len(self._free_slots), num_tokens=sequence.num_tokens)
+        if not was_accepted:
+            self._waiting.check_room(len(self._free_slots), num_tokens=sequence.num_tokens)
         sequence.order = (self._order_key(sequence), sequence.seq_id)
         self._waiting.join(sequence)
 

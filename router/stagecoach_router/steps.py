@@ -183,8 +183,7 @@ class Steps:
             counters.num_repeats += 1
             self._scheduler.repeat(sequence)
             return None
-        run.retry = None
-        run.num_losses = 0
+        run.got_token()
         counters.completion_tokens += 1
         if not sequence.output_tokens:
             counters.looked_up_prompt_tokens += len(sequence.prompt_tokens)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from stagecoach.errors import DeadlineExceeded, OutOfRange, Overloaded, ShardFault
+from stagecoach_router import engine
 from stagecoach_router.replica import MAX_REPLAYS_WITHOUT_PROGRESS
 from tests.unit.fake_pipelines import TOKEN, FakeCluster, FakePipeline, request
 
@@ -137,16 +138,82 @@ def await_no_timer(cluster):
     assert all(replica.scheduler.next_deadline_s is None for replica in cluster.engine.replicas)
 
 
-async def test_a_request_that_breaks_every_pipeline_it_is_on_is_given_up():
-    cluster, pipelines, replicas = await two()
+async def test_what_was_under_way_at_two_losses_in_a_row_does_not_break_a_third_pipeline():
+    pipelines = FakePipeline(), FakePipeline(), FakePipeline()
+    cluster = FakeCluster(*pipelines)
+    replicas = [await cluster.open(answered=True) for _ in pipelines]
     poison = cluster.engine.submit(request("poison"))
-    for _ in range(MAX_REPLAYS_WITHOUT_PROGRESS + 1):
-        home = next(index for index, replica in enumerate(replicas) if replica.num_sequences)
-        pipelines[home].break_down()
-        await replicas[home].open()
-        pipelines[home].answer()
+    waiting_elsewhere = cluster.engine.submit(request("other", max_tokens=2))
+    assert [replica.num_sequences for replica in replicas] == [1, 1, 0]
+    pipelines[0].break_down()
+    assert [replica.num_sequences for replica in replicas] == [0, 1, 1]
+    pipelines[2].break_down()
+    assert [replica.num_sequences for replica in replicas] == [0, 1, 1], "it waits for the one it may have broken"
+    pipelines[1].answer_all()
+    assert tokens_of(waiting_elsewhere) == [TOKEN] * 2
+    for _ in range(MAX_REPLAYS_WITHOUT_PROGRESS - 1):
+        await replicas[2].open()
+        pipelines[2].answer()
+        pipelines[2].break_down()
     with pytest.raises(ShardFault, match="lost 4 times"):
         poison.pieces.read_from(0)
+
+
+async def test_a_suspect_moves_when_its_own_pipeline_does_not_come_back(monkeypatch):
+    pipelines = FakePipeline(), FakePipeline(), FakePipeline()
+    cluster = FakeCluster(*pipelines)
+    replicas = [await cluster.open(answered=True) for _ in pipelines]
+    generation = cluster.engine.submit(request("a", max_tokens=3))
+    pipelines[0].break_down()
+    pipelines[1].break_down()
+    assert [replica.num_sequences for replica in replicas] == [0, 1, 0]
+    monkeypatch.setattr(engine, "SUSPECT_PATIENCE_S", 0.0)
+    cluster.engine._replica_changed(replicas[1])  # as after an attempt that failed
+    assert [replica.num_sequences for replica in replicas] == [0, 0, 1]
+    pipelines[2].answer_all()
+    assert tokens_of(generation) == [TOKEN] * 3
+
+
+async def test_a_token_of_the_replay_alone_is_no_progress():
+    """A request whose prefill is computed and whose decode breaks the pipeline must end, too."""
+    pipeline = FakePipeline()
+    cluster = FakeCluster(pipeline)
+    replica = await cluster.open(answered=True)
+    poison = cluster.engine.submit(request("poison", max_tokens=30))
+    for _ in range(MAX_REPLAYS_WITHOUT_PROGRESS + 1):
+        pipeline.answer()  # its prefill; the decode is under way now
+        pipeline.break_down()
+        await replica.open()
+        pipeline.answer()  # the canary
+    assert isinstance(poison.pieces.error, ShardFault)
+
+
+async def test_two_tokens_after_a_replay_are_progress():
+    pipeline = FakePipeline()
+    cluster = FakeCluster(pipeline)
+    replica = await cluster.open(answered=True)
+    generation = cluster.engine.submit(request("a", max_tokens=30))
+    for _ in range(10):
+        for _ in range(2):
+            pipeline.answer()
+        pipeline.break_down()
+        await replica.open()
+        pipeline.answer()
+    pipeline.answer_all()
+    assert tokens_of(generation) == [TOKEN] * 30
+
+
+async def test_what_a_former_router_accepted_is_not_refused_for_want_of_room():
+    cluster, pipelines, _ = await two(max_running=1, max_waiting=0)
+    for number in range(2):
+        cluster.engine.submit(request(str(number), max_tokens=2))
+    with pytest.raises(Overloaded):
+        cluster.engine.submit(request("new", max_tokens=2))
+    resumed = [cluster.engine.submit(request(f"old {number}", max_tokens=2), [[]]) for number in range(3)]
+    for _ in range(3):
+        for pipeline in pipelines:
+            pipeline.answer_all()
+    assert [tokens_of(each) for each in resumed] == [[TOKEN] * 2] * 3
 
 
 async def test_the_line_is_bounded_at_the_door_but_never_for_what_was_accepted():

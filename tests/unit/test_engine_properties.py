@@ -18,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from stagecoach.errors import Overloaded, Unavailable
 from stagecoach.framing import read_frame
 from stagecoach.v1 import shard_pb2 as pb
+from stagecoach_router.engine import MAX_LOSSES_TO_MOVE
 from stagecoach_router.generation import Generation
 from stagecoach_router.request import Request
 from tests.unit.fake_pipelines import BLOCK_SIZE, VOCAB_SIZE, FakeCluster, FakePipeline, request
@@ -166,7 +167,9 @@ class Cluster(RuleBasedStateMachine):
     @invariant()
     def who_waits_for_no_reason_does_not(self) -> None:
         if self.engine.ready:
-            assert all(replica.is_open or not replica.num_sequences for replica in self.engine.replicas)
+            for replica in self.engine.replicas:
+                suspects = [each for each in replica.generations if each.num_losses > MAX_LOSSES_TO_MOVE]
+                assert replica.is_open or replica.generations == suspects
 
     def everything_ends(self) -> None:
         for replica, pipeline in zip(self.engine.replicas, self.pipelines, strict=False):
