@@ -3,7 +3,7 @@
 Streams decode. One stage is killed (SIGKILL), and what is to take its place does: by default the same command, started
 again at once, on the same port. The pause is what a client sees: the longest time between two tokens of any of its
 streams. In it the router finds that the stage is gone (detect, from the kill on), the new process comes to serve
-(restart, from the kill on), the router opens the pipeline anew (reopen, from then on), and computes the streams'
+(restart, from the kill on), the router opens a pipeline anew (reopen, from then on), and computes the streams'
 contexts again (replay, from then on until each of them has a new token). Beside it stands what the same contexts took
 before anything broke (prefill, until each stream had its first token).
 """
@@ -30,7 +30,7 @@ from stagecoach.errors import ConfigError, DeadlineExceeded, InternalError
 from stagecoach_client import AsyncClient, Model
 from stagecoach_client.layer_split import read_shape, split_layers
 from tests.soak.cluster import Cluster, Deployment, running
-from tests.soak.supervised import Supervised
+from tests.soak.supervised import Supervised, kill_and_restart
 
 NUM_STAGES = 2
 POLL_INTERVAL_S = 0.01
@@ -123,6 +123,7 @@ async def measure(
     cases = [Measured(*case, rounds=[]) for case in itertools.product(contexts, streams, range(NUM_STAGES))]
     async with running(deployment) as cluster, AsyncClient(cluster.address, max_retries=0) as client:
         model = await only_model(client, max(contexts) + MIN_ROOM_TOKENS)
+        await _whole_again(cluster, client, rescue)
         await _kill_one(cluster, client, model, rescue, Measured(min(contexts), 1, 0, []))
         for _ in range(num_rounds):
             for case in cases:
@@ -138,7 +139,7 @@ async def _kill_one(cluster: Cluster, client: AsyncClient, model: Model, rescue:
     try:
         async with asyncio.timeout(TIMEOUT_S):
             await asyncio.gather(*(stream.has(NUM_TOKENS_BEFORE) for stream in streams))
-            victim = cluster.shards[case.killed_stage]
+            victim = await _stage_at_work(cluster, client, case.killed_stage)
             victim.kill()
             killed_s = time.perf_counter()
             restart_s = await _restart(victim) - killed_s if rescue.restarts else None
@@ -146,7 +147,7 @@ async def _kill_one(cluster: Cluster, client: AsyncClient, model: Model, rescue:
             await _stop(streams)
             if not rescue.restarts:
                 await _restart(victim)
-            await cluster.wait_until_ready()
+            await _whole_again(cluster, client, rescue)
     except TimeoutError as error:
         raise DeadlineExceeded(f"no recovery within {TIMEOUT_S:g} s", field="case", limit=TIMEOUT_S) from error
     finally:
@@ -155,15 +156,40 @@ async def _kill_one(cluster: Cluster, client: AsyncClient, model: Model, rescue:
     gaps = [stream.longest_gap(killed_s) for stream in streams]
     back_s = max(end for _, end in gaps)
     detect_s = None if seen.detected_s is None else seen.detected_s - killed_s
-    reopened_s = killed_s + (detect_s or 0.0) if seen.reopened_s is None else seen.reopened_s
+    found_s = killed_s + (restart_s or detect_s or 0.0)  # what is to take the place, or that it has to be taken
+    reopened_s = seen.reopened_s or found_s
     return Pause(
         prefill_s=max(stream.first_s for stream in streams) - began_s,
         pause_s=max(end - start for start, end in gaps),
         detect_s=detect_s,
         restart_s=restart_s,
-        reopen_s=None if restart_s is None else reopened_s - killed_s - restart_s,
+        reopen_s=None if seen.reopened_s is None else reopened_s - found_s,
         replay_s=back_s - reopened_s,
     )
+
+
+async def _whole_again(cluster: Cluster, client: AsyncClient, rescue: Rescue) -> None:
+    """Returns when everything is as it was at first: shards without layers of their own are spare."""
+    while True:
+        status = await client.status()
+        cluster.check()
+        num_spares = sum(not spare.reason for spare in status.spares)
+        num_ready = sum(pipeline.ready for pipeline in status.pipelines)
+        if (num_ready, num_spares) == (1 + rescue.extra_pipelines, rescue.spares):
+            serving = {stage.address for pipeline in status.pipelines for stage in pipeline.stages}
+            borrowed = [shard for shard in cluster.spares if shard.address in serving]
+            if not borrowed:
+                return
+            kill_and_restart(*borrowed)  # the one whose layers it has takes its place back
+        await asyncio.sleep(POLL_INTERVAL_S)
+
+
+async def _stage_at_work(cluster: Cluster, client: AsyncClient, stage: int) -> Supervised:
+    """That stage of the pipeline that runs most of the sequences."""
+    pipelines = [pipeline for pipeline in (await client.status()).pipelines if pipeline.ready]
+    address = max(pipelines, key=lambda pipeline: pipeline.num_running).stages[stage].address
+    [shard] = [shard for shard in cluster.shards if shard.address == address]
+    return shard
 
 
 async def _restart(victim: Supervised) -> float:

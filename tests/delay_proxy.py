@@ -77,7 +77,8 @@ class _Line(asyncio.Protocol):
             self._under_way.popleft()
             if data is not None:
                 self._num_bytes -= len(data)
-                far.write(data)
+                if not far.is_closing():  # else nobody is there to read it
+                    far.write(data)
             elif not far.is_closing():
                 with contextlib.suppress(OSError):
                     far.write_eof()

@@ -38,15 +38,23 @@ class Deployment:
 class Cluster:
     """A deployment that runs. `proxies` are those of the proxied shards, by the shard's index."""
 
-    def __init__(self, shards: list[Supervised], router: Supervised, address: str, proxies: dict[int, DelayProxy]):
+    def __init__(
+        self, layers: Sequence[str], shards: list[Supervised], router: Supervised, proxies: dict[int, DelayProxy]
+    ) -> None:
+        self.layers = layers
         self.shards = shards
         self.router = router
-        self.address = address
+        self.address = router.address
         self.proxies = proxies
 
     @property
     def processes(self) -> list[Supervised]:
         return [*self.shards, self.router]
+
+    @property
+    def spares(self) -> list[Supervised]:
+        """Shards that have no layers of their own."""
+        return [shard for shard, layers in zip(self.shards, self.layers, strict=True) if layers == "auto"]
 
     def check(self) -> None:
         """Raises ProcessDied where one has ended that nobody killed."""
@@ -90,7 +98,7 @@ async def running(deployment: Deployment) -> AsyncIterator[Cluster]:
         address = f"127.0.0.1:{free_port()}"
         command = [sys.executable, "-m", "stagecoach_router", "--shards", ",".join(addresses), "--listen", address]
         router = Supervised("router", address, [*command, *deployment.router_flags])
-        cluster = Cluster(shards, router, address, proxies)
+        cluster = Cluster(deployment.layers, shards, router, proxies)
         for process in cluster.processes:
             stack.callback(process.close)
             process.start()

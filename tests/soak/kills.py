@@ -50,7 +50,7 @@ class _Stream:
 
 
 class _Seen(NamedTuple):
-    """Of a pipeline: which incarnation it is, and how many tokens its first stage has computed, of all epochs."""
+    """Of all pipelines: their epochs, and how many tokens their first stages have computed, in all epochs."""
 
     epoch: int
     num_tokens: int
@@ -238,8 +238,9 @@ class Killer:
         return False
 
     async def _first_stage(self) -> _Seen:
-        [pipeline] = (await self._client.status(timeout_s=READ_TIMEOUT_S)).pipelines
-        return _Seen(pipeline.epoch, pipeline.stages[0].num_tokens)
+        pipelines = (await self._client.status(timeout_s=READ_TIMEOUT_S)).pipelines
+        num_tokens = sum(pipeline.stages[0].num_tokens for pipeline in pipelines if pipeline.stages)
+        return _Seen(sum(pipeline.epoch for pipeline in pipelines), num_tokens)
 
 
 async def survive(
