@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ from stagecoach_router.placement import Link, find_chain
 from stagecoach_router.replica import Connect
 from stagecoach_router.roster import Roster
 from stagecoach_router.watchdog import FaultLimits
+
+logger = logging.getLogger(__name__)
 
 # Who waits for shards is told why after so long, and asks again.
 FIND_TIMEOUT_S = 2.0
@@ -186,6 +189,8 @@ class Fleet:
             self.roster.release(addresses)
             raise
         self.roster.settle(stages[0])
+        places = ", ".join(f"layers {stage.layers} at {stage.address}" for stage in stages)
+        logger.info("pipeline open in epoch %d: %s; %d K/V blocks", epoch, places, num_blocks)
         return pipeline
 
     async def _describe(self, addresses: list[str]) -> list[Stage]:

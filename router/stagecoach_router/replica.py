@@ -243,8 +243,6 @@ class Replica:
                         errors.Unavailable(f"the pipeline is lost: {error}", retry_after_s=REOPEN_MAX_DELAY_S)
                     )
                 continue
-            assert self.pipeline is not None, "open"
-            logger.info("pipeline back in epoch %d", self.pipeline.epoch)
             return
 
     def _take(self, result: shard_pb2.StepResult, payload: memoryview) -> None:

@@ -178,7 +178,8 @@ class Roster:
             if self._reference is not None:
                 check_same_model(stage, self._reference)
         except errors.StagecoachError as caught:
-            error = caught
+            error = caught.with_traceback(None)  # kept, and its frames know the call and its connection
+            error.__cause__ = error.__context__ = None
         if member.in_pipeline or member.wake.is_set():  # what came is of a time before
             return
         known = member.reason

@@ -163,6 +163,7 @@ async def _serve_fleet(
             await serving.engine.close()
             raise
     service.serving = serving
+    logger.info("%s ready: sequences of up to %d tokens", serving.model.name, serving.engine.capacity_tokens)
     await serving.engine.run(fleet.another)
 
 
