@@ -21,21 +21,35 @@ class ReplicaLoad:
     num_cached_tokens: int  # of the prompt in question, in its prefix cache
     fits: bool  # whether the request fits its K/V cache
     ready: bool
+    speed: float = 1.0  # of one sequence's tokens, beside that of the others
+
+    @property
+    def delay(self) -> float:
+        """What the request would notice of the others there: sequences, its own included, by the speed."""
+        return (self.num_sequences + 1) / self.speed
 
 
 def choose_replica(loads: Sequence[ReplicaLoad]) -> int | None:
     """The index of the replica for a request. None: it fits none.
 
-    One that is ready, if any is; among those that are about as busy as the least busy one, that with the longest cached
-    prefix; then the least busy; then the first.
+    One that is ready, if any is; among those that are about as busy, for their speed, as the least busy one, that with
+    the longest cached prefix; then the least busy; then the first.
     """
     fitting = [index for index, load in enumerate(loads) if load.fits]
     if not fitting:
         return None
     chosen = [index for index in fitting if loads[index].ready] or fitting
-    least = min(loads[index].num_sequences for index in chosen)
-    most = least + max(MIN_TOLERANCE, int(least * TOLERANCE))
+    least = min(loads[index].delay for index in chosen)
+    most = least + max(MIN_TOLERANCE, least * TOLERANCE)
     return min(
-        (index for index in chosen if loads[index].num_sequences <= most),
-        key=lambda index: (-loads[index].num_cached_tokens, loads[index].num_sequences, index),
+        (index for index in chosen if loads[index].delay <= most),
+        key=lambda index: (-loads[index].num_cached_tokens, loads[index].delay, index),
     )
+
+
+def relative_speeds(token_s: Sequence[float | None]) -> list[float]:
+    """Of replicas whose tokens take so long; the fastest is 1. All are, where one is not known."""
+    known = [seconds for seconds in token_s if seconds is not None and seconds > 0]
+    if len(known) < len(token_s):
+        return [1.0] * len(token_s)
+    return [min(known) / seconds for seconds in known]

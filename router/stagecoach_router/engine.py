@@ -15,7 +15,7 @@ from collections.abc import Sequence as Many
 
 from stagecoach import errors
 from stagecoach_router.admission import token_limit
-from stagecoach_router.balance import ReplicaLoad, choose_replica
+from stagecoach_router.balance import ReplicaLoad, choose_replica, relative_speeds
 from stagecoach_router.completion import Completion
 from stagecoach_router.generation import Generation, Run
 from stagecoach_router.outputs import Sampled, wanted_output
@@ -204,23 +204,23 @@ class Engine:
 
     def _home_of_new(self, sequence: Sequence) -> Replica:
         """Where a new sequence is to be computed, with those of the same request that follow."""
+        if len(self.replicas) == 1:
+            return self.replicas[0]
+        speeds = relative_speeds([replica.token_s for replica in self.replicas])
         loads = [
             ReplicaLoad(
                 num_sequences=replica.num_sequences,
-                num_cached_tokens=replica.scheduler.blocks.num_cached_tokens(sequence) if self._has_choice else 0,
+                num_cached_tokens=replica.scheduler.blocks.num_cached_tokens(sequence),
                 fits=_fits_new(sequence, replica),
                 ready=replica.ready,
+                speed=speed,
             )
-            for replica in self.replicas
+            for replica, speed in zip(self.replicas, speeds, strict=True)
         ]
         chosen = choose_replica(loads)
         if chosen is None:  # then let the largest say what is too much
             return max(self.replicas, key=lambda replica: replica.scheduler.blocks.capacity_tokens)
         return self.replicas[chosen]
-
-    @property
-    def _has_choice(self) -> bool:
-        return len(self.replicas) > 1
 
     def _replica_changed(self, replica: Replica) -> None:
         """It has become ready, or has lost its pipeline."""
@@ -241,6 +241,7 @@ class Engine:
     def _find_homes(self) -> set[Replica]:
         """Moves what is at lost pipelines to those that are ready. Returns whom that gave or took something."""
         changed = set()
+        speeds = relative_speeds([replica.token_s for replica in self.replicas])
         for lost in (replica for replica in self.replicas if not replica.is_open):
             for generation in lost.generations:
                 # It may be what broke one pipeline, and then another: it waits for this one rather than break a third.
@@ -252,8 +253,9 @@ class Engine:
                         num_cached_tokens=0,
                         fits=replica.ready and replica.fits(generation),
                         ready=replica.ready,
+                        speed=speed,
                     )
-                    for replica in self.replicas
+                    for replica, speed in zip(self.replicas, speeds, strict=True)
                 ]
                 chosen = choose_replica(loads)
                 if chosen is not None:

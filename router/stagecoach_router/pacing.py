@@ -157,6 +157,11 @@ class Pacing:
         known = [cost for cost in costs if cost is not None]
         return sum(known) + self._hops_s if len(known) == len(costs) else None
 
+    def token_s(self) -> float | None:
+        """Between two tokens of a sequence that is alone. None: too little is known."""
+        known = all(stage.decodes.is_known for stage in self._stages)
+        return self._period(1, 1) if known else None
+
     def pace(self, num_decodes: int, prompts: Prompts = NO_PROMPTS) -> Pace:
         """For `num_decodes` sequences that have their first token, beside `prompts` that are to be computed."""
         # A chunk's place changes its cost a little only: one answer does for some positions.

@@ -103,6 +103,11 @@ class Replica:
         return self._steps is not None
 
     @property
+    def token_s(self) -> float | None:
+        """What a sequence's next token takes where it is alone. None: not known yet."""
+        return None if self.scheduler.pacing is None else self.scheduler.pacing.token_s()
+
+    @property
     def lost_s(self) -> float:
         """For how long its pipeline has been lost; 0 where it is not."""
         return 0.0 if self._lost_since_s is None else time.monotonic() - self._lost_since_s

@@ -3,11 +3,11 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stagecoach_router.balance import MIN_TOLERANCE, ReplicaLoad, choose_replica
+from stagecoach_router.balance import MIN_TOLERANCE, ReplicaLoad, choose_replica, relative_speeds
 
 
-def load(num_sequences=0, num_cached_tokens=0, *, fits=True, ready=True):
-    return ReplicaLoad(num_sequences, num_cached_tokens, fits, ready)
+def load(num_sequences=0, num_cached_tokens=0, *, fits=True, ready=True, speed=1.0):
+    return ReplicaLoad(num_sequences, num_cached_tokens, fits, ready, speed)
 
 
 def test_a_request_that_fits_no_replica_gets_none():
@@ -56,6 +56,22 @@ def test_requests_of_one_cached_prompt_do_not_all_pile_up_at_one_replica():
         index = choose_replica([load(count, 500 if place == 0 else 0) for place, count in enumerate(counts)])
         counts[index] += 1
     assert min(counts) >= 25
+
+
+def test_of_idle_replicas_the_fastest_is_taken():
+    assert choose_replica([load(speed=0.2), load(speed=1.0), load(speed=0.5)]) == 1
+
+
+def test_replicas_get_requests_by_their_speed():
+    speeds, counts = (1.0, 0.25), [0, 0]
+    for _ in range(100):
+        counts[choose_replica([load(count, speed=speed) for count, speed in zip(counts, speeds, strict=True)])] += 1
+    assert 75 <= counts[0] <= 85
+
+
+def test_speeds_are_relative_to_the_fastest_and_equal_as_long_as_one_is_unknown():
+    assert relative_speeds([0.02, 0.01, 0.04]) == [0.5, 1.0, 0.25]
+    assert relative_speeds([0.02, None]) == [1.0, 1.0]
 
 
 LOADS = st.lists(
