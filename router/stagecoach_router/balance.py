@@ -22,6 +22,7 @@ class ReplicaLoad:
     fits: bool  # whether the request fits its K/V cache
     ready: bool
     speed: float = 1.0  # of one sequence's tokens, beside that of the others
+    away_s: float = 0.0  # for how long it has not been ready
 
     @property
     def delay(self) -> float:
@@ -32,13 +33,16 @@ class ReplicaLoad:
 def choose_replica(loads: Sequence[ReplicaLoad]) -> int | None:
     """The index of the replica for a request. None: it fits none.
 
-    One that is ready, if any is; among those that are about as busy, for their speed, as the least busy one, that with
-    the longest cached prefix; then the least busy; then the first.
+    One that is ready, or else has not been for the shortest time; among those that are about as busy, for their speed,
+    as the least busy one, that with the longest cached prefix; then the least busy; then the first.
     """
     fitting = [index for index, load in enumerate(loads) if load.fits]
     if not fitting:
         return None
-    chosen = [index for index in fitting if loads[index].ready] or fitting
+    chosen = [index for index in fitting if loads[index].ready]
+    if not chosen:  # that which was lost last may be back first
+        shortest_s = min(loads[index].away_s for index in fitting)
+        chosen = [index for index in fitting if loads[index].away_s == shortest_s]
     least = min(loads[index].delay for index in chosen)
     most = least + max(MIN_TOLERANCE, least * TOLERANCE)
     return min(

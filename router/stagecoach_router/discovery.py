@@ -61,7 +61,7 @@ async def describe(
 
 
 async def assign(address: str, layers: LayerRange, dial: Dial = dial_plainly, *, fingerprint: str) -> None:
-    """Has a shard load `layers`; returns when it has. Raises what it refuses that with."""
+    """Has a shard load `layers`; returns when it has. Raises what it refuses that with, ShardFault where it lies."""
     request = shard_pb2.AssignRequest(
         protocol_version=PROTOCOL_VERSION,
         model_fingerprint=fingerprint,
@@ -69,9 +69,17 @@ async def assign(address: str, layers: LayerRange, dial: Dial = dial_plainly, *,
     )
     async with dial(address) as channel:
         try:
-            await ShardStub(channel).assign(request, timeout=LOAD_TIMEOUT_S)
+            answer = await ShardStub(channel).assign(request, timeout=LOAD_TIMEOUT_S)
         except grpc.RpcError as error:
             raise errors.from_rpc_error(error, address) from error
+    loaded = answer.description.layers
+    if (loaded.start, loaded.end) != (layers.start, layers.end):
+        raise errors.ShardFault(
+            f"{address} was told to load layers {layers} and has {loaded.start}:{loaded.end}",
+            field="layers",
+            limit=layers,
+            value=f"{loaded.start}:{loaded.end}",
+        )
 
 
 def check_same_model(stage: Stage, reference: Stage) -> None:

@@ -21,7 +21,7 @@ from stagecoach_router.generation import Generation, Run
 from stagecoach_router.outputs import Sampled, wanted_output
 from stagecoach_router.penalties import TokenCounts
 from stagecoach_router.pipeline_totals import ActiveTime
-from stagecoach_router.replica import Replica
+from stagecoach_router.replica import Owner, Replica
 from stagecoach_router.request import Request
 from stagecoach_router.sequence import Sequence
 from stagecoach_router.step_sampler import Chooser
@@ -33,13 +33,17 @@ logger = logging.getLogger(__name__)
 # After an attempt to open a further pipeline that failed, and after many.
 GROW_FIRST_DELAY_S = 1.0
 GROW_MAX_DELAY_S = 30.0
+# Of the largest pipeline's room: pipelines with less are not counted with where a request names no limit.
+MIN_USUAL_CAPACITY = 0.5
 # A request that was under way at so many losses in a row moves to another pipeline all the same; after more, only when
 # its own has not come back for so long.
 MAX_LOSSES_TO_MOVE = 1
 SUSPECT_PATIENCE_S = 10.0
+# A pipeline that is open has so long until its first token, before its requests move to another.
+UNPROVEN_PATIENCE_S = 5.0
 
-# Makes a replica: (counters, on_change, on_work), as Replica takes them.
-MakeReplica = Callable[[Counters, Callable[[Replica], None], Callable[[], None]], Replica]
+# Makes a replica, which gets these two.
+MakeReplica = Callable[[Counters, Owner], Replica]
 
 
 class Engine:
@@ -74,29 +78,42 @@ class Engine:
     @property
     def capacity_tokens(self) -> int:
         """The most tokens, prompt and output, that a sequence may come to."""
-        return max(replica.scheduler.blocks.capacity_tokens for replica in self.replicas)
+        return max(self._capacities)
+
+    def usual_capacity_tokens(self, num_prompt_tokens: int) -> int:
+        """What a sequence that names no limit is taken to want: as much as fits wherever it may have to go.
+
+        Where one pipeline has far less room than another, such sequences are for those that have more.
+        """
+        least = max(max(self._capacities) * MIN_USUAL_CAPACITY, num_prompt_tokens + 1)
+        return min((each for each in self._capacities if each >= least), default=self.capacity_tokens)
+
+    @property
+    def _capacities(self) -> list[int]:
+        return [replica.scheduler.blocks.capacity_tokens for replica in self.replicas]
 
     async def open_replica(self) -> Replica:
         """Opens one more pipeline. Raises what its `connect` raises. `run` has to run it."""
-        replica = self._make_replica(self.counters, self._replica_changed, self._count_work)
+        replica = self._make_replica(self.counters, self)
         await replica.open()
         self.replicas.append(replica)
-        self._replica_changed(replica)  # a token may have come before it was one of us
+        self.replica_changed(replica)  # a token may have come before it was one of us
         return replica
 
-    async def run(self, another: Callable[[int], Awaitable[None]]) -> None:
+    async def run(self, another: Callable[[int, Callable[[], bool]], Awaitable[None]]) -> None:
         """Keeps the pipelines open, and opens further ones. Runs until cancelled.
 
-        `another` is given how many there are, and returns when shards for one more may be there.
+        `another` is given how many there are, and whom to ask whether all are open, and returns when shards for one
+        more may be there.
         """
         async with asyncio.TaskGroup() as tasks:
             for replica in self.replicas:
                 tasks.create_task(replica.run())
             delay_s = GROW_FIRST_DELAY_S
             while True:
-                await another(len(self.replicas))
+                await another(len(self.replicas), self._all_open)
                 # One that has lost its pipeline comes first, and looks for shards itself.
-                if all(replica.is_open for replica in self.replicas):
+                if self._all_open():
                     try:
                         tasks.create_task((await self.open_replica()).run())
                         delay_s = GROW_FIRST_DELAY_S
@@ -214,6 +231,7 @@ class Engine:
                 fits=_fits_new(sequence, replica),
                 ready=replica.ready,
                 speed=speed,
+                away_s=replica.unproven_s,
             )
             for replica, speed in zip(self.replicas, speeds, strict=True)
         ]
@@ -222,7 +240,7 @@ class Engine:
             return max(self.replicas, key=lambda replica: replica.scheduler.blocks.capacity_tokens)
         return self.replicas[chosen]
 
-    def _replica_changed(self, replica: Replica) -> None:
+    def replica_changed(self, replica: Replica) -> None:
         """It has become ready, or has lost its pipeline."""
         if replica not in self.replicas:
             return
@@ -238,14 +256,26 @@ class Engine:
         if changed:
             self._expire()
 
+    def find_room(self, replica: Replica, generation: Generation) -> None:
+        """Moves a request that its replica has no room for any more to one that has, or had when it was open."""
+        others = [each for each in self.replicas if each is not replica and each.fits(generation)]
+        if others:
+            replica.move(generation, min(others, key=lambda each: each.unproven_s))
+        else:
+            capacity = self.capacity_tokens
+            text = f"the pipeline came back with room for {capacity} tokens"
+            replica.fail(generation, errors.OutOfRange(text, field="max_tokens", limit=capacity))
+
     def _find_homes(self) -> set[Replica]:
         """Moves what is at lost pipelines to those that are ready. Returns whom that gave or took something."""
         changed = set()
         speeds = relative_speeds([replica.token_s for replica in self.replicas])
-        for lost in (replica for replica in self.replicas if not replica.is_open):
+        for lost in self.replicas:
+            if lost.ready or (lost.is_open and lost.unproven_s < UNPROVEN_PATIENCE_S):
+                continue
             for generation in lost.generations:
                 # It may be what broke one pipeline, and then another: it waits for this one rather than break a third.
-                if generation.num_losses > MAX_LOSSES_TO_MOVE and lost.lost_s < SUSPECT_PATIENCE_S:
+                if generation.num_losses > MAX_LOSSES_TO_MOVE and lost.unproven_s < SUSPECT_PATIENCE_S:
                     continue
                 loads = [
                     ReplicaLoad(
@@ -263,6 +293,9 @@ class Engine:
                     changed |= {lost, self.replicas[chosen]}
         return changed
 
+    def _all_open(self) -> bool:
+        return all(replica.is_open for replica in self.replicas)
+
     def _share_waiting(self, newcomer: Replica) -> set[Replica]:
         """Moves requests that wait for a slot elsewhere to one that has become ready, the last ones in line first."""
         changed = set()
@@ -275,7 +308,7 @@ class Engine:
                     changed |= {other, newcomer}
         return changed
 
-    def _count_work(self) -> None:
+    def work_changed(self) -> None:
         self.active_time.set(any(replica.scheduler.num_running for replica in self.replicas))
 
 

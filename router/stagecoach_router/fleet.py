@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from stagecoach import errors
@@ -65,18 +66,18 @@ class Fleet:
         self.totals = totals
         self._dial = dial
         self._epoch = 0
-        self._num_connectors = 0
+        self._num_formed = 0  # connectors that have opened a pipeline
         self._started_s = time.monotonic()
 
     def connector(self) -> Connect:
         """What opens the pipelines of one replica, each time preferring the shards of the one before."""
         former: list[str] = []
-        self._num_connectors += 1
-        may_load = self._num_connectors <= max(1, self._settings.num_replicas)
 
         async def connect(on_result: ResultHandler, on_lost: LostHandler) -> Pipeline:
-            chain = await self._find(former, may_load=may_load or bool(former))
+            may_load = bool(former) or self._num_formed < max(1, self._settings.num_replicas)
+            chain = await self._find(former, may_load=may_load)
             pipeline = await self._open([link.address for link in chain], on_result, on_lost)
+            self._num_formed += not former
             former[:] = [link.address for link in chain]
             return pipeline
 
@@ -91,10 +92,13 @@ class Fleet:
             await self.roster.changed(FIND_TIMEOUT_S)
         return model
 
-    async def another(self, num_replicas: int) -> None:
-        """Returns when there are shards for one more pipeline than `num_replicas`."""
+    async def another(self, num_replicas: int, all_open: Callable[[], bool]) -> None:
+        """Returns when there are shards for one more pipeline than `num_replicas`.
+
+        Others load layers for that only while all pipelines are open: a lost one comes first.
+        """
         while True:
-            may_load = num_replicas < self._settings.num_replicas
+            may_load = num_replicas < self._settings.num_replicas and all_open()
             try:
                 if self._look([], may_load=may_load) is not None:
                     return
@@ -133,27 +137,48 @@ class Fleet:
         if model is None:
             raise errors.TopologyError("no shard has answered yet", field="shards")
         num_layers = model.description.model.num_layers
+        candidates = self.roster.candidates(self._min_blocks)
+        started = bool(former) or self.roster.all_answered or self._has_waited_enough()
         try:
-            return find_chain(self.roster.candidates(), num_layers, prefer=former, may_load=False)
+            chain = find_chain(candidates, num_layers, prefer=former, may_load=False)
         except errors.TopologyError:
-            started = self.roster.all_answered or time.monotonic() - self._started_s >= START_PATIENCE_S
-            if not may_load or not (former or started):
-                raise
-        chain = find_chain(
-            self.roster.candidates(with_loading=True),
-            num_layers,
-            prefer=former,
-            # One that was split over several shards is not to become a single shard's.
-            num_stages=len(former) or self._settings.num_stages,
-        )
+            if may_load and started and self._load_missing(former, num_layers, without=()):
+                return None
+            # Those without room may have some by the time they are asked; else they say how much they lack.
+            return find_chain(self.roster.candidates(0), num_layers, prefer=former, may_load=False)
+        blamed = [shard.address for shard in candidates if shard.blamed]
+        if may_load and any(link.address in blamed for link in chain):
+            self._load_missing(former, num_layers, without=blamed)  # should it break again
+        return chain
+
+    def _load_missing(self, former: list[str], num_layers: int, *, without: Collection[str]) -> bool:
+        """Has shards load what is missing, or finds that they do. Returns whether that makes a pipeline."""
+        candidates = self.roster.candidates(self._min_blocks, with_loading=True)
+        try:
+            chain = find_chain(
+                [shard for shard in candidates if shard.address not in without],
+                num_layers,
+                prefer=former,
+                # One that was split over several shards is not to become a single shard's.
+                num_stages=len(former) or self._settings.num_stages,
+            )
+        except errors.TopologyError:
+            return False
         for link in chain:
             if link.must_load:
                 self.roster.load(link.address, link.layers)
-        return None
+        return True
+
+    @property
+    def _min_blocks(self) -> int:
+        return max(self._settings.kv_blocks, 1) + 1  # one is the canary's
+
+    def _has_waited_enough(self) -> bool:
+        return time.monotonic() - self._started_s >= START_PATIENCE_S
 
     def _explained(self, error: errors.StagecoachError) -> errors.StagecoachError:
         """With what is wrong with the shards that could help; as an error for good where nothing is."""
-        reasons = [member.reason for member in self.roster.free if member.error is not None]
+        reasons = [member.reason for member in self.roster.free if member.reason]
         if reasons:
             return errors.Unavailable("; ".join(dict.fromkeys([*reasons, str(error)])))
         if isinstance(error, errors.TopologyError) and self.roster.all_answered:
@@ -162,12 +187,12 @@ class Fleet:
 
     async def _open(self, addresses: list[str], on_result: ResultHandler, on_lost: LostHandler) -> Pipeline:
         settings = self._settings
-        self.roster.take(addresses)
         self._epoch += 1
         epoch = self._epoch
+        self.roster.take(addresses, epoch)
 
         def lost(error: errors.StagecoachError) -> None:
-            self.roster.release(addresses)
+            self._let_go(addresses, epoch, error)
             on_lost(error)
 
         try:
@@ -184,14 +209,21 @@ class Fleet:
                 faults=settings.faults,
             )
             num_blocks = num_blocks_to_lease(settings.kv_blocks, stages)
-            await pipeline.open(num_blocks=num_blocks, max_slots=settings.max_slots)
-        except BaseException:
-            self.roster.release(addresses)
+            await _open_as_described(pipeline, num_blocks, settings.max_slots)
+        except BaseException as error:
+            self._let_go(addresses, epoch, error)
             raise
         self.roster.settle(stages[0])
         places = ", ".join(f"layers {stage.layers} at {stage.address}" for stage in stages)
         logger.info("pipeline open in epoch %d: %s; %d K/V blocks", epoch, places, num_blocks)
         return pipeline
+
+    def _let_go(self, addresses: list[str], epoch: int, error: BaseException) -> None:
+        """Gives up a pipeline's shards, and blames those that the error names; all, where it names none."""
+        if isinstance(error, (errors.Unavailable, errors.ShardFault)):
+            named = [address for address in addresses if address in str(error)]
+            self.roster.blame(named or addresses)
+        self.roster.release(addresses, epoch)
 
     async def _describe(self, addresses: list[str]) -> list[Stage]:
         """As they are now: since they were last asked, others may have taken their blocks."""
@@ -206,6 +238,17 @@ class Fleet:
                 raise errors.Unavailable(f"{stage.address} has other layers now: {stage.description.layers}")
             end = stage.description.layers.end
         return stages
+
+
+async def _open_as_described(pipeline: Pipeline, num_blocks: int, max_slots: int) -> None:
+    """Opens a pipeline whose shards have just said who they are.
+
+    Raises Unavailable where one of them is another by now: another router may have changed it, and asking helps.
+    """
+    try:
+        await pipeline.open(num_blocks=num_blocks, max_slots=max_slots)
+    except (errors.ModelMismatch, errors.FailedPrecondition, errors.ShardFault) as error:
+        raise errors.Unavailable(str(error)) from error
 
 
 def _check_lanes(lanes: int, num_stages: int) -> None:

@@ -227,7 +227,7 @@ async def read_request(
             params,
             num_prompt_tokens=len(prompt_tokens),
             context_length=model.context_length,
-            capacity=serving.engine.capacity_tokens,
+            capacity=serving.engine.usual_capacity_tokens(len(prompt_tokens)),
         ),
         priority=request.priority,
         cache_salt=caller.cache_salt(request.cache_salt),

@@ -25,6 +25,7 @@ class Candidate:
     layers: LayerRange | None  # None: it has none yet
     assignable: bool  # may be given other layers
     num_blocks: int  # K/V blocks free, 0 where it has no layers
+    blamed: bool = False  # it may be what broke a pipeline lately
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class _Partial(NamedTuple):
     """The stages from layer 0 up to some layer; the smaller is the better one."""
 
     num_loads: int = 0  # layers to load
+    num_blamed: int = 0  # shards
     preference: int = 0  # minus the number of shards to prefer that serve their own layers
     num_stages: int = 0
     narrowness: float = -math.inf  # minus the K/V blocks of the smallest stage that is served now
@@ -60,9 +62,10 @@ def find_chain(
 ) -> list[Link]:
     """The best chain of shards that covers [0, num_layers) exactly once, in order. Addresses differ from one another.
 
-    Best is one in which nothing has to be loaded; then the least layers to load; then the most shards of `prefer` (the
-    addresses that the pipeline had before) that serve their layers now; then the fewest stages; then the most K/V
-    blocks at the smallest stage; then the first in the order of addresses.
+    Best is one in which nothing has to be loaded; then the least layers to load; then the fewest shards that are blamed
+    for the loss of a pipeline; then the most shards of `prefer` (the addresses that the pipeline had before) that serve
+    their layers now; then the fewest stages; then the most K/V blocks at the smallest stage; then the first in the
+    order of addresses.
 
     Layers that no fitting shard serves are loaded, where `may_load`, by assignable shards: first by those without
     layers, then by those whose layers are not needed. Each gap is one shard's, or is cut for several without layers, as
@@ -129,10 +132,11 @@ def _best(serving: Sequence[Candidate], num_layers: int, prefer: Sequence[str], 
     for layer, following in pairwise(order):
         for gap in (False, True):
             for left, so_far in _undominated(best.get((layer, gap), {})):
-                loads, preference, stages, narrowness, addresses = so_far
+                loads, blamed, preference, stages, narrowness, addresses = so_far
                 for end, shard in starting.get(layer, ()):
                     longer = _Partial(
                         loads,
+                        blamed + shard.blamed,
                         preference - (shard.address in preferred),
                         stages + 1,
                         max(narrowness, -shard.num_blocks),
@@ -141,9 +145,9 @@ def _best(serving: Sequence[Candidate], num_layers: int, prefer: Sequence[str], 
                     offer(end, False, left - shard.assignable, longer)
                 loads += following - layer
                 if gap:
-                    offer(following, True, left, _Partial(loads, preference, stages, narrowness, addresses))
+                    offer(following, True, left, _Partial(loads, blamed, preference, stages, narrowness, addresses))
                 else:
-                    wider = _Partial(loads, preference, stages + 1, narrowness, (*addresses, _GAP))
+                    wider = _Partial(loads, blamed, preference, stages + 1, narrowness, (*addresses, _GAP))
                     offer(following, True, left - 1, wider)
     ends = [partial for gap in (False, True) for partial in best.get((num_layers, gap), {}).values()]
     return min((partial for partial in ends if partial.num_loads < num_layers), default=None)

@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from stagecoach import errors
 from stagecoach.v1 import shard_pb2
@@ -49,13 +50,24 @@ class ReplicaSettings:
     lanes: int = 0
 
 
+class Owner(Protocol):
+    """Who has the replicas, and is told of what concerns more than one of them."""
+
+    def replica_changed(self, replica: Replica) -> None:
+        """Its `ready` has changed, or it still has no pipeline through which tokens come."""
+
+    def work_changed(self) -> None:
+        """Another number of sequences may run."""
+
+    def find_room(self, replica: Replica, generation: Generation) -> None:
+        """Its pipeline has come back with too little room for this. To be moved, or failed."""
+
+
 class Replica:
     """Generates over one pipeline at a time.
 
-    `connect` opens it; `canary` says when to try it without a request; what it does is added to `counters`. `on_change`
-    is told when `ready` has changed, which is true once a token has come through the pipeline, of each loss, and of
-    each attempt to open it again that has failed.
-    `on_work` is told of whatever may have changed how many sequences run.
+    `connect` opens it; `canary` says when to try it without a request; what it does is added to `counters`. It is
+    `ready` once a token has come through the pipeline, until that is lost.
     """
 
     def __init__(
@@ -66,8 +78,7 @@ class Replica:
         connect: Connect,
         canary: Canary,
         counters: Counters,
-        on_change: Callable[[Replica], None],
-        on_work: Callable[[], None],
+        owner: Owner,
     ) -> None:
         self.scheduler = scheduler
         self.pipeline: Pipeline | None = None  # the one it had last, where that is lost
@@ -77,12 +88,11 @@ class Replica:
         self._connect = connect
         self._canary = canary
         self._counters = counters
-        self._on_change = on_change
-        self._on_work = on_work
+        self._owner = owner
         self._runs: dict[int, Run] = {}  # by seq_id
         self._steps: Steps | None = None  # of the pipeline; None once that is lost
         self._lost = asyncio.Event()
-        self._lost_since_s: float | None = None  # time.monotonic(), while its pipeline is lost
+        self._unproven_since_s: float | None = time.monotonic()  # None while it is ready
         self._reopen_delay_s = REOPEN_FIRST_DELAY_S
 
     # ---- requests
@@ -108,14 +118,14 @@ class Replica:
         return None if self.scheduler.pacing is None else self.scheduler.pacing.token_s()
 
     @property
-    def lost_s(self) -> float:
-        """For how long its pipeline has been lost; 0 where it is not."""
-        return 0.0 if self._lost_since_s is None else time.monotonic() - self._lost_since_s
+    def unproven_s(self) -> float:
+        """For how long it has had no pipeline through which tokens come; 0 where it has."""
+        return 0.0 if self._unproven_since_s is None else time.monotonic() - self._unproven_since_s
 
     def waiting(self) -> list[Generation]:
         """The requests none of whose sequences runs, in the order in which they would begin."""
         waiting = [each for each in self.generations if all(run.sequence.slot is None for run in each.runs)]
-        return sorted(waiting, key=lambda generation: generation.runs[0].sequence.order)
+        return sorted(waiting, key=_first_in_order)
 
     def add(self, run: Run, *, was_accepted: bool = False) -> None:
         """A new sequence; `was_accepted`: by a former process. Raises as Scheduler.add. `pump` has to follow."""
@@ -168,7 +178,7 @@ class Replica:
         """Sends every step that can go now."""
         if self._steps is not None:
             self._steps.send_all()
-        self._on_work()
+        self._owner.work_changed()
 
     # ---- the pipeline
 
@@ -178,7 +188,6 @@ class Replica:
         self.pipeline = await self._connect(self._take, self._lose)
         self._fit(self.pipeline)
         if self.pipeline.lost is None:
-            self._lost_since_s = None
             self._steps = self._begin(self.pipeline)
             self._steps.send_canary()
             self.reason = "no token has come through it yet"
@@ -194,18 +203,16 @@ class Replica:
             await self.pipeline.close()
 
     def _fit(self, pipeline: Pipeline) -> None:
-        """Takes over what the pipeline's smallest stage can hold; what was accepted and fits no more, fails."""
+        """Takes over what the pipeline's smallest stage can hold."""
         scheduler = self.scheduler
         scheduler.max_batch_tokens = min(self._settings.max_batch_tokens, pipeline.max_batch_tokens)
         scheduler.blocks.reset(pipeline.num_blocks - 1)  # the last one is the canary's
         scheduler.pacing = Pacing(len(pipeline.stages), self._settings.lanes)
         scheduler.pacing.limit_lanes(pipeline.max_queued_steps)
         scheduler.pacing.limit_steps(scheduler.max_logit_rows, scheduler.max_batch_tokens)
-        capacity = scheduler.blocks.capacity_tokens
         for generation in self.generations:
             if not self.fits(generation):
-                text = f"the pipeline came back with room for {capacity} tokens"
-                self.fail(generation, errors.OutOfRange(text, field="max_tokens", limit=capacity))
+                self._owner.find_room(self, generation)
 
     def _begin(self, pipeline: Pipeline) -> Steps:
         pacing = self.scheduler.pacing
@@ -242,8 +249,8 @@ class Replica:
                 if time.monotonic() - tried >= self._reopen_delay_s:  # it has waited by itself, for shards
                     self._reopen_delay_s = REOPEN_FIRST_DELAY_S
                 self.reason = str(error)
-                self._on_change(self)  # it may be time to let go of what it kept
-                if self.lost_s > self._settings.recovery_timeout_s:
+                self._owner.replica_changed(self)  # it may be time to let go of what it kept
+                if self.unproven_s > self._settings.recovery_timeout_s:
                     self.fail_all(
                         errors.Unavailable(f"the pipeline is lost: {error}", retry_after_s=REOPEN_MAX_DELAY_S)
                     )
@@ -253,7 +260,7 @@ class Replica:
     def _take(self, result: shard_pb2.StepResult, payload: memoryview) -> None:
         assert self._steps is not None, "nothing is delivered after the loss"
         self._steps.take(result, payload)
-        self._on_work()
+        self._owner.work_changed()
 
     def _token_came(self, is_canary: bool) -> None:
         if not (is_canary and self._runs):  # a canary proves nothing about requests that break the pipeline
@@ -263,16 +270,14 @@ class Replica:
     def _lose(self, error: errors.StagecoachError) -> None:
         logger.warning("pipeline lost: %s", error)
         self.reason = str(error)
-        if self._lost_since_s is None:
-            self._lost_since_s = time.monotonic()
         steps, self._steps = self._steps, None
         for run in [] if steps is None else steps.under_way():
             self._suspect(run, error)
         self.scheduler.preempt_all()
         self._lost.set()
-        self._on_work()
-        self.ready = False
-        self._on_change(self)  # also where it never was: requests may be here all the same
+        self._owner.work_changed()
+        self._say_ready(False)
+        self._owner.replica_changed(self)  # also where it never was: requests may be here all the same
 
     def _suspect(self, run: Run, error: errors.StagecoachError) -> None:
         """Gives up on one that was under way too often. Whoever only waited for a step cannot have broken anything."""
@@ -283,8 +288,15 @@ class Replica:
 
     def _set_ready(self, ready: bool) -> None:
         if ready != self.ready:
-            self.ready = ready
-            self._on_change(self)
+            self._say_ready(ready)
+            self._owner.replica_changed(self)
+
+    def _say_ready(self, ready: bool) -> None:
+        if ready:
+            self._unproven_since_s = None
+        elif self._unproven_since_s is None:
+            self._unproven_since_s = time.monotonic()
+        self.ready = ready
 
     # ---- the canary
 
@@ -295,6 +307,8 @@ class Replica:
 
     def _prove(self) -> None:
         """Where no token has come for a while and none is under way: sends a canary."""
+        if self._steps is not None and not self.ready:
+            self._owner.replica_changed(self)  # requests may have waited for it long enough
         if self._steps is None or not self._canary.is_due(time.perf_counter()):
             return
         self.pump()
@@ -307,3 +321,8 @@ class Replica:
             self._set_ready(False)
             return
         self._steps.send_canary()
+
+
+def _first_in_order(generation: Generation) -> Any:
+    """The order of its first sequence. One that finished in a former process was never given any."""
+    return min(run.sequence.order for run in generation.runs if run.sequence.order is not None)

@@ -6,7 +6,8 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from grpc_reflection.v1alpha import reflection
 
@@ -29,7 +30,7 @@ from stagecoach_router.key_file import KeyFile
 from stagecoach_router.kv_blocks import BlockManager
 from stagecoach_router.model_files import ModelFiles
 from stagecoach_router.pipeline_totals import PipelineTotals
-from stagecoach_router.replica import Replica, ReplicaSettings
+from stagecoach_router.replica import Owner, Replica, ReplicaSettings
 from stagecoach_router.roster import Roster
 from stagecoach_router.scheduler import Scheduler
 from stagecoach_router.settings import RouterSettings
@@ -45,6 +46,8 @@ CONNECT_RETRY_DELAY_S = 0.2
 SPARE_CALLS = 256
 # gRPC's own limit, beyond those: health checks, strangers, and those that the door refuses.
 UNCOUNTED_CALLS = 1024
+
+Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
@@ -155,33 +158,35 @@ async def _serve_fleet(
     journal: Journal | None,
     callers: Callers,
 ) -> None:
-    serving = await _join_when_possible(settings, fleet, service, health, dial, journal)
+    shard = await _when_possible(fleet.first_shard, service)
+    model = model_pb2.ModelDescription()
+    model.CopyFrom(shard.description.model)
+    if settings.model_name:
+        model.name = settings.model_name
+    files = await _when_possible(lambda: _model_files(settings, shard.address, dial), service)
+    tokenizer = await asyncio.to_thread(Tokenizer, files)
+    engine = build_engine(settings, fleet, shard, tokenizer, health.set_ready)
+    await _when_possible(engine.open_replica, service)
+    accepted = AcceptedRequests(engine, max_linger_s=settings.max_linger_s, log=journal)
     if journal is not None:
         try:
-            await take_over(journal, serving.accepted, callers, serving.model, settings.max_linger_s)
+            await take_over(journal, accepted, callers, model, settings.max_linger_s)
         except BaseException:
-            await serving.engine.close()
+            await engine.close()
             raise
-    service.serving = serving
-    logger.info("%s ready: sequences of up to %d tokens", serving.model.name, serving.engine.capacity_tokens)
-    await serving.engine.run(fleet.another)
+    service.serving = Serving(model, tokenizer, engine, accepted, fleet.roster, fleet.totals)
+    logger.info("%s ready: sequences of up to %d tokens", model.name, engine.capacity_tokens)
+    await engine.run(fleet.another)
 
 
-async def _join_when_possible(
-    settings: RouterSettings,
-    fleet: Fleet,
-    service: InferenceService,
-    health: Health,
-    dial: Dial,
-    journal: Journal | None,
-) -> Serving:
+async def _when_possible(attempt: Callable[[], Awaitable[Result]], service: InferenceService) -> Result:
     """Waits for shards that are not up yet, or whose blocks a former router still holds.
 
     Shards that do not fit together are an error at once.
     """
     while True:
         try:
-            return await _join(settings, fleet, health, dial, journal)
+            return await attempt()
         except (Unavailable, KVCacheFull) as error:
             if service.reason != str(error):
                 logger.info("waiting for shards: %s", error)
@@ -189,21 +194,10 @@ async def _join_when_possible(
             await asyncio.sleep(CONNECT_RETRY_DELAY_S)
 
 
-async def _join(settings: RouterSettings, fleet: Fleet, health: Health, dial: Dial, journal: Journal | None) -> Serving:
-    shard = await fleet.first_shard()
-    model = model_pb2.ModelDescription()
-    model.CopyFrom(shard.description.model)
-    if settings.model_name:
-        model.name = settings.model_name
+async def _model_files(settings: RouterSettings, address: str, dial: Dial) -> ModelFiles:
     if settings.model is not None:
-        files = await asyncio.to_thread(ModelFiles.from_folder, settings.model)
-    else:
-        files = ModelFiles(await fetch_files(shard.address, dial))
-    tokenizer = await asyncio.to_thread(Tokenizer, files)
-    engine = build_engine(settings, fleet, shard, tokenizer, health.set_ready)
-    await engine.open_replica()
-    accepted = AcceptedRequests(engine, max_linger_s=settings.max_linger_s, log=journal)
-    return Serving(model, tokenizer, engine, accepted, fleet.roster, fleet.totals)
+        return await asyncio.to_thread(ModelFiles.from_folder, settings.model)
+    return ModelFiles(await fetch_files(address, dial))
 
 
 def make_fleet(settings: RouterSettings, addresses: list[str], dial: Dial) -> Fleet:
@@ -239,7 +233,7 @@ def build_engine(
         lanes=settings.lanes,
     )
 
-    def make_replica(counters: Counters, on_change: Callable[[Replica], None], on_work: Callable[[], None]) -> Replica:
+    def make_replica(counters: Counters, owner: Owner) -> Replica:
         scheduler = Scheduler(
             BlockManager(1, shard.description.block_size),  # the replica tells it how many when its pipeline is open
             max_batch_tokens=settings.max_batch_tokens,
@@ -254,8 +248,7 @@ def build_engine(
             connect=fleet.connector(),
             canary=Canary(settings.canary_interval_s, slot=settings.max_running, vocab_size=model.vocab_size),
             counters=counters,
-            on_change=on_change,
-            on_work=on_work,
+            owner=owner,
         )
 
     return Engine(tokenizer, vocab_size=model.vocab_size, make_replica=make_replica, on_ready=on_ready)

@@ -132,7 +132,8 @@ class Steps:
         self._scheduler.observe(step.plan, stages, round_trip_s)
         slow = self._slowness.observe(step.shape, stages, time.monotonic())
         if slow is not None:
-            raise errors.Unavailable(f"stage {slow} has become many times slower")
+            address = self._pipeline.stages[slow].address
+            raise errors.Unavailable(f"stage {slow} at {address} has become many times slower")
 
     def _send(self, plan: Plan, wants: dict[int, OutputWant], *, is_canary: bool = False) -> None:
         pipeline = self._pipeline

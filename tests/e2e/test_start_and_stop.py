@@ -153,13 +153,6 @@ def test_shards_of_different_dtypes_are_refused(tiny_model):
     assert "dtype: " in ended.stderr
 
 
-@on_linux
-def test_fewer_lanes_than_stages_are_refused():
-    ended = run("stagecoach-router", "--shards", "127.0.0.1:1,127.0.0.1:2", "--lanes", "1")
-    assert ended.returncode == 1
-    assert "lanes: 1 would leave some of 2 stages idle" in ended.stderr
-
-
 def test_up_serves_until_told_to_stop_and_its_children_stop_with_it(tiny_model):
     listen = f"127.0.0.1:{free_port()}"
     with running("stagecoach", "up", "--model", str(tiny_model), "--stages", "2", "--listen", listen) as up:

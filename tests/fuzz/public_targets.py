@@ -70,8 +70,7 @@ def _files() -> dict[str, bytes]:
 def generate(scratch: Path) -> Target:
     """A GenerateRequest, up to the request that the engine is given."""
     tokenizer = router_tokenizer.Tokenizer(ModelFiles(_files()))
-    blocks = SimpleNamespace(num_blocks=64, block_size=16)
-    engine = SimpleNamespace(scheduler=SimpleNamespace(blocks=blocks))
+    engine = SimpleNamespace(usual_capacity_tokens=lambda num_prompt_tokens: 64 * 16)
     caller = Callers(None, 0.0).identify(())
     model = model_pb2.ModelDescription(name="m", vocab_size=tokenizer.vocab_size, context_length=CONTEXT_LENGTH)
     serving: Any = SimpleNamespace(model=model, tokenizer=tokenizer, engine=engine)

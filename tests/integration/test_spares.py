@@ -7,7 +7,7 @@ import pytest
 
 from stagecoach import errors
 from stagecoach_client import AsyncClient
-from tests.cluster import start_router, start_shard, wait_until_ready
+from tests.cluster import free_port, start_router, start_shard, wait_until_ready
 from tests.integration.test_generate import greedy, random_prompts, reference_tokens
 
 TIMEOUT_S = 60.0
@@ -183,3 +183,30 @@ async def test_shards_of_different_models_are_an_error_before_there_is_a_pipelin
             await router.task
     for shard in shards:
         await shard.close()
+
+
+async def test_fewer_lanes_than_stages_are_refused(tiny_model):
+    shards = [start_shard(tiny_model, layers) for layers in ("0:2", "2:4")]
+    router = start_router([shard.address for shard in shards], lanes=1)
+    async with asyncio.timeout(TIMEOUT_S):
+        with pytest.raises(errors.ConfigError, match="lanes: 1 would leave some of 2 stages idle"):
+            await router.task
+    for shard in shards:
+        await shard.close()
+
+
+async def test_shards_without_layers_that_come_late_are_waited_for(tiny_model, reference, monkeypatch):
+    """As when machines start one after the other: nothing is decided, and nothing given up, before all are there."""
+    monkeypatch.setattr("stagecoach_router.fleet.FIND_TIMEOUT_S", 0.1)
+    first = start_shard(tiny_model, "auto")
+    late_address = f"127.0.0.1:{free_port()}"
+    router = start_router([first.address, late_address])
+    async with AsyncClient(router.address, max_retries=0) as client:
+        await status_becomes(client, lambda now: late_address in now.pipelines[0].reason)
+        await asyncio.sleep(0.5)  # several attempts that come to nothing
+        late = start_shard(tiny_model, "auto", listen=late_address)
+        await wait_until_ready(client, router, first, late)
+        [pipeline] = (await client.status()).pipelines
+        assert len(pipeline.stages) == 2
+    for server in (router, first, late):
+        await server.close()

@@ -26,7 +26,7 @@ from stagecoach_client import AsyncClient
 from tests.soak.cluster import READ_TIMEOUT_S, Cluster, Deployment, check_nothing_is_left, running
 from tests.soak.failure import Failed
 from tests.soak.mixed_requests import MixedRequest, difference, with_answers
-from tests.soak.supervised import kill_and_restart
+from tests.soak.supervised import Supervised, kill_and_restart
 
 PROGRESS_TIMEOUT_S = 90.0
 STREAM_TIMEOUT_S = 600.0
@@ -188,8 +188,8 @@ class Killer:
 
     async def run(self, num_kills: int) -> None:
         """As often as that: each moment and each choice of stages equally often, in random order."""
-        shards = self._cluster.shards
-        victims = [[index] for index in range(len(shards))] + [list(range(len(shards)))]
+        num_stages = len((await self._client.status()).pipelines[0].stages)
+        victims = [[index] for index in range(num_stages)] + [list(range(num_stages))]
         plan: list[tuple[str, list[int]]] = []
         while len(plan) < num_kills:
             every = list(itertools.product(MOMENTS, victims))
@@ -203,8 +203,16 @@ class Killer:
             moment = await self._wait_for(moment if may_strike_replay or moment != "replay" else "decode")
             may_strike_replay = moment != "replay"
             name = f"{moment} of stage {' and '.join(map(str, targets))}"
-            kill_and_restart(*(shards[target] for target in targets))
+            kill_and_restart(*await self._shards_at(targets))
             self._streams.tally.kills[name] = self._streams.tally.kills.get(name, 0) + 1
+
+    async def _shards_at(self, stages: list[int]) -> list[Supervised]:
+        """The shards that are these stages now: of one pipeline, or, where all stages are meant, of all of them."""
+        pipelines = (await self._client.status(timeout_s=READ_TIMEOUT_S)).pipelines
+        if len(stages) == 1:
+            pipelines = (self._dice.choice([each for each in pipelines if each.ready] or pipelines),)
+        addresses = {pipeline.stages[stage].address for pipeline in pipelines for stage in stages}
+        return [shard for shard in self._cluster.shards if shard.address in addresses]
 
     async def _wait_for(self, moment: str) -> str:
         """Returns at such a moment; if a prefill was always over too soon, it says that it is another one."""

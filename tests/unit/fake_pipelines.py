@@ -110,7 +110,7 @@ class FakeCluster:
             pipeline.answer()
         return replica
 
-    def _make_replica(self, counters: Any, on_change: Any, on_work: Any) -> Replica:
+    def _make_replica(self, counters: Any, owner: Any) -> Replica:
         scheduler = Scheduler(
             BlockManager(1, BLOCK_SIZE),
             max_batch_tokens=64,
@@ -124,8 +124,7 @@ class FakeCluster:
             connect=self._not_open.pop(0).connect,
             canary=Canary(1.0, slot=self._max_running, vocab_size=VOCAB_SIZE),
             counters=counters,
-            on_change=on_change,
-            on_work=on_work,
+            owner=owner,
         )
 
 

@@ -168,7 +168,7 @@ async def test_a_suspect_moves_when_its_own_pipeline_does_not_come_back(monkeypa
     pipelines[1].break_down()
     assert [replica.num_sequences for replica in replicas] == [0, 1, 0]
     monkeypatch.setattr(engine, "SUSPECT_PATIENCE_S", 0.0)
-    cluster.engine._replica_changed(replicas[1])  # as after an attempt that failed
+    cluster.engine.replica_changed(replicas[1])  # as after an attempt that failed
     assert [replica.num_sequences for replica in replicas] == [0, 0, 1]
     pipelines[2].answer_all()
     assert tokens_of(generation) == [TOKEN] * 3
