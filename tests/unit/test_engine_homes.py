@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from stagecoach.errors import DeadlineExceeded, OutOfRange, Overloaded, ShardFault
 from stagecoach_router import engine
+from stagecoach_router.outputs import Sampled
 from stagecoach_router.replica import MAX_REPLAYS_WITHOUT_PROGRESS
 from tests.unit.fake_pipelines import TOKEN, FakeCluster, FakePipeline, request
 
@@ -236,3 +239,70 @@ async def test_cancelling_reaches_a_request_wherever_it_is():
     pipelines[1 - home].answer_all()
     assert [replica.num_sequences for replica in replicas] == [0, 0]
     assert replicas[1 - home].scheduler.blocks.num_free == 8
+
+
+async def test_requests_that_name_no_limit_fit_pipelines_that_differ_a_little():
+    pipelines = FakePipeline(num_blocks=8), FakePipeline(num_blocks=7), FakePipeline(num_blocks=2)
+    cluster = FakeCluster(*pipelines)
+    for _ in pipelines:
+        await cluster.open(answered=True)
+    assert cluster.engine.usual_capacity_tokens(3) == 7 * 16
+    assert cluster.engine.usual_capacity_tokens(7 * 16) == 8 * 16
+    assert cluster.engine.usual_capacity_tokens(9 * 16) == 8 * 16, "who asks for that is told what there is"
+
+
+async def test_what_finished_in_a_former_process_has_no_place_in_line():
+    """As when a journal has a request of two completions, of which the first was finished."""
+    pipelines = FakePipeline(), FakePipeline()
+    cluster = FakeCluster(*pipelines, max_running=1)
+    await cluster.open(answered=True)
+    cluster.engine.submit(request("runs", max_tokens=4))
+    done = [Sampled(TOKEN, None, ())] * 2
+    resumed = cluster.engine.submit(request("resumed", max_tokens=2, n=2), [done, []])
+    others = [cluster.engine.submit(request(str(number), max_tokens=2)) for number in range(3)]
+    await cluster.open(answered=True)
+    for pipeline in pipelines:
+        pipeline.answer_all()
+    assert [each.pieces.ended for each in [resumed, *others]] == [True] * 4
+
+
+async def test_a_new_request_waits_for_the_pipeline_that_was_lost_last():
+    cluster, pipelines, replicas = await two()
+    pipelines[0].break_down()
+    await asyncio.sleep(0)
+    pipelines[1].break_down()
+    for number in range(2):
+        cluster.engine.submit(request(str(number)))
+    assert [replica.num_sequences for replica in replicas] == [0, 2]
+
+
+async def test_an_open_pipeline_without_tokens_gives_its_requests_away_after_a_while(monkeypatch):
+    pipelines = FakePipeline(), FakePipeline()
+    cluster = FakeCluster(*pipelines)
+    silent = await cluster.open()
+    generation = cluster.engine.submit(request("a", max_tokens=3))
+    other = await cluster.open(answered=True)
+    assert silent.num_sequences == 1
+    monkeypatch.setattr(engine, "UNPROVEN_PATIENCE_S", 0.0)
+    silent._prove()
+    assert (silent.num_sequences, other.num_sequences) == (0, 1)
+    pipelines[1].answer_all()
+    assert tokens_of(generation) == [TOKEN] * 3
+    pipelines[0].answer_all()
+    assert silent.ready
+
+
+async def test_a_pipeline_that_comes_back_smaller_leaves_what_does_not_fit_to_another():
+    pipelines = FakePipeline(num_blocks=8), FakePipeline(num_blocks=8)
+    cluster = FakeCluster(*pipelines)
+    replicas = [await cluster.open(answered=True), await cluster.open(answered=True)]
+    generation = cluster.engine.submit(request("long", num_prompt=LONG, max_tokens=LONG))
+    for pipeline in pipelines:
+        pipeline.break_down()
+    home = next(index for index, replica in enumerate(replicas) if replica.num_sequences)
+    pipelines[home].num_blocks = 2
+    await replicas[home].open()
+    assert replicas[1 - home].num_sequences == 1
+    await replicas[1 - home].open()
+    pipelines[1 - home].answer_all()
+    assert tokens_of(generation) == [TOKEN] * LONG
