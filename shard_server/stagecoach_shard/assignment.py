@@ -52,7 +52,8 @@ class Assignment:
         self._loading: LayerRange | None = None
         self._task: asyncio.Task[ServedStage] | None = None
         self._former: StageRunner | None = None  # whose thread has yet to end
-        self._draining = False
+        self._is_stopping = False
+        self._is_stuck = False
 
     def served(self) -> ServedStage:
         """The stage. Raises Unavailable while layers are loaded, FailedPrecondition where there are none yet."""
@@ -60,6 +61,16 @@ class Assignment:
         if self.stage is None:
             raise errors.FailedPrecondition("the shard has no layers yet: a router has to assign them", field="layers")
         return self.stage
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether a step of layers that were let go does not end: nothing but a new process gets rid of it."""
+        return self._is_stuck
+
+    def check_available(self) -> None:
+        """Raises Unavailable where no lease can be had: the process is about to stop, or layers are loaded."""
+        self._check_not_stopping()
+        self.check_not_loading()
 
     def check_not_loading(self) -> None:
         """Raises Unavailable while layers are loaded, and says which."""
@@ -82,8 +93,7 @@ class Assignment:
             raise errors.FailedPrecondition(
                 "the shard was started with a range of its own: it takes no other", field="layers", value=layers
             )
-        if self._draining:
-            raise errors.Unavailable("the shard is stopping", retry_after_s=STOPPING_RETRY_AFTER_S)
+        self._check_not_stopping()
         if self._task is not None and self._loading == layers:
             return await asyncio.shield(self._task)
         self.check_not_loading()
@@ -113,13 +123,14 @@ class Assignment:
             await asyncio.wait([self._task])
 
     async def computing_ended(self) -> None:
-        """Returns when the compute thread of the stage has ended, which only a bug makes it do."""
-        while self.stage is None or self.stage.runner.alive:  # noqa: ASYNC110  # a thread has no event to wait for
+        """Returns when the compute thread of the stage has ended, which only a bug makes it do, or `is_stuck`."""
+        # A thread has no event to wait for.
+        while not self._is_stuck and (self.stage is None or self.stage.runner.alive):  # noqa: ASYNC110
             await asyncio.sleep(ALIVE_CHECK_INTERVAL_S)
 
     def drain(self) -> int:
         """Opens no lease and loads nothing from now on. Returns how many leases are open."""
-        self._draining = True
+        self._is_stopping = True
         if self.stage is None:
             return 0
         self.stage.drain()
@@ -139,7 +150,11 @@ class Assignment:
         """Ends the compute thread, for good. Returns whether it has ended in time."""
         if self.stage is not None:
             self._former, self.stage = self.stage.runner, None
-        return await self._former_has_ended()
+        return not self._is_stuck and await self._former_has_ended()
+
+    def _check_not_stopping(self) -> None:
+        if self._is_stopping:
+            raise errors.Unavailable("the shard is stopping", retry_after_s=STOPPING_RETRY_AFTER_S)
 
     async def _change(self, layers: LayerRange) -> ServedStage:
         try:
@@ -147,7 +162,7 @@ class Assignment:
             return self.stage
         finally:
             self._loading = self._task = None
-            self._on_ready(self.assignable or self.stage is not None)
+            self._on_ready(not self._is_stuck and (self.assignable or self.stage is not None))
 
     async def _load(self, layers: LayerRange) -> ServedStage:
         begin = time.monotonic()
@@ -169,6 +184,7 @@ class Assignment:
             logger.info("layers %s are let go", self.stage.layers)
             self._former, self.stage = self.stage.runner, None
         if not await self._former_has_ended():
+            self._is_stuck = self._is_stopping = True
             raise errors.ShardFault(f"a step of other layers has not ended in {STOP_COMPUTING_TIMEOUT_S:g} s")
         await asyncio.to_thread(_give_back_memory)
 

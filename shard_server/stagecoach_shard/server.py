@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import threading
+from typing import NoReturn
 
 from stagecoach import lifecycle, tls
 from stagecoach.channel import MAX_SHARD_MESSAGE_BYTES, Dial
@@ -68,8 +69,7 @@ async def serve(settings: ShardSettings, stop: asyncio.Event) -> None:
         await server.stop(STOP_GRACE_S)
     if assignment is not None and not await assignment.stop_computing():
         logger.error("a step has not ended in %g s", STOP_COMPUTING_TIMEOUT_S)
-        logging.shutdown()
-        os._exit(1)  # a thread that hangs in a kernel cannot be ended
+        _exit_at_once(1)  # a thread that hangs in a kernel cannot be ended
 
 
 def _service(loader: Loader, dial: Dial, health: Health) -> tuple[Assignment, ShardService]:
@@ -118,7 +118,7 @@ async def _live(
         health.drain()
         if not ended.done():
             await _drain(drain_timeout_s, assignment, ended)
-        if ended.done():
+        if ended.done() and not assignment.is_stuck:
             raise InternalError("the compute thread has ended")
     finally:
         ended.cancel()
@@ -144,5 +144,9 @@ async def _end_loading(opening: asyncio.Task[Loader], assignment: Assignment | N
                 await assignment.loaded()
     except TimeoutError:
         logger.info("stopped while loading")
-        logging.shutdown()
-        os._exit(0)  # a thread that reads a tensor cannot be interrupted
+        _exit_at_once(0)  # a thread that reads a tensor cannot be interrupted
+
+
+def _exit_at_once(status: int) -> NoReturn:
+    logging.shutdown()
+    os._exit(status)

@@ -51,7 +51,7 @@ class ShardService:
 
     async def describe(self, request: shard_pb2.DescribeRequest, context: Context) -> shard_pb2.DescribeResponse:
         try:
-            self._assignment.check_not_loading()
+            self._assignment.check_available()
         except errors.StagecoachError as error:
             await errors.abort(context, error)
         return self._description(self._assignment.stage, request.lease_id)

@@ -24,6 +24,7 @@ from stagecoach_shard.kv_cache import KVCache
 from stagecoach_shard.stage import Stage
 from stagecoach_shard.stage_runner import StageRunner
 from tests.cluster import free_port, start_shard
+from tests.held_stage import held_stages
 from tests.integration.test_shard_service import (
     loaded,
     micro_batch,
@@ -234,6 +235,35 @@ async def test_a_shard_that_is_told_to_stop_while_it_loads_stops(tiny_model, mon
         await begins(begun)
         await shard.close()
         assert type(await waiting) is errors.Unavailable
+
+
+class Exited(Exception):
+    """Instead of the end of the process."""
+
+
+async def test_a_step_that_does_not_end_when_its_layers_are_let_go_ends_the_process(tiny_model, monkeypatch):
+    def exit_at_once(status):
+        raise Exited(status)
+
+    monkeypatch.setattr("stagecoach_shard.assignment.STOP_COMPUTING_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("stagecoach_shard.server._exit_at_once", exit_at_once)
+    shard = start_shard(tiny_model, "auto")
+    async with asyncio.timeout(TIMEOUT_S), grpc.aio.insecure_channel(shard.address) as channel:
+        stub = ShardStub(channel)
+        description = await loaded(stub)
+        session, forward = await open_session(stub, await assign(stub, description, 0, 4)), stub.forward()
+        with held_stages(monkeypatch) as goes_on:
+            goes_on.clear()
+            await forward.write(micro_batch([1, 2, 3]))
+            while not (await read_kind(session, "load"))[0].lease_compute_s:
+                pass
+            session.cancel()
+            while (now := await stub.describe(pb.DescribeRequest())).num_free_blocks < now.num_blocks:
+                await asyncio.sleep(0)
+            error = await refused(stub.assign(request(description, 0, 2)))
+            assert "a step of other layers has not ended" in error.message
+            with pytest.raises(Exited, match="1"):
+                await shard.task
 
 
 @pytest.mark.parametrize("settings", [{"kv_cache_memory": "900T"}, {"kv_cache_memory": "1K"}])

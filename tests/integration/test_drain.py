@@ -8,6 +8,8 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from stagecoach import errors
+from stagecoach.shard_rpc import ShardStub
+from stagecoach.v1 import shard_pb2
 from stagecoach_client import AsyncClient
 from stagecoach_router.replica import Replica
 from tests.cluster import start_router, start_shard, wait_until_ready
@@ -107,6 +109,12 @@ async def test_a_shard_serves_the_leases_it_has_and_opens_no_more(tiny_model, re
                 while "the shard is stopping" not in str((await newcomer.status()).pipelines[0].reason):
                     await asyncio.sleep(0.01)
             await other.close()
+            async with grpc.aio.insecure_channel(shard.address) as channel:
+                with pytest.raises(grpc.RpcError) as described:
+                    await ShardStub(channel).describe(shard_pb2.DescribeRequest())
+                error = errors.from_rpc_error(described.value, "shard")
+                assert (type(error), error.message) == (errors.Unavailable, "the shard is stopping")
+                assert error.retry_after_s > 0
             goes_on.set()
             answer = await stream.collect()
         assert answer.completions[0].token_ids == reference_tokens(reference, prompt, 60)

@@ -23,6 +23,7 @@ class Runner:
     def __init__(self, layers: LayerRange) -> None:
         self.layers = layers
         self.ends = True
+        self.alive = True
         self.stopped = False
 
     def stop(self, timeout_s: float) -> bool:
@@ -168,16 +169,21 @@ async def test_with_a_range_of_its_own_a_load_that_fails_makes_nothing_ready() -
     assert True not in scene.ready
 
 
-async def test_nothing_is_loaded_beside_a_step_that_never_ends(scene: Scene) -> None:
+async def test_beside_a_step_that_never_ends_nothing_is_loaded_and_the_process_has_to_end(scene: Scene) -> None:
     await scene.assign(FIRST)
+    ended = asyncio.create_task(scene.assignment.computing_ended())
     scene.loads[0].ends = False
-    for _ in range(2):
-        with pytest.raises(errors.ShardFault, match="a step of other layers has not ended"):
-            await scene.assign(SECOND)
+    with pytest.raises(errors.ShardFault, match="a step of other layers has not ended"):
+        await scene.assign(SECOND)
+    await ended
+    assert scene.assignment.is_stuck
+    assert not scene.ready[-1]
+    with pytest.raises(errors.Unavailable, match="stopping"):
+        await scene.assign(SECOND)
+    with pytest.raises(errors.Unavailable, match="stopping"):
+        scene.assignment.check_available()
     assert len(scene.loads) == 1
     assert not await scene.assignment.stop_computing()
-    scene.loads[0].ends = True
-    assert (await scene.assign(SECOND)).layers == SECOND
 
 
 async def test_who_is_about_to_stop_takes_no_layers(scene: Scene) -> None:
@@ -185,4 +191,7 @@ async def test_who_is_about_to_stop_takes_no_layers(scene: Scene) -> None:
     await scene.assignment.leases_ended()
     with pytest.raises(errors.Unavailable, match="stopping"):
         await scene.assign(FIRST)
+    with pytest.raises(errors.Unavailable, match="stopping") as caught:
+        scene.assignment.check_available()
+    assert caught.value.retry_after_s > 0
     assert not scene.loads
