@@ -118,19 +118,27 @@ class WaitingLine:
 
     def join(self, sequence: Sequence) -> None:
         """A new sequence, or one that was preempted."""
+        self.adopt(sequence)
+        self._num_left -= sequence.incarnation > 0
+
+    def adopt(self, sequence: Sequence) -> None:
+        """One that another line has released: it has not left this one before."""
         insort(self._line, sequence, key=by_order)
         self._num_tokens += sequence.num_tokens
-        self._num_left -= sequence.incarnation > 0
 
     def leave(self, sequence: Sequence) -> None:
         """A waiting sequence that is not wanted any more."""
+        self.release(sequence)
+        self._num_left += 1
+
+    def release(self, sequence: Sequence) -> None:
+        """One that goes to another line, which says nothing of how fast this one moves."""
         self._take_out(bisect_left(self._line, sequence.order, key=by_order))
         if self._blocked is sequence:
             self._blocked = None
 
     def _take_out(self, index: int) -> None:
         self._num_tokens -= self._line.pop(index).num_tokens
-        self._num_left += 1
 
     def admit(self, num_running: int, before: Any = None) -> Sequence | None:
         """Gives the first sequence that may start its blocks, and takes it out of the line.
@@ -149,6 +157,7 @@ class WaitingLine:
             if not self._allocate(sequence, num_running):
                 return None
             self._take_out(index)
+            self._num_left += 1
             return sequence
         return None
 

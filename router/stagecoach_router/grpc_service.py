@@ -150,32 +150,32 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self, request: pb.GetClusterStatusRequest, context: Context
     ) -> pb.GetClusterStatusResponse:
         uptime_s = time.monotonic() - self._started
-        if self.serving is None:
+        serving = self.serving  # it may be gone when the figures are there
+        if serving is None:
             return pb.GetClusterStatusResponse(
                 pipelines=[pb.PipelineStatus(ready=False, reason=self.reason)], uptime_s=uptime_s
             )
-        pipelines = [replica.pipeline for replica in self.serving.engine.replicas]
+        pipelines = [replica.pipeline for replica in serving.engine.replicas]
         open_ones = [pipeline for pipeline in pipelines if pipeline is not None and pipeline.lost is None]
         await asyncio.gather(*(pipeline.refresh_loads(LOAD_REPORT_TIMEOUT_S) for pipeline in open_ones))
-        serving = self.serving
         return write_status(serving.model, serving.engine, serving.roster, serving.totals, uptime_s)
 
     async def _find_or_accept(self, request: pb.GenerateRequest, serving: Serving, caller: Caller) -> Accepted:
         """The request of this id, where it is known, or a new one. What is refused is refused before it costs much."""
         request.request_id = request.request_id or uuid.uuid4().hex
         key = (caller.name, request.request_id)
-        if not serving.accepted.knows(key):
-            self._check_new(request, serving)
-            with caller.admit(time.monotonic()) as visit:
-                checked = await read_request(request, serving, caller, self._encoding)
-                visit.charge_up_to(len(checked.prompt_tokens), time.monotonic())
-                digest = content_digest(request)
-                # While it was read, another call may have brought the same.
-                accepted = serving.accepted.find(key, digest)
-                return accepted or serving.accepted.accept(key, digest, checked, visit=visit)
-        known = serving.accepted.find(key, content_digest(request))
-        assert known is not None, "nothing was waited for since"
-        return known
+        if serving.accepted.knows(key):
+            known = serving.accepted.find(key, content_digest(request))
+            if known is not None:  # else its time was up just now
+                return known
+        self._check_new(request, serving)
+        with caller.admit(time.monotonic()) as visit:
+            checked = await read_request(request, serving, caller, self._encoding)
+            visit.charge_up_to(len(checked.prompt_tokens), time.monotonic())
+            digest = content_digest(request)
+            # While it was read, another call may have brought the same.
+            accepted = serving.accepted.find(key, digest)
+            return accepted or serving.accepted.accept(key, digest, checked, visit=visit)
 
     def _check_new(self, request: pb.GenerateRequest, serving: Serving) -> None:
         """Raises Unavailable, FailedPrecondition or Overloaded where no request that is not known can be taken."""

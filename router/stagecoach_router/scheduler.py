@@ -207,13 +207,13 @@ class Scheduler:
         if sequence.slot is not None:
             self._unseat(sequence)
         else:
-            self._waiting.leave(sequence)
+            self._waiting.release(sequence)
         return self._deadlines.discard(sequence)
 
     def adopt(self, sequence: Sequence, deadline_s: float | None) -> None:
         """Queues a sequence that another scheduler has released, however many wait: it was accepted once."""
         assert sequence.token_limit <= self.blocks.capacity_tokens, f"{sequence} does not fit"
-        self._waiting.join(sequence)
+        self._waiting.adopt(sequence)
         self.set_deadline(sequence, deadline_s)
 
     @property

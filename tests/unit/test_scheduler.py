@@ -5,6 +5,7 @@ import pytest
 from stagecoach.errors import InvalidArgument, OutOfRange, Overloaded
 from stagecoach.sampling import SamplingParams
 from stagecoach_router.kv_blocks import BlockManager
+from stagecoach_router.retry_delay import MAX_S, WINDOW_S
 from stagecoach_router.scheduler import Scheduler
 from stagecoach_router.sequence import Sequence
 
@@ -519,6 +520,43 @@ def test_full_queue_refuses_and_hints_when_to_come_back():
     with pytest.raises(Overloaded):
         add(scheduler, 4, 3)
     assert scheduler.num_running + scheduler.num_waiting == 3
+
+
+def hint_s(scheduler, now_s):
+    """When the next one is told to come again: the line is full."""
+    with pytest.raises(Overloaded) as refusal:
+        scheduler.check_room(1, now_s)
+    return refusal.value.retry_after_s
+
+
+def test_what_moves_to_another_pipeline_does_not_make_the_line_look_fast():
+    lost, other = make_scheduler(max_running=1, max_waiting=4), make_scheduler()
+    moving = [add(lost, seq_id, 3) for seq_id in range(5)]
+    step(lost)
+    hint_s(lost, 0.0)
+    lost.preempt_all()
+    for sequence in moving:
+        other.adopt(sequence, lost.release(sequence))
+    for seq_id in range(5, 10):
+        add(lost, seq_id, 3)
+    step(lost)
+    assert hint_s(lost, WINDOW_S) == MAX_S, "nobody has finished here"
+
+
+def test_what_comes_from_another_pipeline_does_not_make_the_line_look_slow():
+    lost, other = make_scheduler(max_running=4), make_scheduler(max_running=1, max_waiting=0)
+    moving = [add(lost, seq_id, 3) for seq_id in range(4)]
+    step(lost)
+    lost.preempt_all()
+    busy = add(other, 4, 3)
+    step(other)
+    hint_s(other, 0.0)
+    for sequence in moving:
+        other.adopt(sequence, lost.release(sequence))
+    for sequence in (busy, *moving[:3]):
+        other.remove(sequence)
+        step(other)
+    assert hint_s(other, WINDOW_S) == WINDOW_S / 4, "four have begun, and nobody waits"
 
 
 def test_free_slots_do_not_lengthen_the_queue_when_blocks_are_short():

@@ -1,0 +1,62 @@
+"""What the public service does when the world changes between two of its looks at it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from stagecoach.errors import FailedPrecondition
+from stagecoach.v1 import inference_pb2 as pb
+from stagecoach_router import grpc_service
+from stagecoach_router.callers import Callers
+from stagecoach_router.grpc_service import InferenceService
+
+
+def make_service(**serving: Any) -> InferenceService:
+    service = InferenceService(Callers(None, 0.0))
+    facts: Any = SimpleNamespace(model=SimpleNamespace(name="tiny"), **serving)
+    service.serving = facts
+    return service
+
+
+class Context:
+    """A call that ends with the error it is aborted with."""
+
+    def invocation_metadata(self) -> tuple[()]:
+        return ()
+
+
+class JustLapsed:
+    """The requests that are known: at the second look, this one's time is up."""
+
+    def knows(self, key: object) -> bool:
+        return True
+
+    def find(self, key: object, digest: bytes) -> None:
+        return None
+
+
+async def test_a_request_that_is_forgotten_between_two_looks_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def abort(context: object, error: Exception) -> None:
+        raise error
+
+    monkeypatch.setattr(grpc_service.errors, "abort", abort)
+    service = make_service(accepted=JustLapsed())
+    context: Any = Context()
+    with pytest.raises(FailedPrecondition, match="not known here, or not any more"):
+        await service.Generate(pb.GenerateRequest(request_id="old", from_tokens=[3]), context)
+
+
+async def test_a_status_is_of_what_was_served_when_it_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def stop_serving(timeout_s: float) -> None:
+        service.serving = None
+
+    written = pb.GetClusterStatusResponse(num_running=7)
+    monkeypatch.setattr(grpc_service, "write_status", lambda *_: written)
+    pipeline = SimpleNamespace(lost=None, refresh_loads=stop_serving)
+    engine = SimpleNamespace(replicas=[SimpleNamespace(pipeline=pipeline)])
+    service = make_service(engine=engine, roster=None, totals=None)
+    context: Any = Context()
+    assert await service.GetClusterStatus(pb.GetClusterStatusRequest(), context) is written
