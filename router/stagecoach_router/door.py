@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from typing import Any, TypeAlias
+from weakref import WeakValueDictionary
 
 import grpc
 import grpc.aio
@@ -22,6 +24,8 @@ Serve = Callable[[Any, Context], Awaitable[Any]]
 
 # Requests that are received at a time: with 4 MiB each, what senders that stop in the middle can make us hold.
 MAX_READING = 32
+# Of these from one host, so that none of them can keep all others waiting.
+MAX_READING_PER_HOST = MAX_READING // 4
 # For a request to be received, which callers usually send at once; half of it for its turn to come.
 READ_TIMEOUT_S = 10.0
 RETRY_AFTER_S = 1.0
@@ -45,6 +49,8 @@ class Door(grpc.aio.ServerInterceptor):
         self._retry_after_s = retry_after_s
         self._read_timeout_s = read_timeout_s
         self._reading = asyncio.Semaphore(MAX_READING)
+        # While anyone has one or waits for it.
+        self._reading_from: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
         self.num_calls = 0
 
     async def intercept_service(
@@ -87,24 +93,34 @@ class Door(grpc.aio.ServerInterceptor):
 
     async def _read(self, context: Context) -> Any:
         """The call's request. Ends the call where it does not come in time, or its turn to be received does not."""
-        try:
-            async with asyncio.timeout(self._read_timeout_s / 2):
-                await self._reading.acquire()
-        except TimeoutError:
-            text = f"{MAX_READING} requests are being received, and none of them was through in time"
-            error = errors.Overloaded(text, limit=MAX_READING, retry_after_s=self._retry_after_s())
-            await errors.abort(context, error)
-        try:
-            async with asyncio.timeout(self._read_timeout_s):
-                request = await context.read()
-        except TimeoutError:
-            text = f"the request was not received within {self._read_timeout_s:g} s"
-            await errors.abort(context, errors.DeadlineExceeded(text, limit=self._read_timeout_s))
-        finally:
-            self._reading.release()
+        of_host = self._reading_from.setdefault(_host(context.peer()), asyncio.Semaphore(MAX_READING_PER_HOST))
+        async with AsyncExitStack() as turn:
+            try:
+                async with asyncio.timeout(self._read_timeout_s / 2):
+                    await turn.enter_async_context(of_host)  # who waits for these is not in the way of other hosts
+                    await turn.enter_async_context(self._reading)
+            except TimeoutError:
+                await errors.abort(context, self._no_turn())
+            try:
+                async with asyncio.timeout(self._read_timeout_s):
+                    request = await context.read()
+            except TimeoutError:
+                text = f"the request was not received within {self._read_timeout_s:g} s"
+                await errors.abort(context, errors.DeadlineExceeded(text, limit=self._read_timeout_s))
         if request is grpc.aio.EOF:
             await errors.abort(context, errors.InvalidArgument("the call brought no request"))
         return request
+
+    def _no_turn(self) -> errors.Overloaded:
+        limit, whose = (MAX_READING, "") if self._reading.locked() else (MAX_READING_PER_HOST, " from this host")
+        text = f"{limit} requests{whose} are being received, and none of them was through in time"
+        return errors.Overloaded(text, limit=limit, retry_after_s=self._retry_after_s())
+
+
+def _host(peer: str) -> str:
+    """Whose connection it is, as gRPC names it: "ipv4:1.2.3.4:5", "ipv6:[::1]:5". All that have no address are one."""
+    kind, _, address = peer.partition(":")
+    return address.rpartition(":")[0] if kind in ("ipv4", "ipv6") else ""
 
 
 def _answer_once(serve: Serve) -> Serve:

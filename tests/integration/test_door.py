@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import grpc
 import grpc.aio
@@ -13,7 +13,7 @@ import pytest
 
 from stagecoach import errors
 from stagecoach_router.authentication import HEALTH_CHECK
-from stagecoach_router.door import MAX_READING, Door
+from stagecoach_router.door import MAX_READING, MAX_READING_PER_HOST, Door
 
 TIMEOUT_S = 20.0
 STREAM, ONCE = "/test.Echo/Stream", "/test.Echo/Once"
@@ -33,6 +33,7 @@ class Echo(grpc.GenericRpcHandler):
         self.may_answer = asyncio.Event()
         self.requests: list[weakref.ref[Message]] = []
         self.num_received = 0
+        self.port = 0
 
     def service(self, details: grpc.HandlerCallDetails):
         if details.method == STREAM:
@@ -63,11 +64,37 @@ async def serving(door: Door) -> AsyncIterator[tuple[Echo, grpc.aio.Channel]]:
     echo = Echo()
     server = grpc.aio.server(interceptors=[door])
     server.add_generic_rpc_handlers((echo,))
-    port = server.add_insecure_port("127.0.0.1:0")
+    echo.port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    async with asyncio.timeout(TIMEOUT_S), grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+    async with asyncio.timeout(TIMEOUT_S), grpc.aio.insecure_channel(f"127.0.0.1:{echo.port}") as channel:
         yield echo, channel
     await server.stop(None)
+
+
+@asynccontextmanager
+async def coming_from(host: str, port: int) -> AsyncIterator[grpc.aio.Channel]:
+    """A channel to the server on `port` whose connection has the source address `host`."""
+
+    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(1 << 16):
+            writer.write(data)
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", port, local_addr=(host, 0))
+        try:
+            await asyncio.wait(
+                [asyncio.ensure_future(pass_on(*ends)) for ends in ((reader, far_writer), (far_reader, writer))],
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+        finally:
+            for each in (writer, far_writer):
+                each.close()
+
+    listening = await asyncio.start_server(relay, "127.0.0.1", 0)
+    async with listening:
+        near_port = listening.sockets[0].getsockname()[1]
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{near_port}") as channel:
+            yield channel
 
 
 async def until(holds) -> None:
@@ -117,24 +144,53 @@ async def test_a_request_is_kept_no_longer_than_the_service_wants_it() -> None:
 async def test_who_sends_no_request_loses_the_call_and_those_behind_are_served() -> None:
     async with serving(door := Door(2 * MAX_READING, read_timeout_s=0.2)) as (echo, channel):
         echo.may_answer.set()
-        silent = [channel.stream_stream(STREAM)(never()) for _ in range(MAX_READING)]
-        await until(lambda: door.num_calls == MAX_READING)
+        silent = [channel.stream_stream(STREAM)(never()) for _ in range(MAX_READING_PER_HOST)]
+        await until(lambda: door.num_calls == MAX_READING_PER_HOST)
         codes = [await call.code() for call in silent]
         assert set(codes) == {grpc.StatusCode.DEADLINE_EXCEEDED}
         assert await channel.unary_unary(ONCE)(b"a") == b"a"
 
 
 async def test_whose_turn_does_not_come_is_told_to_come_again() -> None:
-    async with serving(door := Door(2 * MAX_READING, lambda: 3.0, read_timeout_s=1.0)) as (echo, channel):
-        silent = [channel.stream_stream(STREAM)(never()) for _ in range(MAX_READING)]
+    door = Door(2 * MAX_READING, lambda: 3.0, read_timeout_s=4.0)
+    hosts = [f"127.0.0.{number}" for number in range(2, 2 + MAX_READING // MAX_READING_PER_HOST)]
+    async with serving(door) as (echo, channel), AsyncExitStack() as stack:
+        relays = [await stack.enter_async_context(coming_from(host, echo.port)) for host in hosts]
+        silent = [relay.stream_stream(STREAM)(never()) for relay in relays for _ in range(MAX_READING_PER_HOST)]
         await until(lambda: door.num_calls == MAX_READING)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await channel.unary_unary(ONCE)(b"a")
         error = errors.from_rpc_error(caught.value, "peer")
         assert (type(error), error.retry_after_s, echo.num_received) == (errors.Overloaded, 3.0, 0)
+        assert error.limit == str(MAX_READING)
         assert await channel.unary_unary(HEALTH_CHECK)(b"alive") == b"alive"
         for call in silent:
             call.cancel()
+
+
+async def test_one_host_cannot_keep_the_others_waiting() -> None:
+    door = Door(2 * MAX_READING, lambda: 3.0, read_timeout_s=2 * TIMEOUT_S)
+    async with serving(door) as (echo, channel), coming_from("127.0.0.2", echo.port) as other:
+        silent = [channel.stream_stream(STREAM)(never()) for _ in range(MAX_READING)]
+        await until(lambda: door.num_calls == MAX_READING)
+        assert await other.unary_unary(ONCE)(b"a") == b"a"
+        for call in silent:
+            call.cancel()
+
+
+async def test_the_host_that_has_its_share_is_told_so() -> None:
+    door = Door(2 * MAX_READING, lambda: 3.0, read_timeout_s=4.0)
+    async with serving(door) as (_, channel):
+        silent = [channel.stream_stream(STREAM)(never()) for _ in range(MAX_READING_PER_HOST)]
+        await until(lambda: door.num_calls == MAX_READING_PER_HOST)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await channel.unary_unary(ONCE)(b"a")
+        error = errors.from_rpc_error(caught.value, "peer")
+        assert (type(error), error.limit, error.retry_after_s) == (errors.Overloaded, str(MAX_READING_PER_HOST), 3.0)
+        for call in silent:
+            call.cancel()
+        await until(lambda: door.num_calls == 0)
+        assert await channel.unary_unary(ONCE)(b"b") == b"b"
 
 
 async def test_a_call_without_a_request_is_refused() -> None:
