@@ -59,10 +59,13 @@ class ChildProcess:
 
     def start(self) -> None:
         """Starts it; raises ConfigError where that cannot be done."""
-        self._reader.start()
+        try:
+            self._reader.start()
+        except RuntimeError as error:  # there can be no more threads just now
+            raise self._not_started(error) from error
         self._started.wait()
         if self._start_error is not None:
-            raise ConfigError(f"cannot start {self.name}: {self._start_error}", field="command", value=self._command[0])
+            raise self._not_started(self._start_error)
 
     @property
     def pid(self) -> int:
@@ -109,6 +112,9 @@ class ChildProcess:
     def _running(self) -> subprocess.Popen[str]:
         assert self._process is not None, "not started"
         return self._process
+
+    def _not_started(self, error: Exception) -> ConfigError:
+        return ConfigError(f"cannot start {self.name}: {error}", field="command", value=self._command[0])
 
     def _run(self) -> None:
         command = self._command

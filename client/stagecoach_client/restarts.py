@@ -53,10 +53,18 @@ class Restarts:
         self._num_failed_starts = 0 if came_up else self._num_failed_starts + 1
         if not came_up and is_mistake(ended):
             return GiveUp("which a new start does not mend")
-        if self._num_failed_starts >= MAX_FAILED_STARTS:
-            return GiveUp(f"and did not come up {self._num_failed_starts} times in a row")
         if came_up and lived_s >= SETTLED_S:
             self._num_young_deaths = 0
+        return self._next()
+
+    def after_no_start(self) -> StartAgain | GiveUp:
+        """What to do about one that has ended, and that the system could not start again just now."""
+        self._num_failed_starts += 1
+        return self._next()
+
+    def _next(self) -> StartAgain | GiveUp:
+        if self._num_failed_starts >= MAX_FAILED_STARTS:
+            return GiveUp(f"and did not come up {self._num_failed_starts} times in a row")
         self._num_young_deaths += 1
         if self._num_young_deaths == 1:
             return StartAgain(0.0)

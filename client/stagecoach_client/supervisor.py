@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+from stagecoach.errors import ConfigError, StagecoachError
 from stagecoach.topology import LayerRange
 from stagecoach_client.child_process import ChildProcess, Ended, describe_exit
-from stagecoach_client.restarts import GiveUp, Restarts
+from stagecoach_client.restarts import GiveUp, Restarts, StartAgain
 from stagecoach_client.status import ClusterStatus
 
 Role = Literal["shard", "spare", "router"]
@@ -42,6 +43,7 @@ class Process:
         self.came_up = False
         self.started_at = 0.0  # by the supervisor's clock
         self.again_at: float | None = None  # it has ended, and is started again then
+        self.given_up = False  # it has ended, and stays so
 
     def start_again(self, now: float) -> None:
         """Raises ConfigError where it cannot be started."""
@@ -65,7 +67,8 @@ class Supervisor:
     """Watches `processes`, which all have come up, from a thread of its own.
 
     `look` asks the router how the cluster is; None: it does not answer. `on_event` is told, in one line, of each
-    process that ended, from that thread. What cannot be kept running is in `failure`, and is not watched any more.
+    process that ended, from that thread. One that cannot be kept running is left alone where the others can serve
+    without it; else it is in `failure`, and nothing is watched any more.
     """
 
     def __init__(
@@ -109,27 +112,52 @@ class Supervisor:
             if self._stopping.is_set():
                 return
             now = self._clock()
+            if process.given_up:
+                continue
             if process.again_at is not None:
                 if now >= process.again_at:
-                    process.start_again(now)
-                    self._say(f"{process.name} started again, pid {process.child.pid}")
+                    self._start_again(process, process.name, now)
             elif (ended := process.child.ended()) is not None:
                 self._take_end(process, ended, now)
 
     def _take_end(self, process: Process, ended: Ended, now: float) -> None:
         decision = process.restarts.after(ended, lived_s=now - process.started_at, came_up=process.came_up)
         how = f"{process.name} (pid {ended.pid}) {describe_exit(ended.status)}"
-        if isinstance(decision, GiveUp):
-            self.failure = ended.died(decision.why)
-        elif decision.delay_s:
+        if isinstance(decision, StartAgain) and not decision.delay_s:
+            self._start_again(process, f"{how};", now)
+        else:
+            self._wait_or_give_up(process, decision, how, ended.died, now)
+
+    def _start_again(self, process: Process, who: str, now: float) -> None:
+        try:
+            process.start_again(now)
+        except ConfigError as error:
+            text = error.message
+            decision = process.restarts.after_no_start()
+            self._wait_or_give_up(process, decision, text, lambda why: ConfigError(f"{text}, {why}"), now)
+        else:
+            self._say(f"{who} started again, pid {process.child.pid}")
+
+    def _wait_or_give_up(
+        self,
+        process: Process,
+        decision: StartAgain | GiveUp,
+        how: str,
+        failure: Callable[[str], StagecoachError],
+        now: float,
+    ) -> None:
+        if isinstance(decision, StartAgain):
             process.again_at = now + decision.delay_s
             self._say(f"{how}; to be started again in {decision.delay_s:g} s")
+            return
+        process.given_up = True
+        if can_serve(self._processes):
+            self._say(f"{how}, {decision.why}; the others serve on without it")
         else:
-            process.start_again(now)
-            self._say(f"{how}; started again, pid {process.child.pid}")
+            self.failure = failure(decision.why)
 
     def _note_who_came_up(self) -> None:
-        waiting = [process for process in self._processes if not process.came_up and process.again_at is None]
+        waiting = [each for each in self._processes if not (each.came_up or each.given_up or each.again_at is not None)]
         if not waiting or self._clock() < self._next_look_at:
             return
         self._next_look_at = self._clock() + _LOOK_INTERVAL_S
@@ -140,3 +168,10 @@ class Supervisor:
     def _say(self, text: str) -> None:
         if self._on_event is not None:
             self._on_event(text)
+
+
+def can_serve(processes: Sequence[Process]) -> bool:
+    """Whether those that were not given up suffice: a router, and for each layer range a shard, or a spare instead."""
+    left = [process for process in processes if not process.given_up]
+    lacking = {each.layers for each in processes if each.role == "shard"} - {each.layers for each in left}
+    return any(each.role == "router" for each in left) and len(lacking) <= sum(each.role == "spare" for each in left)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import queue
@@ -50,7 +51,7 @@ def kill(cluster: LocalCluster, index: int) -> int:
 def failing_after(marker: Path, last_words: str) -> str:
     """A shard that starts once, and from then on ends at once."""
     return (
-        f"import pathlib, sys; seen = pathlib.Path({str(marker)!r} + sys.argv[1].replace(':', '-'))\n"
+        f"import pathlib, sys; seen = pathlib.Path({str(marker)!r} + '-'.join(sys.argv[1:]).replace(':', '-'))\n"
         f"if seen.exists(): sys.exit({last_words!r})\n"
         "seen.touch()\n"
     ) + SHARD
@@ -115,6 +116,48 @@ def test_a_mistake_in_its_settings_ends_the_wait_at_once(model: Path, tmp_path: 
         with pytest.raises(ProcessDied, match=r"which a new start does not mend(?s:.*)it is gone"):
             cluster.wait()
     assert events.qsize() == 1
+
+
+@pytest.mark.parametrize(("replicas", "spares"), [(2, 0), (1, 1)])
+def test_one_that_cannot_be_kept_up_is_left_alone_as_long_as_the_others_can_serve(
+    model: Path, tmp_path: Path, events: Events, monkeypatch: pytest.MonkeyPatch, replicas: int, spares: int
+) -> None:
+    monkeypatch.setenv("NUM_PIPELINES", str(replicas))
+    commands = FakeCommands(shard=failing_after(tmp_path / "seen", "stagecoach-shard: error: device: it is broken"))
+    with LocalCluster(
+        model, 1, replicas=replicas, spares=spares, restart=True, on_event=events.put, commands=commands
+    ) as cluster:
+        kill(cluster, 0)
+        assert "started again" in events.next()
+        told = events.next()
+        assert told.startswith(cluster.processes[0].name)
+        assert told.endswith("which a new start does not mend; the others serve on without it")
+        cluster.check()
+        with Client(cluster.address) as client:
+            assert client.generate("x").text == "Hello, world"
+        kill(cluster, 1)
+        with pytest.raises(ProcessDied, match=r"which a new start does not mend(?s:.*)it is broken"):
+            cluster.wait()
+    assert all(gone(process.pid) for process in cluster.processes)
+
+
+def test_one_that_the_system_cannot_start_just_now_is_tried_again(
+    model: Path, events: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, "no more processes")
+
+    with LocalCluster(model, 1, restart=True, on_event=events.put, commands=FakeCommands()) as cluster:
+        with monkeypatch.context() as patch:
+            patch.setattr("stagecoach_client.child_process.subprocess.Popen", fail)
+            kill(cluster, 0)
+            told = events.next()
+        assert told.startswith("cannot start shard 0:30: ")
+        assert told.endswith("no more processes; to be started again in 0.5 s")
+        while told.startswith("cannot start"):  # perhaps once more, before the system could again
+            told = events.next()
+        assert told == f"shard 0:30 started again, pid {cluster.processes[0].pid}"
+        cluster.check()
 
 
 def test_a_death_during_the_start_is_an_error_all_the_same(model: Path, events: Events) -> None:

@@ -49,6 +49,14 @@ def test_one_that_never_comes_up_is_given_up_however_long_it_tried() -> None:
     )
 
 
+def test_one_that_cannot_be_started_is_tried_later_and_later_and_then_given_up() -> None:
+    restarts = Restarts()
+    assert delays_s(restarts, [1000.0]) == [0.0]
+    decisions = [restarts.after_no_start() for _ in range(MAX_FAILED_STARTS)]
+    assert decisions[:-1] == [StartAgain(delay_s) for delay_s in (0.5, 1.0, 2.0, 4.0)]
+    assert decisions[-1] == GiveUp(f"and did not come up {MAX_FAILED_STARTS} times in a row")
+
+
 def test_coming_up_once_is_a_new_beginning() -> None:
     restarts = Restarts()
     for _ in range(3):
