@@ -7,13 +7,10 @@ class that the server raised.
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Iterable
-from typing import Any, NoReturn
 
 import grpc
-import grpc.aio
 
 from stagecoach import handshake
 from stagecoach.v1.model_pb2 import ErrorDetail
@@ -295,21 +292,3 @@ def _within(text: str, max_bytes: int) -> str:
 def _sane_wait(seconds: float) -> float:
     """A hint that somebody can wait for: not a number, or less than none, is none."""
     return min(seconds, MAX_RETRY_AFTER_S) if math.isfinite(seconds) and seconds > 0 else 0.0
-
-
-async def abort(context: grpc.aio.ServicerContext[Any, Any], error: StagecoachError) -> NoReturn:
-    """Ends a call on the server's side with the error's status and facts: ours, and Google's for any other client."""
-    # Here, as the bare SDK shares this module and has neither need nor the packages for it.
-    from stagecoach.rich_status import STATUS_METADATA_KEY, rich_status
-
-    detail = to_detail(error)
-    metadata = (
-        (DETAIL_METADATA_KEY, detail.SerializeToString()),
-        (STATUS_METADATA_KEY, rich_status(detail, error.code).SerializeToString()),
-    )
-    try:
-        await context.abort(error.code, detail.message, trailing_metadata=metadata)
-    except grpc.aio.InternalError as failure:
-        # The call was over a moment before, by its deadline or its caller, and its task is about to be cancelled.
-        raise asyncio.CancelledError from failure
-    raise AssertionError("abort returned")

@@ -9,6 +9,7 @@ import grpc
 import grpc.aio
 
 from stagecoach import errors
+from stagecoach.rich_status import abort
 from stagecoach_router.callers import Callers
 
 # What probes ask. Not Watch: it keeps a call open, and strangers are not to use up those that there may be.
@@ -38,7 +39,7 @@ class KeyRequired(grpc.aio.ServerInterceptor):
 
 def _refusal(error: errors.Unauthenticated) -> grpc.RpcMethodHandler[Any, Any]:
     async def refuse(requests: object, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        await errors.abort(context, error)
+        await abort(context, error)
 
     # A handler of streams, whatever the method is: it reads nothing until asked to, so a stranger's message is neither
     # received nor parsed.

@@ -16,6 +16,7 @@ import grpc
 import grpc.aio
 
 from stagecoach import errors
+from stagecoach.rich_status import abort
 from stagecoach_router.authentication import HEALTH_CHECK, Find
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -73,7 +74,7 @@ class Door(grpc.aio.ServerInterceptor):
 
         async def guarded(_: object, context: Context) -> None:
             if self.num_calls >= self._max_calls:
-                await errors.abort(context, self._full())
+                await abort(context, self._full())
             self.num_calls += 1
             try:
                 # Not kept in a variable: the service lets go of it when it has read it.
@@ -100,15 +101,15 @@ class Door(grpc.aio.ServerInterceptor):
                     await turn.enter_async_context(of_host)  # who waits for these is not in the way of other hosts
                     await turn.enter_async_context(self._reading)
             except TimeoutError:
-                await errors.abort(context, self._no_turn())
+                await abort(context, self._no_turn())
             try:
                 async with asyncio.timeout(self._read_timeout_s):
                     request = await context.read()
             except TimeoutError:
                 text = f"the request was not received within {self._read_timeout_s:g} s"
-                await errors.abort(context, errors.DeadlineExceeded(text, limit=self._read_timeout_s))
+                await abort(context, errors.DeadlineExceeded(text, limit=self._read_timeout_s))
         if request is grpc.aio.EOF:
-            await errors.abort(context, errors.InvalidArgument("the call brought no request"))
+            await abort(context, errors.InvalidArgument("the call brought no request"))
         return request
 
     def _no_turn(self) -> errors.Overloaded:

@@ -12,6 +12,7 @@ from typing import Any
 import grpc.aio
 
 from stagecoach import errors
+from stagecoach.rich_status import abort
 from stagecoach.sampling import MAX_N, SamplingParams
 from stagecoach.v1 import inference_pb2 as pb
 from stagecoach.v1 import inference_pb2_grpc, model_pb2
@@ -104,7 +105,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             ) as reader:
                 await self._deliver(accepted, reader, serving.tokenizer, context)
         except errors.StagecoachError as error:
-            await errors.abort(context, error)
+            await abort(context, error)
 
     async def _deliver(self, accepted: Accepted, reader: PieceReader, tokenizer: Tokenizer, context: Context) -> None:
         """Sends the pieces as they come, up to the last one. Raises the error they end with."""
@@ -123,7 +124,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         try:
             caller = self._callers.identify(context.invocation_metadata())
         except errors.StagecoachError as error:
-            await errors.abort(context, error)
+            await abort(context, error)
         if self.serving is not None:
             self.serving.accepted.cancel((caller.name, request.request_id))
         return pb.CancelResponse()
@@ -135,14 +136,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             with caller.admit(time.monotonic()):
                 token_ids = await _tokens(request, serving.tokenizer, self._encoding)
         except errors.StagecoachError as error:
-            await errors.abort(context, error)
+            await abort(context, error)
         return pb.TokenizeResponse(token_ids=token_ids, context_length=serving.model.context_length)
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:  # noqa: N802
         try:
             caller = self._callers.identify(context.invocation_metadata())
         except errors.StagecoachError as error:
-            await errors.abort(context, error)
+            await abort(context, error)
         served = [] if self.serving is None else [self.serving.model]
         return pb.ListModelsResponse(models=[model for model in served if caller.may_use(model.name)])
 

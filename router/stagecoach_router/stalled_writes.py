@@ -10,6 +10,7 @@ from typing import Any
 import grpc.aio
 
 from stagecoach import errors
+from stagecoach.rich_status import abort
 
 _LOOKS_PER_STALL = 4
 
@@ -58,4 +59,4 @@ class StalledWrites:
         """
         text = f"nothing of the answer was taken for {self._max_stall_s:g} s"
         with contextlib.suppress(grpc.aio.AbortError, grpc.aio.UsageError, grpc.aio.InternalError):
-            await errors.abort(context, errors.Overloaded(text, limit=self._max_stall_s))
+            await abort(context, errors.Overloaded(text, limit=self._max_stall_s))

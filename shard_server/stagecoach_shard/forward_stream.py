@@ -19,6 +19,7 @@ import grpc.aio
 from stagecoach import errors
 from stagecoach.credits import CreditWindow
 from stagecoach.framing import read_frame
+from stagecoach.rich_status import abort
 from stagecoach.v1 import shard_pb2
 from stagecoach_shard import wire
 from stagecoach_shard.assignment import Assignment
@@ -38,7 +39,7 @@ async def serve_forward(assignment: Assignment, max_queued_steps: int, context: 
     try:
         assignment.served()
     except errors.StagecoachError as error:
-        await errors.abort(context, error)
+        await abort(context, error)
     outbox: Credits = asyncio.Queue()
     outbox.put_nowait(max_queued_steps)
     window = CreditWindow(max_queued_steps)
@@ -46,7 +47,7 @@ async def serve_forward(assignment: Assignment, max_queued_steps: int, context: 
     try:
         while (item := await outbox.get()) is not None:
             if isinstance(item, errors.StagecoachError):
-                await errors.abort(context, item)
+                await abort(context, item)
             if due := window.give_back(item):
                 await context.write(shard_pb2.ForwardResponse(credits=due))
     finally:

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from stagecoach import errors, tls
+from stagecoach.rich_status import abort
 from stagecoach.v1 import shard_pb2
 from stagecoach_shard.service import Context, ShardService
 
@@ -58,7 +59,7 @@ class Gate:
                 if assigns:
                     tls.check_caller(context, self._allowed.assigners, "allow_assign")
             except errors.PermissionDenied as error:
-                await errors.abort(context, error)
+                await abort(context, error)
         if self.service is None:
-            await errors.abort(context, errors.Unavailable("the shard is reading its checkpoint", retry_after_s=1.0))
+            await abort(context, errors.Unavailable("the shard is reading its checkpoint", retry_after_s=1.0))
         return self.service

@@ -13,6 +13,7 @@ import torch
 
 from stagecoach import PROTOCOL_VERSION, __version__, errors
 from stagecoach.channel import Dial, dial_plainly
+from stagecoach.rich_status import abort
 from stagecoach.topology import LayerRange
 from stagecoach.v1 import model_pb2, shard_pb2
 from stagecoach_shard import wire
@@ -53,7 +54,7 @@ class ShardService:
         try:
             self._assignment.check_available()
         except errors.StagecoachError as error:
-            await errors.abort(context, error)
+            await abort(context, error)
         return self._description(self._assignment.stage, request.lease_id)
 
     async def assign(self, request: shard_pb2.AssignRequest, context: Context) -> shard_pb2.AssignResponse:
@@ -63,9 +64,9 @@ class ShardService:
             stage = await self._assignment.assign(self._range(request.layers))
         except errors.ConfigError as error:  # of loading: nothing that the caller said is wrong
             failure = errors.FailedPrecondition(error.message, field=error.field, limit=error.limit, value=error.value)
-            await errors.abort(context, failure)
+            await abort(context, failure)
         except errors.StagecoachError as error:
-            await errors.abort(context, error)
+            await abort(context, error)
         return shard_pb2.AssignResponse(description=self._description(stage, 0))
 
     async def fetch_files(

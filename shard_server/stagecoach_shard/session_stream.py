@@ -12,6 +12,7 @@ from stagecoach import errors
 from stagecoach.channel import Dial
 from stagecoach.forward_link import ForwardLink
 from stagecoach.framing import write_frame
+from stagecoach.rich_status import abort
 from stagecoach.v1 import shard_pb2
 from stagecoach_shard.assignment import Assignment
 from stagecoach_shard.served_stage import ServedStage
@@ -34,7 +35,7 @@ async def serve_session(assignment: Assignment, dial: Dial, context: Context) ->
         stage = assignment.served()
         session = stage.open(request.open)
     except errors.StagecoachError as error:
-        await errors.abort(context, error)
+        await abort(context, error)
         return
     tasks: list[asyncio.Task[None]] = []
     try:
@@ -54,7 +55,7 @@ async def serve_session(assignment: Assignment, dial: Dial, context: Context) ->
         for task in ended:
             task.result()
     except errors.StagecoachError as error:
-        await errors.abort(context, error)
+        await abort(context, error)
     finally:
         for task in tasks:
             task.cancel()

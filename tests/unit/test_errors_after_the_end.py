@@ -6,6 +6,7 @@ import grpc.aio
 import pytest
 
 from stagecoach import errors
+from stagecoach.rich_status import abort
 
 
 class EndedCall:
@@ -15,4 +16,4 @@ class EndedCall:
 
 async def test_its_task_ends_as_if_it_had_been_cancelled_in_time():
     with pytest.raises(asyncio.CancelledError):
-        await errors.abort(EndedCall(), errors.DeadlineExceeded("too late"))
+        await abort(EndedCall(), errors.DeadlineExceeded("too late"))

@@ -42,7 +42,7 @@ async def test_a_request_that_is_forgotten_between_two_looks_is_not_known(monkey
     async def abort(context: object, error: Exception) -> None:
         raise error
 
-    monkeypatch.setattr(grpc_service.errors, "abort", abort)
+    monkeypatch.setattr(grpc_service, "abort", abort)
     service = make_service(accepted=JustLapsed())
     context: Any = Context()
     with pytest.raises(FailedPrecondition, match="not known here, or not any more"):

@@ -7,7 +7,7 @@ import pytest
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 
 from stagecoach import errors
-from stagecoach.rich_status import STATUS_METADATA_KEY, rich_status
+from stagecoach.rich_status import STATUS_METADATA_KEY, abort, rich_status
 
 # What gRPC takes of metadata in all, less what its own headers need.
 MAX_METADATA_BYTES = 8192 - 512
@@ -24,7 +24,7 @@ class Context:
 async def ended_with(error):
     context = Context()
     with pytest.raises(ConnectionAbortedError):
-        await errors.abort(context, error)
+        await abort(context, error)
     return context.ended
 
 
