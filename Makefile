@@ -15,7 +15,8 @@ demo: model  ## two shards and a router answer real prompts
 	$(BIN)/stagecoach demo --model $(MODEL)
 
 test: lint model  ## linters, types, import contracts, and every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest tests/unit --numprocesses 2
+	$(BIN)/python -m pytest --ignore tests/unit
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -25,7 +25,17 @@ def test_no_two_keys_are_alike():
     assert len({new_key() for _ in range(100)}) == 100
 
 
-@pytest.mark.parametrize("text", ["", "sc_", "sc_12_34", "x" + new_key(), new_key() + "x", new_key().upper()])
+NO_KEYS = {
+    "nothing": "",
+    "prefix": "sc_",
+    "short": "sc_12_34",
+    "something before": "x" + new_key(),
+    "something after": new_key() + "x",
+    "capitals": new_key().upper(),
+}
+
+
+@pytest.mark.parametrize("text", NO_KEYS.values(), ids=NO_KEYS.keys())
 def test_what_is_no_key_has_no_id(text):
     assert key_id(text) is None
 
