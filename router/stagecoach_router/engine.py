@@ -260,7 +260,9 @@ class Engine:
         """Moves a request that its replica has no room for any more to one that has, or had when it was open."""
         others = [each for each in self.replicas if each is not replica and each.fits(generation)]
         if others:
-            replica.move(generation, min(others, key=lambda each: each.unproven_s))
+            home = min(others, key=lambda each: each.unproven_s)
+            replica.move(generation, home)
+            home.pump()
         else:
             capacity = self.capacity_tokens
             text = f"the pipeline came back with room for {capacity} tokens"
