@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 FIND_TIMEOUT_S = 2.0
 # A shard that has just lost its pipeline has so long to say that it is still there, before a spare loads its layers.
 ASK_PATIENCE_S = 1.0
+# A spare that loads layers is waited for so long, before a shard that is blamed for a loss is taken again in its place.
+BLAME_PATIENCE_S = 5.0
 # At the start, shards that have not answered yet are waited for so long before others load what is missing.
 START_PATIENCE_S = 30.0
 
@@ -121,9 +123,13 @@ class Fleet:
             except errors.TopologyError as missing:
                 error = missing
             else:
-                if chain is not None:
+                is_blamed = chain is not None and self._waits_for_better(former, chain)
+                if chain is not None and not (is_blamed and waited_s < BLAME_PATIENCE_S):
                     return chain
                 error = errors.Unavailable("layers are being loaded")
+                if is_blamed:
+                    await self.roster.changed(BLAME_PATIENCE_S - waited_s)
+                    continue
             if waited_s >= FIND_TIMEOUT_S:
                 raise self._explained(error)
             await self.roster.changed(FIND_TIMEOUT_S - waited_s)
@@ -146,10 +152,20 @@ class Fleet:
                 return None
             # Those without room may have some by the time they are asked; else they say how much they lack.
             return find_chain(self.roster.candidates(0), num_layers, prefer=former, may_load=False)
-        blamed = [shard.address for shard in candidates if shard.blamed]
-        if may_load and any(link.address in blamed for link in chain):
-            self._load_missing(former, num_layers, without=blamed)  # should it break again
+        blamed = self._blamed(chain)
+        if may_load and blamed:
+            # All of them, or else one: a broken link is blamed on both of its ends.
+            any(self._load_missing(former, num_layers, without=each) for each in [blamed, *zip(reversed(blamed))])
         return chain
+
+    def _blamed(self, chain: list[Link]) -> list[str]:
+        return [link.address for link in chain if self.roster.members[link.address].is_blamed]
+
+    def _waits_for_better(self, former: list[str], chain: list[Link]) -> bool:
+        """Whether a shard is loading what makes a chain with fewer that are blamed."""
+        candidates = self.roster.candidates(self._min_blocks, with_loading=True)
+        better = find_chain(candidates, chain[-1].layers.end, prefer=former, may_load=False)
+        return len(self._blamed(better)) < len(self._blamed(chain))
 
     def _load_missing(self, former: list[str], num_layers: int, *, without: Collection[str]) -> bool:
         """Has shards load what is missing, or finds that they do. Returns whether that makes a pipeline."""

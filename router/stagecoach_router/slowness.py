@@ -3,7 +3,8 @@
 A stage says of every step how long it computed it. That is compared with what steps of that shape cost it some hundred
 steps ago: not with what they cost lately, since that learns from the slow ones too. One slow step says nothing (another
 process had the core, a cache was cold), so the sums over half the fault timeout are compared. Only steps that are all
-decodes count, and none larger than what had been measured by then: what more rows would cost is a guess.
+decodes count, and none with more rows than had been measured by then, or many more positions: what they would cost is
+a guess.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ MAX_SLOWDOWN = 6.0
 MIN_EXCESS_S = 0.05
 # The costs that are compared with were learnt at least so many steps ago, and at most twice as many.
 STEPS_BETWEEN_REFERENCES = 256
+# Positions attended to, beside the most that were measured by then: a lone stream's always grow beyond that. Even where
+# they are all that a step costs, it cannot get slower by more than this, which is less than MAX_SLOWDOWN.
+MAX_CONTEXT_RATIO = 3.0
 # Fewer steps than these are no sample.
 MIN_STEPS = 8
 
@@ -69,7 +73,7 @@ class Slowness:
         reference = self._reference
         if reference is None or shape.num_decodes > reference.max_decodes:
             return None
-        if shape.decode_context > reference.max_context:
+        if shape.decode_context > MAX_CONTEXT_RATIO * reference.max_context:
             return None
         return self._compare(reference.costs, shape, stages, now_s)
 

@@ -117,6 +117,45 @@ def test_while_a_blamed_shard_is_tried_again_a_spare_gets_ready():
     assert loads == [(C, "2:4")]
 
 
+def test_a_link_that_breaks_is_blamed_on_both_ends_and_a_spare_takes_one_of_them():
+    some_fleet, roster, loads = make_fleet(a="0:2", b="2:4", c="auto")
+    lose(some_fleet, roster, [A, B], Unavailable(f"stage 0:2 at {A}: {B}: Socket closed"))
+    describe(roster, A, "0:2")
+    describe(roster, B, "2:4")
+    chosen(some_fleet, [A, B])
+    assert loads == [(C, "2:4")]
+    roster.members[C].loading = LayerRange(2, 4)
+    assert some_fleet._waits_for_better([A, B], some_fleet._look([A, B], may_load=False))
+
+
+async def test_a_blamed_shard_is_taken_again_only_when_the_spare_takes_too_long(monkeypatch):
+    some_fleet, roster, _ = make_fleet(a="0:2", b="2:4", c="auto")
+    lose(some_fleet, roster, [A, B], Unavailable(f"{B}: no answer"))
+    describe(roster, A, "0:2")
+    describe(roster, B, "2:4")
+
+    def load(address, layers):
+        roster.members[address].loading = layers
+
+    roster.load = load
+    waits = []
+
+    async def changed(timeout_s):
+        waits.append(timeout_s)
+        if len(waits) == 3:  # it has loaded
+            roster.members[C].loading = None
+            describe(roster, C, "2:4")
+
+    roster.changed = changed
+    chain = await some_fleet._find([A, B], may_load=True)
+    assert [link.address for link in chain] == [A, C]
+    monkeypatch.setattr(fleet, "BLAME_PATIENCE_S", 0.0)
+    roster.members[C].stage = None
+    roster.members[C].loading = LayerRange(2, 4)
+    chain = await some_fleet._find([A, B], may_load=True)
+    assert [link.address for link in chain] == [A, B]
+
+
 def test_a_refusal_for_want_of_room_is_nobodys_fault():
     some_fleet, roster, _ = make_fleet(a="0:2", b="2:4", c="2:4")
     lose(some_fleet, roster, [A, B], KVCacheFull(needed_blocks=2, free_blocks=1))

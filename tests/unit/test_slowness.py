@@ -113,3 +113,32 @@ def test_one_stall_is_no_slow_stage_however_long(measured, stall_s, num_steps_be
         measured.now_s += compute_s + FIXED_S[1]
         stages = [StageSeconds(0.0, compute_s), StageSeconds(0.0, FIXED_S[1])]
         assert measured.slowness.observe(shape, stages, measured.now_s) is None
+
+
+def lone_stream(num_steps, *, position_s, slow_from):
+    """The step at which a stage is found slow, of one stream whose steps attend to one position more each time."""
+    pacing = Pacing(2)
+    slowness = Slowness(pacing, WINDOW_S)
+    now_s = 0.0
+    for step in range(1, num_steps):
+        shape = StepShape(num_decodes=1, decode_context=step)
+        fixed_s = 0.012 if position_s == 0.0 else 0.0
+        seconds = (fixed_s + step * position_s) * (10.0 if step >= slow_from else 1.0)
+        stages = [StageSeconds(0.0, seconds), StageSeconds(0.0, 0.012)]
+        took_s = seconds + 0.013
+        now_s += took_s
+        pacing.observe(shape, stages, took_s)
+        if slowness.observe(shape, stages, now_s) is not None:
+            return step
+    return None
+
+
+@pytest.mark.parametrize("slow_from", [530, 600, 800, 1100])
+def test_a_stage_that_slows_down_under_a_lone_stream_is_found(slow_from):
+    found = lone_stream(slow_from + 100, position_s=0.0, slow_from=slow_from)
+    assert found is not None
+    assert found >= slow_from
+
+
+def test_a_lone_stream_whose_context_is_all_it_costs_is_not_slow():
+    assert lone_stream(3000, position_s=0.0003, slow_from=10_000) is None
