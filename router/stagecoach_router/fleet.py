@@ -163,8 +163,13 @@ class Fleet:
 
     def _waits_for_better(self, former: list[str], chain: list[Link]) -> bool:
         """Whether a shard is loading what makes a chain with fewer that are blamed."""
+        if not self._blamed(chain):
+            return False
         candidates = self.roster.candidates(self._min_blocks, with_loading=True)
-        better = find_chain(candidates, chain[-1].layers.end, prefer=former, may_load=False)
+        try:
+            better = find_chain(candidates, chain[-1].layers.end, prefer=former, may_load=False)
+        except errors.TopologyError:  # this one's shards lack room
+            return False
         return len(self._blamed(better)) < len(self._blamed(chain))
 
     def _load_missing(self, former: list[str], num_layers: int, *, without: Collection[str]) -> bool:

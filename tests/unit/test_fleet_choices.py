@@ -172,6 +172,18 @@ def test_shards_whose_blocks_others_hold_are_left_out_as_long_as_there_are_other
     assert chosen(some_fleet, [A, B]) == [A, B], "it says how much it lacks"
 
 
+@pytest.mark.parametrize("blamed", [False, True])
+async def test_shards_without_room_are_asked_all_the_same_where_there_are_no_others(blamed):
+    """As at the start of a router whose predecessor still holds all blocks: it has to wait, not to end."""
+    some_fleet, roster, _ = make_fleet(a="0:2", b="2:4")
+    for address, layers in ((A, "0:2"), (B, "2:4")):
+        describe(roster, address, layers, num_free_blocks=0)
+    if blamed:
+        roster.blame([B])
+    chain = await some_fleet._find([], may_load=True)
+    assert [link.address for link in chain] == [A, B]
+
+
 def test_a_spare_loads_what_is_missing_once():
     some_fleet, roster, loads = make_fleet(a="0:2", c="auto", d="auto")
     assert chosen(some_fleet, [A, B]) is None
