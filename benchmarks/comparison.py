@@ -23,9 +23,9 @@ from typing import Protocol, Self
 
 from benchmarks import plots, report
 from stagecoach.errors import ConfigError
+from stagecoach_cli.load import Load, LoadResult, run_load
 from stagecoach_client import AsyncClient
-from stagecoach_client.load import Load, LoadResult, run_load
-from stagecoach_client.local_cluster import LocalCluster
+from stagecoach_local.local_cluster import LocalCluster
 
 PROMPT_TOKENS = 128
 OUTPUT_TOKENS = 64

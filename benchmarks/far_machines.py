@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from benchmarks import plots, report
 from stagecoach.errors import ConfigError, Unavailable
 from stagecoach.topology import LayerRange
+from stagecoach_cli.load import Load, run_load
 from stagecoach_client import AsyncClient
-from stagecoach_client.layer_split import read_shape, split_layers
-from stagecoach_client.load import Load, run_load
-from stagecoach_client.local_cluster import LocalCluster
-from stagecoach_client.local_commands import Commands, StagecoachCommands, free_addresses
+from stagecoach_local.commands import Commands, StagecoachCommands, free_addresses
+from stagecoach_local.layer_split import read_shape, split_layers
+from stagecoach_local.local_cluster import LocalCluster
 
 PROMPT_TOKENS = 32
 NUM_WARM_UP_TOKENS = 48  # enough steps for the router to have measured what they take now

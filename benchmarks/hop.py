@@ -21,9 +21,9 @@ import uvloop
 
 from benchmarks import plots, report
 from benchmarks.hop_paths import TIMEOUT_S, GrpcPath, InlinePath, Path, StagecoachPath, TcpPath, check_frames
-from stagecoach.channel import MAX_SHARD_MESSAGE_BYTES
 from stagecoach.errors import ConfigError
-from stagecoach.lifecycle import listen
+from stagecoach.process.lifecycle import listen
+from stagecoach.rpc.channel import MAX_SHARD_MESSAGE_BYTES
 
 NAMES = ("stagecoach", "no thread", "grpc bytes", "grpc protobuf", "tcp")
 OURS, INLINE, REFERENCE, PROTOBUF, TCP = NAMES

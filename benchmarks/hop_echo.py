@@ -25,8 +25,8 @@ from benchmarks.hop_paths import (
     TIMEOUT_S,
     receive_exactly,
 )
-from stagecoach.channel import MAX_SHARD_MESSAGE_BYTES
-from stagecoach.lifecycle import listen
+from stagecoach.process.lifecycle import listen
+from stagecoach.rpc.channel import MAX_SHARD_MESSAGE_BYTES
 from stagecoach.v1 import shard_pb2
 
 

@@ -19,12 +19,12 @@ import grpc.aio
 from torch import Tensor
 
 from stagecoach import errors
-from stagecoach.credits import CreditWindow
-from stagecoach.forward_link import ForwardLink
-from stagecoach.framing import FrameCounter, read_frame
-from stagecoach.shard_rpc import shard_handlers
+from stagecoach.rpc.credits import CreditWindow
+from stagecoach.rpc.forward_link import ForwardLink
+from stagecoach.rpc.framing import FrameCounter, read_frame
+from stagecoach.rpc.shard_rpc import shard_handlers
 from stagecoach.v1 import model_pb2, shard_pb2
-from stagecoach_shard import wire
+from stagecoach_shard.leases import wire
 from stagecoach_shard.settings import ShardSettings
 
 HIDDEN_SIZE = 4096

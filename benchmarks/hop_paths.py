@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.hop_endpoint import BYTES_PER_TOKEN, ECHO, HIDDEN_SIZE, INLINE, SINK, Endpoint, micro_batch_header
-from stagecoach.channel import MAX_SHARD_MESSAGE_BYTES
 from stagecoach.errors import InternalError, StagecoachError
-from stagecoach.forward_link import ForwardLink
+from stagecoach.rpc.channel import MAX_SHARD_MESSAGE_BYTES
+from stagecoach.rpc.forward_link import ForwardLink
 from stagecoach.v1 import shard_pb2
-from stagecoach_shard import wire
+from stagecoach_shard.leases import wire
 
 PLAIN_OPTIONS = [
     ("grpc.max_receive_message_length", MAX_SHARD_MESSAGE_BYTES),

@@ -28,7 +28,7 @@ from benchmarks import plots, report
 from benchmarks.timed_request import only_model, random_tokens, timed_request
 from stagecoach.errors import ConfigError, DeadlineExceeded, InternalError
 from stagecoach_client import AsyncClient, Model
-from stagecoach_client.layer_split import read_shape, split_layers
+from stagecoach_local.layer_split import read_shape, split_layers
 from tests.soak.cluster import Cluster, Deployment, running
 from tests.soak.supervised import Supervised, kill_and_restart
 

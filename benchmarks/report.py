@@ -27,9 +27,9 @@ from pathlib import Path
 
 from benchmarks.machine import machine_facts
 from benchmarks.plots import check_matplotlib
-from stagecoach.channel import check_address, split_address
 from stagecoach.errors import ConfigError, StagecoachError, Unavailable
-from stagecoach_client.layer_split import read_shape
+from stagecoach.rpc.channel import check_address, split_address
+from stagecoach_local.layer_split import read_shape
 
 DEFAULT_MODEL = Path("models/smollm2-135m-instruct")
 CONNECT_TIMEOUT_S = 3.0

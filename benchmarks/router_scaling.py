@@ -25,7 +25,7 @@ from typing import Any
 
 from benchmarks import plots, report
 from stagecoach.errors import ConfigError, Unavailable
-from stagecoach_client.local_cluster import LocalCluster
+from stagecoach_local.local_cluster import LocalCluster
 
 SAMPLING: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},

@@ -20,7 +20,7 @@ import grpc
 import grpc.aio
 import uvloop
 
-from stagecoach.channel import MAX_PUBLIC_MESSAGE_BYTES, channel_options
+from stagecoach.rpc.channel import MAX_PUBLIC_MESSAGE_BYTES, channel_options
 from stagecoach.v1 import inference_pb2 as pb
 from stagecoach.v1 import inference_pb2_grpc
 

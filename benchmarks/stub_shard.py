@@ -22,11 +22,12 @@ import grpc.aio
 import numpy as np
 import numpy.typing as npt
 
-from stagecoach import PROTOCOL_VERSION, __version__, lifecycle
-from stagecoach.channel import MAX_SHARD_MESSAGE_BYTES
+from stagecoach import PROTOCOL_VERSION, __version__
 from stagecoach.errors import ConfigError
-from stagecoach.framing import read_frame, write_frame
-from stagecoach.shard_rpc import shard_handlers
+from stagecoach.process import lifecycle
+from stagecoach.rpc.channel import MAX_SHARD_MESSAGE_BYTES
+from stagecoach.rpc.framing import read_frame, write_frame
+from stagecoach.rpc.shard_rpc import shard_handlers
 from stagecoach.v1 import model_pb2, shard_pb2
 
 Context = grpc.aio.ServicerContext[Any, Any]

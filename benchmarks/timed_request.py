@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from stagecoach.errors import InternalError, OutOfRange
+from stagecoach_cli.load import RequestTimes
 from stagecoach_client import AsyncClient, Model
-from stagecoach_client.load import RequestTimes
 
 
 async def only_model(client: AsyncClient, needed_tokens: int) -> Model:

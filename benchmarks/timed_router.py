@@ -17,7 +17,19 @@ from collections.abc import Callable
 from typing import Any
 
 from stagecoach_router import __main__ as command
-from stagecoach_router import completion, engine, grpc_service, pipeline, scheduler
+
+# (what holds the function, its name, the part it belongs to)
+from stagecoach_router.engine import engine
+
+# (what holds the function, its name, the part it belongs to)
+from stagecoach_router.frontend import grpc_service
+
+# (what holds the function, its name, the part it belongs to)
+from stagecoach_router.pipelines import pipeline
+from stagecoach_router.requests import completion
+
+# (what holds the function, its name, the part it belongs to)
+from stagecoach_router.scheduling import scheduler
 
 # (what holds the function, its name, the part it belongs to)
 PARTS: tuple[tuple[Any, str, str], ...] = (

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from stagecoach_shard.stage import Stage
+from stagecoach_shard.runtime.stage import Stage
 
 MAX_HOLD_S = 20.0
 

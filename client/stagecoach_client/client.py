@@ -9,8 +9,8 @@ from typing import Any, Literal, Self, Unpack, overload
 
 import grpc
 
-from stagecoach.channel import DEFAULT_CONNECT_TIMEOUT_S
 from stagecoach.errors import Cancelled, from_rpc_error
+from stagecoach.rpc.channel import DEFAULT_CONNECT_TIMEOUT_S
 from stagecoach.v1.inference_pb2 import CancelRequest, GetClusterStatusRequest, ListModelsRequest
 from stagecoach.v1.inference_pb2_grpc import InferenceStub
 from stagecoach_client.requests import GenerateOptions, Messages, generate_call, tokenize_request

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import grpc
 import grpc.aio
 
-from stagecoach.channel import DEFAULT_CONNECT_TIMEOUT_S, MAX_PUBLIC_MESSAGE_BYTES, channel_options, check_address
 from stagecoach.errors import InvalidArgument
+from stagecoach.rpc.channel import DEFAULT_CONNECT_TIMEOUT_S, MAX_PUBLIC_MESSAGE_BYTES, channel_options, check_address
 from stagecoach_client.requests import check_timeout
 from stagecoach_client.retry import Attempts
 from stagecoach_client.tls import Tls

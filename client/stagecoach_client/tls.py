@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 
 from stagecoach.errors import ConfigError
-from stagecoach.tls import check_ca, check_key_pair, name_override, read_file
+from stagecoach.security.tls import check_ca, check_key_pair, name_override, read_file
 
 FilePath = str | os.PathLike[str]
 

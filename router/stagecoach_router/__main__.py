@@ -12,13 +12,13 @@ PROGRAM = "stagecoach-router"
 def main() -> None:
     """Reads the settings first: a mistake in them, or --help, need not wait for what is slow to import."""
     with _the_extra():
-        from stagecoach.config import read_settings
-        from stagecoach.telemetry import configure_logging
+        from stagecoach.process.logs import configure_logging
+        from stagecoach.process.settings import read_settings
         from stagecoach_router.settings import RouterSettings
     settings = read_settings(RouterSettings, PROGRAM, sys.argv[1:], "STAGECOACH_ROUTER_")
     configure_logging(settings.log_level)
     with _the_extra():
-        from stagecoach import lifecycle
+        from stagecoach.process import lifecycle
         from stagecoach_router.server import serve
     sys.exit(lifecycle.run(PROGRAM, lambda stop: serve(settings, stop)))
 

@@ -11,33 +11,34 @@ from typing import TypeVar
 
 from grpc_reflection.v1alpha import reflection
 
-from stagecoach import lifecycle, tls
-from stagecoach.channel import MAX_PUBLIC_MESSAGE_BYTES, MAX_SHARD_MESSAGE_BYTES, Dial, read_addresses
 from stagecoach.errors import ConfigError, KVCacheFull, Unavailable
-from stagecoach.health import Health
+from stagecoach.process import lifecycle
+from stagecoach.rpc.channel import MAX_PUBLIC_MESSAGE_BYTES, MAX_SHARD_MESSAGE_BYTES, Dial, read_addresses
+from stagecoach.rpc.health import Health
+from stagecoach.security import tls
 from stagecoach.v1 import inference_pb2, inference_pb2_grpc, model_pb2
-from stagecoach_router.authentication import KeyRequired
-from stagecoach_router.callers import Callers
-from stagecoach_router.canary import Canary
-from stagecoach_router.discovery import Stage, fetch_files
-from stagecoach_router.door import Door
-from stagecoach_router.engine import Engine
-from stagecoach_router.fleet import Fleet, FleetSettings
-from stagecoach_router.grpc_service import InferenceService, Serving
-from stagecoach_router.idempotency import AcceptedRequests
-from stagecoach_router.journal import Journal
-from stagecoach_router.key_file import KeyFile
-from stagecoach_router.kv_blocks import BlockManager
-from stagecoach_router.model_files import ModelFiles
-from stagecoach_router.pipeline_totals import PipelineTotals
-from stagecoach_router.replica import Owner, Replica, ReplicaSettings
-from stagecoach_router.roster import Roster
-from stagecoach_router.scheduler import Scheduler
+from stagecoach_router.durability.journal import Journal
+from stagecoach_router.durability.recovery import take_over
+from stagecoach_router.durability.request_registry import AcceptedRequests
+from stagecoach_router.engine.engine import Engine
+from stagecoach_router.engine.health_probe import Canary
+from stagecoach_router.engine.replica import Owner, Replica, ReplicaSettings
+from stagecoach_router.engine.step_loop import Counters
+from stagecoach_router.frontend.auth_interceptor import KeyRequired
+from stagecoach_router.frontend.call_limits import Door
+from stagecoach_router.frontend.grpc_service import InferenceService, Serving
+from stagecoach_router.metrics.counters import PipelineTotals
+from stagecoach_router.pipelines.pipeline_manager import Fleet, FleetSettings
+from stagecoach_router.pipelines.shard_client import Stage, fetch_files
+from stagecoach_router.pipelines.shard_registry import Roster
+from stagecoach_router.pipelines.watchdog import FaultLimits
+from stagecoach_router.scheduling.block_manager import BlockManager
+from stagecoach_router.scheduling.scheduler import Scheduler
 from stagecoach_router.settings import RouterSettings
-from stagecoach_router.steps import Counters
-from stagecoach_router.take_over import take_over
-from stagecoach_router.tokenizer import Tokenizer
-from stagecoach_router.watchdog import FaultLimits
+from stagecoach_router.tenants.key_file import KeyFile
+from stagecoach_router.tenants.tenants import Callers
+from stagecoach_router.text.model_files import ModelFiles
+from stagecoach_router.text.tokenizer import Tokenizer
 
 SERVICE_NAME = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 STOP_GRACE_S = 2.0

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import CliImplicitFlag
 
-from stagecoach.link_settings import LinkSettings
+from stagecoach.process.link_settings import LinkSettings
 
 
 class RouterSettings(LinkSettings):

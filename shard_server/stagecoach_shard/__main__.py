@@ -12,15 +12,15 @@ PROGRAM = "stagecoach-shard"
 def main() -> None:
     """Reads the settings first: a mistake in them, or --help, need not wait for what is slow to import."""
     with _the_extra():
-        from stagecoach.config import read_settings
-        from stagecoach.telemetry import configure_logging
+        from stagecoach.process.logs import configure_logging
+        from stagecoach.process.settings import read_settings
         from stagecoach_shard.settings import ShardSettings
     settings = read_settings(ShardSettings, PROGRAM, sys.argv[1:], "STAGECOACH_SHARD_")
     configure_logging(settings.log_level)
     with _the_extra():
         import torch
 
-        from stagecoach import lifecycle
+        from stagecoach.process import lifecycle
         from stagecoach_shard.server import serve
     torch.set_num_threads(settings.threads)
     sys.exit(lifecycle.run(PROGRAM, lambda stop: serve(settings, stop)))

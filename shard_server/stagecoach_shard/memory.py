@@ -7,8 +7,8 @@ import ctypes
 import psutil
 import torch
 
-from stagecoach.config import parse_size
 from stagecoach.errors import ConfigError
+from stagecoach.process.settings import parse_size
 
 
 def give_back_unused() -> None:

@@ -9,17 +9,18 @@ import secrets
 import threading
 from typing import NoReturn
 
-from stagecoach import lifecycle, tls
-from stagecoach.channel import MAX_SHARD_MESSAGE_BYTES, Dial
 from stagecoach.errors import InternalError
-from stagecoach.health import Health
-from stagecoach.shard_rpc import SERVICE_NAME, shard_handlers
+from stagecoach.process import lifecycle
+from stagecoach.rpc.channel import MAX_SHARD_MESSAGE_BYTES, Dial
+from stagecoach.rpc.health import Health
+from stagecoach.rpc.shard_rpc import SERVICE_NAME, shard_handlers
+from stagecoach.security import tls
 from stagecoach.topology import LayerRange
-from stagecoach_shard.assignment import STOP_COMPUTING_TIMEOUT_S, Assignment
-from stagecoach_shard.gate import AllowedNames, Gate
-from stagecoach_shard.loading import Loader
-from stagecoach_shard.served_stage import ServedStage, StepLimits
-from stagecoach_shard.service import ShardService
+from stagecoach_shard.leases.assignment import STOP_COMPUTING_TIMEOUT_S, Assignment
+from stagecoach_shard.leases.served_stage import ServedStage, StepLimits
+from stagecoach_shard.rpc.access import AllowedNames, Gate
+from stagecoach_shard.rpc.service import ShardService
+from stagecoach_shard.runtime.loading import Loader
 from stagecoach_shard.settings import ShardSettings
 
 STOP_GRACE_S = 1.0

@@ -8,8 +8,8 @@ from typing import Literal
 from pydantic import Field
 
 from stagecoach.errors import InvalidArgument
-from stagecoach.link_settings import LinkSettings
-from stagecoach.tls import ROUTER_NAME, SHARD_NAME
+from stagecoach.process.link_settings import LinkSettings
+from stagecoach.security.tls import ROUTER_NAME, SHARD_NAME
 from stagecoach.topology import LayerRange
 
 AUTO_LAYERS = "auto"

@@ -12,14 +12,14 @@ from contextlib import contextmanager
 MODULES = {
     "stagecoach-shard": "stagecoach_shard",
     "stagecoach-router": "stagecoach_router",
-    "stagecoach": "stagecoach_client.cli",
+    "stagecoach": "stagecoach_cli",
 }
 TIMEOUT_S = 60.0
 
 
 def command(program: str, *arguments: str) -> list[str]:
     if program == "stagecoach":
-        return [sys.executable, "-c", "from stagecoach_client.cli import main; main()", *arguments]
+        return [sys.executable, "-c", "from stagecoach_cli import main; main()", *arguments]
     return [sys.executable, "-m", MODULES[program], *arguments]
 
 

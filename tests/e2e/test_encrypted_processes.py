@@ -3,7 +3,7 @@
 import re
 from contextlib import ExitStack
 
-from stagecoach.tls import ROUTER_NAME, SHARD_NAME
+from stagecoach.security.tls import ROUTER_NAME, SHARD_NAME
 from tests.cluster import free_port
 from tests.e2e.processes import run, running
 

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType
 
-from stagecoach_shard.checkpoint import Checkpoint, read_json_object
-from stagecoach_shard.gguf_import import import_gguf
-from stagecoach_shard.gguf_import.architecture import Architecture
-from stagecoach_shard.gguf_import.gguf_file import GGUFFile
-from stagecoach_shard.model.config import ModelConfig
-from stagecoach_shard.tensor_table import INDEX_FILE, SINGLE_FILE
+from stagecoach_gguf import import_gguf
+from stagecoach_gguf.architecture import Architecture
+from stagecoach_gguf.gguf_file import GGUFFile
+from stagecoach_shard.checkpoints.checkpoint import Checkpoint, read_json_object
+from stagecoach_shard.checkpoints.tensor_table import INDEX_FILE, SINGLE_FILE
+from stagecoach_shard.models.config import ModelConfig
 from tests.fuzz.engine import Target
 from tests.gguf_model import GGUFModel
 

@@ -17,11 +17,11 @@ from stagecoach.topology import LayerRange
 from stagecoach.v1 import model_pb2
 from stagecoach.v1 import shard_pb2 as pb
 from stagecoach.v1.model_pb2 import ErrorDetail
-from stagecoach_shard.assignment import Assignment
-from stagecoach_shard.served_stage import ServedStage, StepLimits
-from stagecoach_shard.service import ShardService
-from stagecoach_shard.stage_runner import LeaseLoad, Load, StageInput, StepTimes
-from stagecoach_shard.wire import DTYPES
+from stagecoach_shard.leases.assignment import Assignment
+from stagecoach_shard.leases.served_stage import ServedStage, StepLimits
+from stagecoach_shard.leases.wire import DTYPES
+from stagecoach_shard.rpc.service import ShardService
+from stagecoach_shard.runtime.stage_runner import LeaseLoad, Load, StageInput, StepTimes
 
 LEASE_ID = 77
 EPOCH = 3

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from stagecoach.errors import StagecoachError
 from stagecoach.v1 import shard_pb2 as pb
-from stagecoach_shard.lease import Lease
+from stagecoach_shard.leases.lease import Lease
 
 EPOCH = 5
 FIRST_BLOCK = 100

@@ -16,15 +16,16 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
-from stagecoach import errors, tls
-from stagecoach.api_keys import Grant, KeyEntry, write_entry
-from stagecoach.channel import MAX_ADDRESSES, check_address, read_addresses
+from stagecoach import errors
+from stagecoach.rpc.channel import MAX_ADDRESSES, check_address, read_addresses
 from stagecoach.sampling import SamplingParams
-from stagecoach_router.journal_records import read_request, read_sampled, write_logprobs, write_request
-from stagecoach_router.journal_store import Begin, End, JournalStore, Token
-from stagecoach_router.key_file import KeyFile
-from stagecoach_router.outputs import Sampled
-from stagecoach_router.request import Request
+from stagecoach.security import tls
+from stagecoach.security.api_keys import Grant, KeyEntry, write_entry
+from stagecoach_router.durability.journal_records import read_request, read_sampled, write_logprobs, write_request
+from stagecoach_router.durability.journal_store import Begin, End, JournalStore, Token
+from stagecoach_router.requests.request import Request
+from stagecoach_router.sampling.outputs import Sampled
+from stagecoach_router.tenants.key_file import KeyFile
 from tests.fuzz.engine import Target
 
 FINGERPRINT = "f00d"

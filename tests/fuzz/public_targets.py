@@ -14,18 +14,18 @@ from google.protobuf.message import DecodeError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from stagecoach import errors
-from stagecoach.api_keys import Grant, new_entry, read_entries, write_entry
-from stagecoach.channel import check_address
-from stagecoach.config import parse_size
+from stagecoach.process.settings import parse_size
+from stagecoach.rpc.channel import check_address
+from stagecoach.security.api_keys import Grant, new_entry, read_entries, write_entry
 from stagecoach.topology import LayerRange
 from stagecoach.v1 import inference_pb2 as pb
 from stagecoach.v1 import model_pb2
-from stagecoach_router import tokenizer as router_tokenizer
-from stagecoach_router.callers import Callers
-from stagecoach_router.chat_template import ChatTemplate
-from stagecoach_router.encoding_line import EncodingLine
-from stagecoach_router.grpc_service import read_request
-from stagecoach_router.model_files import ModelFiles
+from stagecoach_router.frontend.grpc_service import read_request
+from stagecoach_router.tenants.tenants import Callers
+from stagecoach_router.text import tokenizer as router_tokenizer
+from stagecoach_router.text.chat_template import ChatTemplate
+from stagecoach_router.text.model_files import ModelFiles
+from stagecoach_router.text.tokenizer_worker import EncodingLine
 from tests.fuzz.engine import Target
 from tests.fuzz.service_targets import PROTOBUF_WORDS
 

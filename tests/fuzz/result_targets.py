@@ -11,21 +11,21 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from stagecoach import errors
-from stagecoach.framing import read_frame, write_frame
+from stagecoach.rpc.framing import read_frame, write_frame
 from stagecoach.sampling import SamplingParams
 from stagecoach.topology import LayerRange, order_stages
 from stagecoach.v1 import inference_pb2, model_pb2
 from stagecoach.v1 import shard_pb2 as pb
 from stagecoach_client.retry import Attempts
-from stagecoach_router.description import check_description
-from stagecoach_router.kv_blocks import BlockManager
-from stagecoach_router.outputs import WHOLE_ROW, NeedsWholeRow, OutputWant, Sampled
-from stagecoach_router.penalties import TokenCounts
-from stagecoach_router.pipeline import check_timings
-from stagecoach_router.pipeline_totals import StageTotals
-from stagecoach_router.sequence import Sequence
-from stagecoach_router.step_sampler import Chooser, choose_tokens
-from stagecoach_router.wire import OutputOrder, read_outputs
+from stagecoach_router.engine.wire import OutputOrder, read_outputs
+from stagecoach_router.metrics.counters import StageTotals
+from stagecoach_router.pipelines.pipeline import check_timings
+from stagecoach_router.pipelines.shard_description import check_description
+from stagecoach_router.sampling.outputs import WHOLE_ROW, NeedsWholeRow, OutputWant, Sampled
+from stagecoach_router.sampling.penalties import TokenCounts
+from stagecoach_router.sampling.step_sampler import Chooser, choose_tokens
+from stagecoach_router.scheduling.block_manager import BlockManager
+from stagecoach_router.scheduling.sequence import Sequence
 from tests.fuzz.engine import Target
 from tests.fuzz.service_targets import PROTOBUF_WORDS
 

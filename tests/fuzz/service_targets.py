@@ -10,12 +10,12 @@ import torch
 from google.protobuf.message import DecodeError, Message
 
 from stagecoach import PROTOCOL_VERSION, errors
-from stagecoach.framing import read_frame, write_frame
+from stagecoach.rpc.framing import read_frame, write_frame
 from stagecoach.v1 import model_pb2
 from stagecoach.v1 import shard_pb2 as pb
-from stagecoach_shard.forward_stream import read_step
-from stagecoach_shard.lease import Lease
-from stagecoach_shard.session import LeaseSession
+from stagecoach_shard.leases.lease import Lease
+from stagecoach_shard.leases.session import LeaseSession
+from stagecoach_shard.rpc.forward_stream import read_step
 from tests.fuzz import fake_shard
 from tests.fuzz.engine import Target
 from tests.fuzz.mutation import varint

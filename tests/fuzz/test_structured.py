@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stagecoach import errors
-from stagecoach.framing import PAYLOAD_FIELD, read_frame
+from stagecoach.rpc.framing import PAYLOAD_FIELD, read_frame
 from stagecoach.v1 import inference_pb2, model_pb2
 from stagecoach.v1 import shard_pb2 as pb
-from stagecoach_router.description import check_description
-from stagecoach_router.grpc_service import read_params
-from stagecoach_shard.model.config import ModelConfig
-from stagecoach_shard.tensor_table import read_header
+from stagecoach_router.frontend.grpc_service import read_params
+from stagecoach_router.pipelines.shard_description import check_description
+from stagecoach_shard.checkpoints.tensor_table import read_header
+from stagecoach_shard.models.config import ModelConfig
 from tests.fuzz import lease_model
 from tests.fuzz.checkpoint_targets import CONFIG
 from tests.fuzz.lease_target import header

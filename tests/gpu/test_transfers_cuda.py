@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stagecoach_shard.transfers import for_device, to_host
+from stagecoach_shard.runtime.transfers import for_device, to_host
 
 pytestmark = [
     pytest.mark.gpu,

@@ -11,8 +11,8 @@ from typing import Any
 
 import grpc
 
-from stagecoach.channel import MAX_PUBLIC_MESSAGE_BYTES, server_options
 from stagecoach.errors import DETAIL_METADATA_KEY, StagecoachError, to_detail
+from stagecoach.rpc.channel import MAX_PUBLIC_MESSAGE_BYTES, server_options
 from stagecoach.v1 import inference_pb2 as pb
 from stagecoach.v1 import inference_pb2_grpc, model_pb2
 

@@ -13,16 +13,16 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from stagecoach import PROTOCOL_VERSION, errors
-from stagecoach.channel import dial_plainly
-from stagecoach.shard_rpc import ShardStub
-from stagecoach.tls import ROUTER_NAME, SHARD_NAME, Identity, shard_dial
+from stagecoach.rpc.channel import dial_plainly
+from stagecoach.rpc.shard_rpc import ShardStub
+from stagecoach.security.tls import ROUTER_NAME, SHARD_NAME, Identity, shard_dial
 from stagecoach.v1 import model_pb2
 from stagecoach.v1 import shard_pb2 as pb
-from stagecoach_client.throwaway_ca import ThrowawayCA
-from stagecoach_router.description import check_description
+from stagecoach_local.certificates import ThrowawayCA
+from stagecoach_router.pipelines.shard_description import check_description
 from stagecoach_shard.kv_cache import KVCache
-from stagecoach_shard.stage import Stage
-from stagecoach_shard.stage_runner import StageRunner
+from stagecoach_shard.runtime.stage import Stage
+from stagecoach_shard.runtime.stage_runner import StageRunner
 from tests.cluster import free_port, start_shard
 from tests.held_stage import held_stages
 from tests.integration.test_shard_service import (
@@ -245,7 +245,7 @@ async def test_a_step_that_does_not_end_when_its_layers_are_let_go_ends_the_proc
     def exit_at_once(status):
         raise Exited(status)
 
-    monkeypatch.setattr("stagecoach_shard.assignment.STOP_COMPUTING_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("stagecoach_shard.leases.assignment.STOP_COMPUTING_TIMEOUT_S", 0.2)
     monkeypatch.setattr("stagecoach_shard.server._exit_at_once", exit_at_once)
     shard = start_shard(tiny_model, "auto")
     async with asyncio.timeout(TIMEOUT_S), grpc.aio.insecure_channel(shard.address) as channel:
@@ -277,7 +277,7 @@ async def test_layers_that_do_not_fit_leave_it_without_any_and_say_why(tiny_mode
 
 async def test_weights_larger_than_the_memory_are_not_even_begun(tiny_model, monkeypatch):
     async with unassigned(tiny_model) as (stub, description, _):
-        monkeypatch.setattr("stagecoach_shard.loading.free_bytes", lambda device: 1000)
+        monkeypatch.setattr("stagecoach_shard.runtime.loading.free_bytes", lambda device: 1000)
         error = await refused(stub.assign(request(description, 0, 4)))
         assert (type(error), error.field, error.limit) == (errors.FailedPrecondition, "layers", "1000")
 

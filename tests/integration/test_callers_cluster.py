@@ -14,7 +14,7 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from stagecoach import errors
-from stagecoach.api_keys import Grant, new_entry, new_key, write_entry
+from stagecoach.security.api_keys import Grant, new_entry, new_key, write_entry
 from stagecoach.v1 import inference_pb2 as pb
 from stagecoach.v1.inference_pb2_grpc import InferenceStub
 from stagecoach_client import AsyncClient

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 import stagecoach_client as sdk
+from stagecoach_cli import run
 from stagecoach_client import AsyncClient, Client
-from stagecoach_client.cli import run
 from tests.integration.fake_router import FakeRouter, serving
 
 KEY = "sc_0123456789abcdef_a-secret"

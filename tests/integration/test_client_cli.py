@@ -17,10 +17,10 @@ import pytest
 from stagecoach.errors import OutOfRange, ShardFault
 from stagecoach.v1 import inference_pb2 as pb
 from stagecoach.v1 import model_pb2
-from stagecoach_client.cli import run
+from stagecoach_cli import run
 from tests.integration.fake_router import MODEL, FakeRouter, counting, serving, stage, words
 
-COMMAND = [sys.executable, "-c", "from stagecoach_client.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "from stagecoach_cli import main; main()"]
 
 
 @pytest.fixture

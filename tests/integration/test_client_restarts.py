@@ -15,9 +15,9 @@ import pytest
 
 from stagecoach.errors import Cancelled
 from stagecoach_client import Client
-from stagecoach_client.child_process import ProcessDied
-from stagecoach_client.local_cluster import LocalCluster
-from stagecoach_client.restarts import MAX_FAILED_STARTS
+from stagecoach_local.child_process import ProcessDied
+from stagecoach_local.local_cluster import LocalCluster
+from stagecoach_local.restarts import MAX_FAILED_STARTS
 from tests.integration.test_client_up import SHARD, FakeCommands, gone
 
 TIMEOUT_S = 30
@@ -149,7 +149,7 @@ def test_one_that_the_system_cannot_start_just_now_is_tried_again(
 
     with LocalCluster(model, 1, restart=True, on_event=events.put, commands=FakeCommands()) as cluster:
         with monkeypatch.context() as patch:
-            patch.setattr("stagecoach_client.child_process.subprocess.Popen", fail)
+            patch.setattr("stagecoach_local.child_process.subprocess.Popen", fail)
             kill(cluster, 0)
             told = events.next()
         assert told.startswith("cannot start shard 0:30: ")

@@ -14,7 +14,7 @@ import grpc
 import pytest
 
 import stagecoach_client as sdk
-from stagecoach.channel import DEFAULT_CONNECT_TIMEOUT_S
+from stagecoach.rpc.channel import DEFAULT_CONNECT_TIMEOUT_S
 from stagecoach.v1 import inference_pb2 as pb
 from stagecoach_client import Client
 from stagecoach_client.settings import DEFAULT_MAX_RETRIES

@@ -21,11 +21,11 @@ from rich.console import Console
 
 from stagecoach.errors import ConfigError, DeadlineExceeded
 from stagecoach.topology import LayerRange
+from stagecoach_cli.demo import run_demo
 from stagecoach_client import Client
-from stagecoach_client.child_process import ProcessDied
-from stagecoach_client.cli.demo import run_demo
-from stagecoach_client.local_cluster import NUM_START_ATTEMPTS, LocalCluster, ProcessExit
-from stagecoach_client.local_commands import free_addresses
+from stagecoach_local.child_process import ProcessDied
+from stagecoach_local.commands import free_addresses
+from stagecoach_local.local_cluster import NUM_START_ATTEMPTS, LocalCluster, ProcessExit
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="watches processes by pidfd, which is Linux's")
@@ -233,7 +233,7 @@ def test_free_addresses_differ() -> None:
     assert len(set(addresses)) == 20
 
 
-COMMAND = (sys.executable, "-c", "from stagecoach_client.cli import main; main()")
+COMMAND = (sys.executable, "-c", "from stagecoach_cli import main; main()")
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ import grpc.aio
 import pytest
 
 from stagecoach import errors
-from stagecoach_router.authentication import HEALTH_CHECK
-from stagecoach_router.door import MAX_READING, MAX_READING_PER_HOST, Door
+from stagecoach_router.frontend.auth_interceptor import HEALTH_CHECK
+from stagecoach_router.frontend.call_limits import MAX_READING, MAX_READING_PER_HOST, Door
 
 TIMEOUT_S = 20.0
 STREAM, ONCE = "/test.Echo/Stream", "/test.Echo/Once"

@@ -8,10 +8,10 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from stagecoach import errors
-from stagecoach.shard_rpc import ShardStub
+from stagecoach.rpc.shard_rpc import ShardStub
 from stagecoach.v1 import shard_pb2
 from stagecoach_client import AsyncClient
-from stagecoach_router.replica import Replica
+from stagecoach_router.engine.replica import Replica
 from tests.cluster import start_router, start_shard, wait_until_ready
 from tests.held_stage import held_stages
 from tests.integration.test_generate import greedy, random_prompts, reference_tokens

@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import grpc.aio
 import pytest
 
-from stagecoach.shard_rpc import ShardStub
+from stagecoach.rpc.shard_rpc import ShardStub
 from stagecoach.v1 import shard_pb2 as pb
 from stagecoach_client import AsyncClient
 from tests.cluster import start_router, start_shard, wait_until_ready
@@ -86,7 +86,7 @@ async def test_an_idle_pipeline_that_is_cut_between_its_stages_is_not_ready_and_
 
 async def test_a_compute_thread_that_hangs_while_nobody_asks_is_found(tiny_model, monkeypatch):
     """Its event loop answers all the time: only a canary finds it."""
-    from stagecoach_shard.stage import Stage
+    from stagecoach_shard.runtime.stage import Stage
 
     forward = Stage.forward
     let_go = threading.Event()

@@ -9,7 +9,7 @@ import pytest
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
-from stagecoach.health import LIVENESS, Health
+from stagecoach.rpc.health import LIVENESS, Health
 
 TIMEOUT_S = 20.0
 SERVICE = "some.Service"

@@ -142,7 +142,7 @@ async def test_another_models_journal_is_refused(shards, journal, other_model):
 async def test_a_disk_that_fails_costs_the_journal_and_no_answer(shards, journal, monkeypatch, caplog):
     import sqlite3
 
-    from stagecoach_router.journal_store import JournalStore
+    from stagecoach_router.durability.journal_store import JournalStore
 
     apply, num_calls = JournalStore.apply, 0
 

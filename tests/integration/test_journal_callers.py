@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from stagecoach import errors
-from stagecoach.api_keys import Grant, new_entry, new_key, write_entry
+from stagecoach.security.api_keys import Grant, new_entry, new_key, write_entry
 from stagecoach_client import AsyncClient
 from tests.cluster import start_router, start_shard, wait_until_ready
 from tests.held_stage import held_stages

@@ -14,11 +14,11 @@ from google.rpc.error_details_pb2 import RetryInfo
 from google.rpc.status_pb2 import Status
 
 from stagecoach import errors
-from stagecoach.rich_status import STATUS_METADATA_KEY
+from stagecoach.errors.rich_status import STATUS_METADATA_KEY
 from stagecoach.v1 import inference_pb2 as pb
 from stagecoach.v1.inference_pb2_grpc import InferenceStub
 from stagecoach_client import AsyncClient
-from stagecoach_router.tokenizer import Tokenizer
+from stagecoach_router.text.tokenizer import Tokenizer
 from tests.cluster import cluster, free_port
 from tests.held_stage import held_stages
 from tests.integration.test_generate import greedy, random_prompts, reference_tokens

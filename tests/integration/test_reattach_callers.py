@@ -3,7 +3,7 @@
 import pytest
 
 from stagecoach import errors
-from stagecoach.api_keys import Grant
+from stagecoach.security.api_keys import Grant
 from stagecoach.v1 import inference_pb2 as pb
 from tests.held_stage import held_stages
 from tests.integration.test_callers_cluster import generate, keyed_cluster

@@ -9,8 +9,8 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from stagecoach import errors
 from stagecoach_client import AsyncClient
+from stagecoach_router.engine.step_loop import Steps
 from stagecoach_router.server import SERVICE_NAME
-from stagecoach_router.steps import Steps
 from tests.cluster import start_router, start_shard, wait_until_ready
 from tests.integration.test_generate import greedy, random_prompts, reference_tokens
 
@@ -125,7 +125,7 @@ async def test_a_router_that_stops_ends_its_streams_with_a_reason(tiny_model):
 
 async def test_a_row_without_numbers_is_a_fault_of_its_request_and_of_no_other(tiny_model, reference, monkeypatch):
     """What one request's numbers come to must not cost the others their pipeline."""
-    from stagecoach_shard.stage import Stage
+    from stagecoach_shard.runtime.stage import Stage
 
     logits = Stage.logits
 
@@ -160,7 +160,7 @@ async def test_a_row_without_numbers_is_a_fault_of_its_request_and_of_no_other(t
 
 
 async def test_a_request_that_breaks_the_pipeline_each_time_is_given_up(tiny_model, monkeypatch):
-    from stagecoach_shard.stage import Stage
+    from stagecoach_shard.runtime.stage import Stage
 
     def crash(self, *_):
         raise RuntimeError("out of memory, say")
@@ -206,7 +206,7 @@ async def test_a_pipeline_that_comes_back_smaller_serves_what_still_fits(tiny_mo
 
 
 async def test_a_stage_that_answers_twice_loses_the_pipeline_and_does_not_hang_it(tiny_model, reference, monkeypatch):
-    from stagecoach_shard import forward_stream
+    from stagecoach_shard.rpc import forward_stream
 
     deliver = forward_stream._deliver
     answered = []
@@ -232,7 +232,7 @@ async def test_a_stage_that_answers_twice_loses_the_pipeline_and_does_not_hang_i
 
 
 async def test_a_caller_that_does_not_read_is_cut_off(tiny_model, monkeypatch):
-    from stagecoach_router import steps
+    from stagecoach_router.engine.engine import step_loop as steps
 
     shard = start_shard(tiny_model, "0:4")
     router = start_router([shard.address])
@@ -249,7 +249,7 @@ async def test_a_caller_that_does_not_read_is_cut_off(tiny_model, monkeypatch):
 
 
 async def test_a_long_text_is_tokenized_off_the_event_loop_and_alike(tiny_model):
-    from stagecoach_router.grpc_service import MAX_BYTES_ON_LOOP
+    from stagecoach_router.frontend.grpc_service import MAX_BYTES_ON_LOOP
 
     text = "Hü! " * MAX_BYTES_ON_LOOP
     shard = start_shard(tiny_model, "0:4")

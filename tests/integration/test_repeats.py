@@ -2,7 +2,7 @@
 
 import pytest
 
-from stagecoach_router import outputs
+from stagecoach_router.sampling import outputs
 from tests.cluster import cluster
 from tests.integration.test_generate import random_prompts
 

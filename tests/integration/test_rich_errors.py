@@ -13,8 +13,8 @@ from grpc_status import rpc_status
 from stagecoach.v1 import inference_pb2 as pb
 from stagecoach.v1 import inference_pb2_grpc
 from stagecoach.v1.inference_pb2_grpc import InferenceStub
-from stagecoach_router.callers import Callers
-from stagecoach_router.grpc_service import InferenceService
+from stagecoach_router.frontend.grpc_service import InferenceService
+from stagecoach_router.tenants.tenants import Callers
 
 TIMEOUT_S = 20.0
 

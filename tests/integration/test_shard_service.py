@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from stagecoach import PROTOCOL_VERSION, errors
-from stagecoach.framing import read_frame, write_frame
-from stagecoach.shard_rpc import ShardStub
+from stagecoach.rpc.framing import read_frame, write_frame
+from stagecoach.rpc.shard_rpc import ShardStub
 from stagecoach.v1 import model_pb2
 from stagecoach.v1 import shard_pb2 as pb
 from tests.cluster import start_shard

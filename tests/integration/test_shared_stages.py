@@ -5,7 +5,7 @@ import threading
 from contextlib import AsyncExitStack
 
 from stagecoach_client import AsyncClient
-from stagecoach_shard.stage import Stage
+from stagecoach_shard.runtime.stage import Stage
 from tests.cluster import start_router, start_shard, wait_until_ready
 from tests.integration.test_generate import greedy, random_prompts, reference_tokens
 

@@ -197,7 +197,7 @@ async def test_fewer_lanes_than_stages_are_refused(tiny_model):
 
 async def test_shards_without_layers_that_come_late_are_waited_for(tiny_model, reference, monkeypatch):
     """As when machines start one after the other: nothing is decided, and nothing given up, before all are there."""
-    monkeypatch.setattr("stagecoach_router.fleet.FIND_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("stagecoach_router.pipelines.pipeline_manager.FIND_TIMEOUT_S", 0.1)
     first = start_shard(tiny_model, "auto")
     late_address = f"127.0.0.1:{free_port()}"
     router = start_router([first.address, late_address])

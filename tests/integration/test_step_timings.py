@@ -9,9 +9,9 @@ import pytest
 from stagecoach import errors
 from stagecoach_client import AsyncClient
 from stagecoach_client.activity import activity
-from stagecoach_router.discovery import describe
-from stagecoach_router.pipeline import Pipeline
-from stagecoach_router.pipeline_totals import PipelineTotals
+from stagecoach_router.metrics.counters import PipelineTotals
+from stagecoach_router.pipelines.pipeline import Pipeline
+from stagecoach_router.pipelines.shard_client import describe
 from tests.cluster import cluster, start_router, start_shard, wait_until_ready
 from tests.integration.test_generate import greedy, random_prompts
 from tests.integration.test_shard_service import micro_batch

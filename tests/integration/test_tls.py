@@ -9,12 +9,14 @@ import grpc
 import grpc.aio
 import pytest
 
-from stagecoach import channel, errors, lifecycle
-from stagecoach.channel import MAX_SHARD_MESSAGE_BYTES, channel_options, dial_plainly
-from stagecoach.tls import ROUTER_NAME, SHARD_NAME, Identity, name_override, shard_dial
+from stagecoach import errors
+from stagecoach.process import lifecycle
+from stagecoach.rpc import channel
+from stagecoach.rpc.channel import MAX_SHARD_MESSAGE_BYTES, channel_options, dial_plainly
+from stagecoach.security.tls import ROUTER_NAME, SHARD_NAME, Identity, name_override, shard_dial
 from stagecoach_client import AsyncClient, Client, Tls
-from stagecoach_client.throwaway_ca import ThrowawayCA, issue_cluster
-from stagecoach_router import discovery
+from stagecoach_local.certificates import ThrowawayCA, issue_cluster
+from stagecoach_router.pipelines import shard_client as discovery
 from tests.cluster import start_router, start_shard, wait_until_ready
 from tests.integration.test_generate import greedy, random_prompts, reference_tokens
 

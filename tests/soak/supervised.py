@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Sequence
 
-from stagecoach_client.child_process import ChildProcess, ProcessDied
+from stagecoach_local.child_process import ChildProcess, ProcessDied
 
 KILL_TIMEOUT_S = 20.0
 

@@ -9,15 +9,15 @@ from zlib import crc32
 import numpy as np
 
 from stagecoach.errors import Unavailable
-from stagecoach.framing import read_frame
+from stagecoach.rpc.framing import read_frame
 from stagecoach.sampling import SamplingParams
 from stagecoach.v1 import shard_pb2 as pb
-from stagecoach_router.canary import Canary
-from stagecoach_router.engine import Engine
-from stagecoach_router.kv_blocks import BlockManager
-from stagecoach_router.replica import Replica, ReplicaSettings
-from stagecoach_router.request import Request
-from stagecoach_router.scheduler import Scheduler
+from stagecoach_router.engine.engine import Engine
+from stagecoach_router.engine.health_probe import Canary
+from stagecoach_router.engine.replica import Replica, ReplicaSettings
+from stagecoach_router.requests.request import Request
+from stagecoach_router.scheduling.block_manager import BlockManager
+from stagecoach_router.scheduling.scheduler import Scheduler
 
 VOCAB_SIZE = 1000
 TOKEN = 5

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from stagecoach.topology import LayerRange
+from stagecoach_shard.attention.batch import Batch
 from stagecoach_shard.attention.interface import Attention, AttentionShape, AttentionStep
 from stagecoach_shard.attention.sdpa import SdpaAttention
-from stagecoach_shard.batch import Batch
-from stagecoach_shard.checkpoint import TensorReader
+from stagecoach_shard.checkpoints.checkpoint import TensorReader
 from stagecoach_shard.kv_cache import KVCache
-from stagecoach_shard.model.config import ModelConfig
-from stagecoach_shard.model.decoder import TorchLayers
-from stagecoach_shard.model.layers import Layers
+from stagecoach_shard.models.config import ModelConfig
+from stagecoach_shard.models.decoder import TorchLayers
+from stagecoach_shard.models.layers import Layers
 from stagecoach_shard.native import library
 from stagecoach_shard.native.layers import NativeLayers
 from stagecoach_shard.native.library import Library

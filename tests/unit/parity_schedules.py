@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stagecoach_shard.checkpoint import Checkpoint
+from stagecoach_shard.checkpoints.checkpoint import Checkpoint
 from tests.unit.stage_chain import CPU, Running, StageChain
 from tests.unit.tiny_models import MODELS, random_tokens, reference_logits, save_tiny_model
 

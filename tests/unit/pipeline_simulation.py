@@ -8,11 +8,11 @@ import random
 from collections.abc import Callable, Sequence
 
 from stagecoach.sampling import SamplingParams
-from stagecoach_router import sequence as token_log
-from stagecoach_router.kv_blocks import BlockManager
-from stagecoach_router.pacing import Pacing, StageSeconds
-from stagecoach_router.scheduler import Scheduler
-from stagecoach_router.step_cost import StepShape
+from stagecoach_router.scheduling import sequence as token_log
+from stagecoach_router.scheduling.block_manager import BlockManager
+from stagecoach_router.scheduling.cost_model import StepShape
+from stagecoach_router.scheduling.pacing import Pacing, StageSeconds
+from stagecoach_router.scheduling.scheduler import Scheduler
 
 StageCostFunction = Callable[[StepShape], float]
 

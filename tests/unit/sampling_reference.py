@@ -10,9 +10,9 @@ import numpy.typing as npt
 from scipy.special import logsumexp
 
 from stagecoach.sampling import SamplingParams
-from stagecoach_router.outputs import Candidates, NeedsWholeRow, Sampled, WholeRow
-from stagecoach_router.penalties import TokenCounts
-from stagecoach_router.sampler import sample
+from stagecoach_router.sampling.outputs import Candidates, NeedsWholeRow, Sampled, WholeRow
+from stagecoach_router.sampling.penalties import TokenCounts
+from stagecoach_router.sampling.sampler import sample
 
 
 def distribution(

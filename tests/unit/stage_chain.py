@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from stagecoach.topology import LayerRange
-from stagecoach_shard.batch import Batch
-from stagecoach_shard.checkpoint import Checkpoint
+from stagecoach_shard.attention.batch import Batch
+from stagecoach_shard.checkpoints.checkpoint import Checkpoint
 from stagecoach_shard.kv_cache import KVCache
-from stagecoach_shard.stage import Stage
+from stagecoach_shard.runtime.stage import Stage
 
 CPU = torch.device("cpu")
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from stagecoach.channel import MAX_ADDRESSES, read_addresses
 from stagecoach.errors import InvalidArgument
+from stagecoach.rpc.channel import MAX_ADDRESSES, read_addresses
 
 
 def test_addresses_come_as_they_are_written():

@@ -4,8 +4,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stagecoach.api_keys import Grant, KeyEntry, key_id, key_sha256, new_entry, new_key, read_entries, write_entry
 from stagecoach.errors import ConfigError
+from stagecoach.security.api_keys import (
+    Grant,
+    KeyEntry,
+    key_id,
+    key_sha256,
+    new_entry,
+    new_key,
+    read_entries,
+    write_entry,
+)
 
 SHA256 = "ab" * 32
 ENTRY = f'[[keys]]\nname = "a"\nid = "00000000000000aa"\nsha256 = "{SHA256}"\n'

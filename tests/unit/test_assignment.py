@@ -11,7 +11,7 @@ import pytest
 
 from stagecoach import errors
 from stagecoach.topology import LayerRange
-from stagecoach_shard.assignment import Assignment
+from stagecoach_shard.leases.assignment import Assignment
 
 TIMEOUT_S = 20.0
 FIRST, SECOND = LayerRange(0, 2), LayerRange(2, 4)

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from stagecoach_shard.attention.batch import Batch
 from stagecoach_shard.attention.interface import AttentionShape
 from stagecoach_shard.attention.sdpa import SdpaAttention
-from stagecoach_shard.batch import Batch
 
 CPU = torch.device("cpu")
 HEAD_DIM = 8

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stagecoach_router.balance import MIN_TOLERANCE, ReplicaLoad, choose_replica, relative_speeds
+from stagecoach_router.engine.load_balancer import MIN_TOLERANCE, ReplicaLoad, choose_replica, relative_speeds
 
 
 def load(num_sequences=0, num_cached_tokens=0, *, fits=True, ready=True, speed=1.0):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stagecoach.errors import InvalidArgument
-from stagecoach_shard.batch import Batch
+from stagecoach_shard.attention.batch import Batch
 
 CPU = torch.device("cpu")
 

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stagecoach.api_keys import Grant, KeyEntry, new_entry, new_key
 from stagecoach.errors import PermissionDenied, RateLimited, Unauthenticated
-from stagecoach_router import callers as module
-from stagecoach_router.callers import Caller, Callers
+from stagecoach.security.api_keys import Grant, KeyEntry, new_entry, new_key
+from stagecoach_router.tenants import tenants as module
+from stagecoach_router.tenants.tenants import Caller, Callers
 
 KEY, OTHER_KEY = new_key(), new_key()
 ENTRIES = (new_entry(KEY, "ann", Grant()), new_entry(OTHER_KEY, "bob", Grant()))

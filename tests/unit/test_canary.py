@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from stagecoach.errors import ShardFault
-from stagecoach_router.canary import MAX_LOAD, SEQ_ID, Canary
-from stagecoach_router.outputs import CandidateRows
+from stagecoach_router.engine.health_probe import MAX_LOAD, SEQ_ID, Canary
+from stagecoach_router.sampling.outputs import CandidateRows
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from stagecoach.errors import FailedPrecondition, InvalidArgument
-from stagecoach_router.chat_template import MAX_TEMPLATE_LENGTH, ChatTemplate
-from stagecoach_router.model_files import ModelFiles
+from stagecoach_router.text.chat_template import MAX_TEMPLATE_LENGTH, ChatTemplate
+from stagecoach_router.text.model_files import ModelFiles
 
 USER = [("user", "hi")]
 

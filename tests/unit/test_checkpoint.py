@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from stagecoach.errors import CheckpointError
-from stagecoach_shard.checkpoint import Checkpoint
-from stagecoach_shard.tensor_table import read_header
+from stagecoach_shard.checkpoints.checkpoint import Checkpoint
+from stagecoach_shard.checkpoints.tensor_table import read_header
 from tests.unit.tiny_models import MODELS, save_tiny_model
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -7,7 +7,7 @@ from typing import Any, Self
 import pytest
 
 from stagecoach.errors import InvalidArgument, OutOfRange, Unavailable
-from stagecoach_client.cli.chat import Conversation, converse
+from stagecoach_cli.chat import Conversation, converse
 from stagecoach_client.results import Chunk, FinishReason
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from stagecoach.errors import InvalidArgument, StagecoachError
-from stagecoach_client.cli import describe, run
-from stagecoach_client.cli.bench import parse_counts
-from stagecoach_client.cli.terminal import format_bytes, format_fraction, write_model_text
+from stagecoach_cli import describe, run
+from stagecoach_cli.bench import parse_counts
+from stagecoach_cli.terminal import format_bytes, format_fraction, write_model_text
 
 
 def test_field_and_limit_are_said_once() -> None:

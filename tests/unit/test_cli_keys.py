@@ -4,8 +4,8 @@ import stat
 
 import pytest
 
-from stagecoach.api_keys import Grant, key_id, key_sha256, read_entries
-from stagecoach_client.cli import run
+from stagecoach.security.api_keys import Grant, key_id, key_sha256, read_entries
+from stagecoach_cli import run
 
 
 def test_it_prints_the_entry_and_at_last_the_key(capsys):

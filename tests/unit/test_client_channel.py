@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stagecoach.channel import (
+from stagecoach.errors import InvalidArgument
+from stagecoach.rpc.channel import (
     MAX_PUBLIC_MESSAGE_BYTES,
     MAX_SHARD_MESSAGE_BYTES,
     channel_options,
@@ -15,7 +16,6 @@ from stagecoach.channel import (
     server_options,
     split_address,
 )
-from stagecoach.errors import InvalidArgument
 
 
 @pytest.mark.parametrize(

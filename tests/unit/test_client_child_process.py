@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from stagecoach.errors import ConfigError
-from stagecoach_client.child_process import ChildProcess, ProcessDied
+from stagecoach_local.child_process import ChildProcess, ProcessDied
 
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up'); time.sleep(60)"
 
@@ -115,7 +115,7 @@ def test_a_command_that_does_not_exist_is_said_to(lines: Lines) -> None:
 def test_a_child_dies_with_a_parent_that_was_killed() -> None:
     code = f"""
 import sys, time
-from stagecoach_client.child_process import ChildProcess
+from stagecoach_local.child_process import ChildProcess
 child = ChildProcess("c", [sys.executable, "-c", {STUBBORN!r}], lambda name, line: print(child.pid, flush=True))
 child.start()
 time.sleep(60)

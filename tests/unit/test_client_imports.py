@@ -29,7 +29,7 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_sdk_needs_only_grpc_and_protobuf() -> None:
-    code = "import stagecoach_client, stagecoach_client.local_cluster, stagecoach_client.load\n"
+    code = "import stagecoach_client, stagecoach_local.local_cluster, stagecoach_cli.load\n"
     code += "stagecoach_client.Client('127.0.0.1:1').close(); print(len(stagecoach_client.__all__))"
     result = run(code)
     assert result.returncode == 0, result.stderr
@@ -43,7 +43,7 @@ def test_the_hook_does_refuse() -> None:
 
 
 def test_the_command_says_what_to_install() -> None:
-    result = run("from stagecoach_client.cli import main; main()")
+    result = run("from stagecoach_cli import main; main()")
     assert result.returncode == 1
     assert result.stderr.startswith("error: the stagecoach command needs ")
     assert "install Stagecoach with its [cli] extra" in result.stderr
@@ -69,7 +69,7 @@ def test_a_server_without_its_extra_says_what_to_install(program: str, arguments
 
 
 def test_the_command_starts_without_what_is_slow_to_import() -> None:
-    code = "import sys; from stagecoach_client.cli import run; run(['--help'])"
+    code = "import sys; from stagecoach_cli import run; run(['--help'])"
     code += "; print(sorted(sys.modules), file=sys.stderr)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert "generate" in result.stdout

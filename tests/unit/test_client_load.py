@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stagecoach.errors import InvalidArgument
-from stagecoach_client.load import (
+from stagecoach_cli.load import (
     Load,
     RequestTimes,
     decode_tokens_per_s,

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stagecoach.channel import MAX_PUBLIC_MESSAGE_BYTES
 from stagecoach.errors import InvalidArgument
+from stagecoach.rpc.channel import MAX_PUBLIC_MESSAGE_BYTES
 from stagecoach.sampling import SAMPLING_FIELDS, SamplingParams
 from stagecoach.v1 import inference_pb2 as pb
 from stagecoach_client.requests import (

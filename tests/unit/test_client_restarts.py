@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from stagecoach_client.child_process import Ended
-from stagecoach_client.restarts import (
+from stagecoach_local.child_process import Ended
+from stagecoach_local.restarts import (
     FIRST_DELAY_S,
     MAX_DELAY_S,
     MAX_FAILED_STARTS,

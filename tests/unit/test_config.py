@@ -3,8 +3,8 @@
 import pytest
 from pydantic import Field
 
-from stagecoach.config import ProcessSettings, parse_size, read_settings
 from stagecoach.errors import InvalidArgument
+from stagecoach.process.settings import ProcessSettings, parse_size, read_settings
 
 
 class Settings(ProcessSettings):

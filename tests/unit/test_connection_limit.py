@@ -6,7 +6,7 @@ import resource
 
 import pytest
 
-from stagecoach.lifecycle import MAX_CONNECTIONS, max_connections
+from stagecoach.process.lifecycle import MAX_CONNECTIONS, max_connections
 
 
 @pytest.mark.parametrize(

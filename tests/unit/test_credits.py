@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stagecoach.credits import CreditWindow
+from stagecoach.rpc.credits import CreditWindow
 
 
 @given(size=st.integers(1, 64), given_back=st.lists(st.integers(1, 5), max_size=50))

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stagecoach_router.deadlines import MAX_STALE_ENTRIES, Deadlines
+from stagecoach_router.scheduling.deadlines import MAX_STALE_ENTRIES, Deadlines
 from tests.unit.test_scheduler import add, finish, make_scheduler, make_sequence, rows_of
 
 

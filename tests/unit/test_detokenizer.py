@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from stagecoach.errors import CheckpointError
-from stagecoach_router.detokenizer import IncrementalDetokenizer, text_decoder
-from stagecoach_router.model_files import ModelFiles
-from stagecoach_router.tokenizer import Tokenizer as OurTokenizer
+from stagecoach_router.text.detokenizer import IncrementalDetokenizer, text_decoder
+from stagecoach_router.text.model_files import ModelFiles
+from stagecoach_router.text.tokenizer import Tokenizer as OurTokenizer
 
 WORDS = ["▁", "▁▁", "a", "▁a", "b", "é", "▁日", "\ufffd", "<0x4", "▁the"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from stagecoach.errors import InvalidArgument, Overloaded
-from stagecoach_router.encoding_line import EncodingLine
+from stagecoach_router.text.tokenizer_worker import EncodingLine
 
 TIMEOUT_S = 10.0
 

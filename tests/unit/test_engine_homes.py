@@ -7,9 +7,9 @@ import asyncio
 import pytest
 
 from stagecoach.errors import DeadlineExceeded, OutOfRange, Overloaded, ShardFault
-from stagecoach_router import engine
-from stagecoach_router.outputs import Sampled
-from stagecoach_router.replica import MAX_REPLAYS_WITHOUT_PROGRESS
+from stagecoach_router.engine import engine
+from stagecoach_router.engine.replica import MAX_REPLAYS_WITHOUT_PROGRESS
+from stagecoach_router.sampling.outputs import Sampled
 from tests.unit.fake_pipelines import TOKEN, FakeCluster, FakePipeline, request
 
 LONG = 40

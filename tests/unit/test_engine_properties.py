@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from stagecoach.errors import Overloaded, Unavailable
-from stagecoach.framing import read_frame
+from stagecoach.rpc.framing import read_frame
 from stagecoach.v1 import shard_pb2 as pb
-from stagecoach_router.engine import MAX_LOSSES_TO_MOVE
-from stagecoach_router.generation import Generation
-from stagecoach_router.request import Request
+from stagecoach_router.engine.engine import MAX_LOSSES_TO_MOVE
+from stagecoach_router.requests.request import Request
+from stagecoach_router.requests.request_state import Generation
 from tests.unit.fake_pipelines import BLOCK_SIZE, VOCAB_SIZE, FakeCluster, FakePipeline, request
 
 NUM_PIPELINES = 3

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stagecoach_shard.checkpoint import Checkpoint
+from stagecoach_shard.checkpoints.checkpoint import Checkpoint
 from tests.unit.tiny_models import MODELS, save_tiny_model
 
 SINGLE = "model.safetensors"

@@ -9,12 +9,13 @@ import pytest
 from stagecoach.errors import FailedPrecondition, KVCacheFull, TopologyError, Unavailable
 from stagecoach.topology import LayerRange
 from stagecoach.v1 import model_pb2, shard_pb2
-from stagecoach_router import discovery, fleet
-from stagecoach_router.discovery import Stage
-from stagecoach_router.fleet import Fleet, FleetSettings
-from stagecoach_router.pipeline_totals import PipelineTotals
-from stagecoach_router.roster import Roster
-from stagecoach_router.watchdog import FaultLimits
+from stagecoach_router.metrics.counters import PipelineTotals
+from stagecoach_router.pipelines import pipeline_manager as fleet
+from stagecoach_router.pipelines import shard_client as discovery
+from stagecoach_router.pipelines.pipeline_manager import Fleet, FleetSettings
+from stagecoach_router.pipelines.shard_client import Stage
+from stagecoach_router.pipelines.shard_registry import Roster
+from stagecoach_router.pipelines.watchdog import FaultLimits
 
 NUM_LAYERS = 4
 A, B, C, D = "a:1", "b:1", "c:1", "d:1"
@@ -101,7 +102,7 @@ def test_a_shard_that_was_started_again_is_not_to_blame():
 
 def test_blame_ends(monkeypatch):
     some_fleet, roster, _ = make_fleet(a="0:2", b="2:4", c="2:4")
-    monkeypatch.setattr("stagecoach_router.roster.BLAME_S", -1.0)
+    monkeypatch.setattr("stagecoach_router.pipelines.shard_registry.BLAME_S", -1.0)
     lose(some_fleet, roster, [A, B], Unavailable(f"{B}: no answer"))
     describe(roster, A, "0:2")
     describe(roster, B, "2:4")

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stagecoach.errors import InvalidArgument
-from stagecoach.framing import FrameCounter, read_frame, write_frame
+from stagecoach.rpc.framing import FrameCounter, read_frame, write_frame
 from stagecoach.v1 import shard_pb2 as pb
 
 u32 = st.integers(0, 2**32 - 1)

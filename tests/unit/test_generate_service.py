@@ -9,9 +9,9 @@ import pytest
 
 from stagecoach.errors import FailedPrecondition
 from stagecoach.v1 import inference_pb2 as pb
-from stagecoach_router import grpc_service
-from stagecoach_router.callers import Callers
-from stagecoach_router.grpc_service import InferenceService
+from stagecoach_router.frontend import grpc_service
+from stagecoach_router.frontend.grpc_service import InferenceService
+from stagecoach_router.tenants.tenants import Callers
 
 
 def make_service(**serving: Any) -> InferenceService:

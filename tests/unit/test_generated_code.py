@@ -21,7 +21,7 @@ def test_generated_code_is_up_to_date(tmp_path):
 
 
 def test_payloads_have_the_highest_field_number_of_their_message():
-    from stagecoach.framing import PAYLOAD_FIELD
+    from stagecoach.rpc.framing import PAYLOAD_FIELD
     from stagecoach.v1 import shard_pb2
 
     for message in (shard_pb2.MicroBatch, shard_pb2.SessionResponse):

@@ -19,9 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from stagecoach.errors import CheckpointError
-from stagecoach_shard.gguf_import import import_gguf
-from stagecoach_shard.gguf_import.__main__ import main
-from stagecoach_shard.gguf_import.weights import undo_rotary_order
+from stagecoach_gguf import import_gguf
+from stagecoach_gguf.__main__ import main
+from stagecoach_gguf.weights import undo_rotary_order
 from tests.gguf_model import GGUFModel, gguf_tensors, interleaved
 
 QUANTIZATIONS = [

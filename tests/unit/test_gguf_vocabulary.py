@@ -16,10 +16,10 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN2_REGEX
 
 from stagecoach.errors import CheckpointError
-from stagecoach_shard.gguf_import.byte_level import byte_level_recipe
-from stagecoach_shard.gguf_import.gguf_file import GGUFFile
-from stagecoach_shard.gguf_import.sentence_piece import merges_of, sentence_piece_tokenizer
-from stagecoach_shard.gguf_import.vocabulary import Vocabulary
+from stagecoach_gguf.byte_level import byte_level_recipe
+from stagecoach_gguf.gguf_file import GGUFFile
+from stagecoach_gguf.sentence_piece import merges_of, sentence_piece_tokenizer
+from stagecoach_gguf.vocabulary import Vocabulary
 from tests.gguf_model import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, GGUFModel, byte_level_tokens
 
 LLAMA3_REGEX = TikTokenConverter(vocab_file="unused").pattern

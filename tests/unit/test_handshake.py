@@ -4,7 +4,7 @@ import grpc
 import pytest
 
 from stagecoach import errors
-from stagecoach.handshake import explain, hint
+from stagecoach.errors.handshake import explain, hint
 
 PREFIX = "failed to connect to all addresses; last error: "
 OPENSSL = "Tls handshake failed (TSI_PROTOCOL_FAILURE): SSL_ERROR_SSL: error:1000007d:SSL routines:OPENSSL_internal:"

@@ -12,13 +12,13 @@ import pytest
 
 from stagecoach.errors import Cancelled
 from stagecoach.sampling import SamplingParams
-from stagecoach_router.completion import FinishReason, Piece
-from stagecoach_router.generation import Generation
-from stagecoach_router.idempotency import Accepted
-from stagecoach_router.journal import Journal
-from stagecoach_router.journal_store import JournalStore
-from stagecoach_router.outputs import Sampled
-from stagecoach_router.request import Request
+from stagecoach_router.durability.journal import Journal
+from stagecoach_router.durability.journal_store import JournalStore
+from stagecoach_router.durability.request_registry import Accepted
+from stagecoach_router.requests.completion import FinishReason, Piece
+from stagecoach_router.requests.request import Request
+from stagecoach_router.requests.request_state import Generation
+from stagecoach_router.sampling.outputs import Sampled
 
 REQUEST = Request("r", (1, 2), SamplingParams(max_tokens=9, seed=1))
 KEY = ("", "r")
@@ -163,7 +163,7 @@ async def test_a_disk_that_hangs_holds_no_answer_back(
 ) -> None:
     comes_back = threading.Event()
     journal, accepted = await opened(path), accepted_request()
-    monkeypatch.setattr("stagecoach_router.journal.MAX_WRITE_S", 0.05)
+    monkeypatch.setattr("stagecoach_router.durability.journal.MAX_WRITE_S", 0.05)
     monkeypatch.setattr(JournalStore, "apply", lambda *arguments: comes_back.wait())
     try:
         journal.begin(accepted)

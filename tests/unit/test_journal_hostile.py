@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from stagecoach.errors import ConfigError
-from stagecoach_router import journal_store
-from stagecoach_router.journal_store import JournalStore
+from stagecoach_router.durability import journal_store
+from stagecoach_router.durability.journal_store import JournalStore
 
 PAGE_SIZE = 512
 # SQLite follows a tree 20 pages deep at most; so many are 60^10 rows.

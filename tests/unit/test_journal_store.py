@@ -11,9 +11,9 @@ import pytest
 
 from stagecoach.errors import ConfigError, InvalidArgument, OutOfRange
 from stagecoach.sampling import SamplingParams
-from stagecoach_router.journal_store import Begin, End, Forget, JournalStore, Token
-from stagecoach_router.outputs import Sampled
-from stagecoach_router.request import Request
+from stagecoach_router.durability.journal_store import Begin, End, Forget, JournalStore, Token
+from stagecoach_router.requests.request import Request
+from stagecoach_router.sampling.outputs import Sampled
 
 KEY = ("tenant", "r-1")
 PARAMS = SamplingParams(
@@ -116,7 +116,7 @@ def test_a_file_that_is_something_else_is_refused_and_left_alone(path: Path) -> 
 
 
 def test_two_routers_cannot_have_the_same_journal(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stagecoach_router.journal_store.LOCK_TIMEOUT_S", 0.01)
+    monkeypatch.setattr("stagecoach_router.durability.journal_store.LOCK_TIMEOUT_S", 0.01)
     store = JournalStore(path)
     with pytest.raises(ConfigError, match="another router"):
         JournalStore(path)

@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from stagecoach.api_keys import Grant, new_entry, new_key, write_entry
 from stagecoach.errors import ConfigError, RateLimited, Unauthenticated
-from stagecoach_router.key_file import KeyFile
+from stagecoach.security.api_keys import Grant, new_entry, new_key, write_entry
+from stagecoach_router.tenants.key_file import KeyFile
 
 ANN, BOB = new_key(), new_key()
 
@@ -117,7 +117,7 @@ def test_a_file_that_cannot_be_used_at_the_start_is_an_error(tmp_path, text):
 
 
 def test_a_file_that_is_too_large_for_keys_is_not_read(path, monkeypatch):
-    monkeypatch.setattr("stagecoach_router.key_file.MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr("stagecoach_router.tenants.key_file.MAX_FILE_BYTES", 1000)
     path.write_text(entry(ANN, "ann") + "#" * 1000)
     with pytest.raises(ConfigError, match="more than 1000 bytes"):
         KeyFile(path)

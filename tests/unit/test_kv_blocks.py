@@ -8,8 +8,8 @@ from hashlib import blake2b
 import pytest
 
 from stagecoach.sampling import SamplingParams
-from stagecoach_router.kv_blocks import DIGEST_BYTES, BlockManager
-from stagecoach_router.sequence import Sequence
+from stagecoach_router.scheduling.block_manager import DIGEST_BYTES, BlockManager
+from stagecoach_router.scheduling.sequence import Sequence
 
 BLOCK_SIZE = 4
 

@@ -6,7 +6,7 @@ import torch
 
 from stagecoach.topology import LayerRange
 from stagecoach_shard.kv_cache import KVCache
-from stagecoach_shard.model.config import ModelConfig
+from stagecoach_shard.models.config import ModelConfig
 
 CONFIG = ModelConfig.parse(
     {

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from stagecoach.errors import InvalidArgument, KVCacheFull, OutOfRange, StaleEpoch
 from stagecoach.v1 import shard_pb2 as pb
-from stagecoach_shard.lease import BlockRanges, Lease
+from stagecoach_shard.leases.lease import BlockRanges, Lease
 
 
 def make_lease(**changes):

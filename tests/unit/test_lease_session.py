@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from stagecoach_shard.lease import Lease
-from stagecoach_shard.session import MIN_OPENING_SILENCE_S, LeaseSession, LoadReportDue
+from stagecoach_shard.leases.lease import Lease
+from stagecoach_shard.leases.session import MIN_OPENING_SILENCE_S, LeaseSession, LoadReportDue
 
 START_S = 5000.0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stagecoach_shard.model.linear import Linear
+from stagecoach_shard.models.linear import Linear
 
 needs_bf16_kernels = pytest.mark.skipif(
     not torch._C._has_mkldnn or not torch.ops.mkldnn._is_mkldnn_bf16_supported(),

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from stagecoach.errors import CheckpointError
-from stagecoach_shard.checkpoint import Checkpoint
-from stagecoach_shard.model.config import ModelConfig
+from stagecoach_shard.checkpoints.checkpoint import Checkpoint
+from stagecoach_shard.models.config import ModelConfig
 from tests.unit.stage_chain import Running, StageChain
 from tests.unit.tiny_models import MODELS, random_tokens, reference_logits, save_tiny_model
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from stagecoach.errors import CheckpointError
-from stagecoach_router import model_files
-from stagecoach_router.model_files import ModelFiles
+from stagecoach_router.text import model_files
+from stagecoach_router.text.model_files import ModelFiles
 
 
 def test_reads_the_known_files_of_a_folder(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ import torch
 from stagecoach.errors import ConfigError
 from stagecoach.topology import LayerRange
 from stagecoach_shard.attention.sdpa import SdpaAttention
-from stagecoach_shard.checkpoint import Checkpoint
+from stagecoach_shard.checkpoints.checkpoint import Checkpoint
 from stagecoach_shard.native import library
 from stagecoach_shard.native.layers import MAX_HEAD_DIM, Kernels, native_library
-from stagecoach_shard.stage import Stage
+from stagecoach_shard.runtime.stage import Stage
 from tests.unit.native_layers import CPU, compiler, family
 from tests.unit.tiny_models import save_tiny_model
 

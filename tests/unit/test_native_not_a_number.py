@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from stagecoach.topology import LayerRange
-from stagecoach_shard.batch import Batch
-from stagecoach_shard.checkpoint import Checkpoint
+from stagecoach_shard.attention.batch import Batch
+from stagecoach_shard.checkpoints.checkpoint import Checkpoint
 from stagecoach_shard.kv_cache import KVCache
-from stagecoach_shard.stage import Stage
+from stagecoach_shard.runtime.stage import Stage
 from tests.unit.native_layers import (
     BUILDS,
     CPU,

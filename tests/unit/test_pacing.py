@@ -9,8 +9,8 @@ import scipy.optimize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stagecoach_router.pacing import MIN_SHARED_CHUNK_TOKENS, Pace, Pacing, Prompts, StageSeconds
-from stagecoach_router.step_cost import CostFit, StageCost, StepShape, solve_nonnegative
+from stagecoach_router.scheduling.cost_model import CostFit, StageCost, StepShape, solve_nonnegative
+from stagecoach_router.scheduling.pacing import MIN_SHARED_CHUNK_TOKENS, Pace, Pacing, Prompts, StageSeconds
 from tests.unit.pipeline_simulation import stage_cost
 
 seconds = st.floats(1e-5, 0.1)

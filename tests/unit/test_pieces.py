@@ -7,9 +7,9 @@ import asyncio
 import pytest
 
 from stagecoach.errors import StagecoachError, Unavailable
-from stagecoach_router.completion import FinishReason, Piece
-from stagecoach_router.outputs import Sampled
-from stagecoach_router.pieces import MAX_PIECES_READ, PieceReader, Pieces
+from stagecoach_router.requests.completion import FinishReason, Piece
+from stagecoach_router.requests.output_stream import MAX_PIECES_READ, PieceReader, Pieces
+from stagecoach_router.sampling.outputs import Sampled
 
 
 def piece(token_id: int, index: int = 0, *, last: bool = False) -> Piece:

@@ -9,9 +9,9 @@ import pytest
 
 from stagecoach.errors import ShardFault
 from stagecoach.v1 import shard_pb2 as pb
-from stagecoach_router.discovery import Stage
-from stagecoach_router.pipeline import Pipeline, check_timings
-from stagecoach_router.pipeline_totals import PipelineTotals
+from stagecoach_router.metrics.counters import PipelineTotals
+from stagecoach_router.pipelines.pipeline import Pipeline, check_timings
+from stagecoach_router.pipelines.shard_client import Stage
 
 
 @pytest.fixture

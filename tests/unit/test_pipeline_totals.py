@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from stagecoach.v1 import inference_pb2
 from stagecoach.v1 import shard_pb2 as pb
-from stagecoach_router.pipeline_totals import ActiveTime, StageTotals
+from stagecoach_router.metrics.counters import ActiveTime, StageTotals
 
 COUNTERS = ("num_steps", "num_tokens", "compute_s", "wait_s", "queue_s", "decode_s", "encode_s", "num_frames",
             "num_fast_frames")  # fmt: skip

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from stagecoach.errors import TopologyError
 from stagecoach.topology import LayerRange, split_evenly
-from stagecoach_router.placement import Candidate, Link, find_chain
+from stagecoach_router.pipelines.placement import Candidate, Link, find_chain
 
 
 def fixed(address, layers, num_blocks=8):

@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stagecoach.sampling import SamplingParams
-from stagecoach_router.kv_blocks import BlockManager
-from stagecoach_router.sequence import Sequence
+from stagecoach_router.scheduling.block_manager import BlockManager
+from stagecoach_router.scheduling.sequence import Sequence
 
 BLOCK_SIZE = 2
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from stagecoach_router.randomness import uniform
+from stagecoach_router.sampling.randomness import uniform
 
 _uint64 = st.integers(0, 2**64 - 1)
 

@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stagecoach_router.remembered import Remembered
+from stagecoach_router.durability.retention import Remembered
 
 
 def test_what_is_too_old_is_forgotten() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stagecoach_router.retry_delay import FIRST_S, MAX_S, MIN_S, WINDOW_S, RetryDelay
+from stagecoach_router.scheduling.retry_after import FIRST_S, MAX_S, MIN_S, WINDOW_S, RetryDelay
 
 
 def refuse(

@@ -7,7 +7,7 @@ import pytest
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 
 from stagecoach import errors
-from stagecoach.rich_status import STATUS_METADATA_KEY, abort, rich_status
+from stagecoach.errors.rich_status import STATUS_METADATA_KEY, abort, rich_status
 
 # What gRPC takes of metadata in all, less what its own headers need.
 MAX_METADATA_BYTES = 8192 - 512

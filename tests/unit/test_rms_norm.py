@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stagecoach_shard.model.rms_norm import RMSNorm
+from stagecoach_shard.models.rms_norm import RMSNorm
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from stagecoach_shard.model.raw_config import RawConfig
-from stagecoach_shard.model.rope import RopeConfig, Rotation
+from stagecoach_shard.models.raw_config import RawConfig
+from stagecoach_shard.models.rope import RopeConfig, Rotation
 
 
 def _theirs(parameters: dict[str, Any], head_dim: int, context_length: int) -> torch.Tensor:

@@ -14,9 +14,9 @@ from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWa
 
 from stagecoach.errors import ShardFault
 from stagecoach.sampling import SamplingParams
-from stagecoach_router.outputs import Candidates, Sampled, WholeRow
-from stagecoach_router.penalties import TokenCounts
-from stagecoach_router.sampler import sample
+from stagecoach_router.sampling.outputs import Candidates, Sampled, WholeRow
+from stagecoach_router.sampling.penalties import TokenCounts
+from stagecoach_router.sampling.sampler import sample
 from tests.unit.sampling_reference import candidates, counts_of, distribution, sample_whole
 
 GREEDY = SamplingParams(temperature=0.0)

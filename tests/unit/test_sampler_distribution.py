@@ -9,9 +9,9 @@ import pytest
 from scipy import stats
 
 from stagecoach.sampling import SamplingParams
-from stagecoach_router.outputs import NeedsWholeRow, WholeRow
-from stagecoach_router.randomness import uniform
-from stagecoach_router.sampler import sample
+from stagecoach_router.sampling.outputs import NeedsWholeRow, WholeRow
+from stagecoach_router.sampling.randomness import uniform
+from stagecoach_router.sampling.sampler import sample
 from tests.unit.sampling_reference import candidates, counts_of, distribution, sample_whole
 
 VOCAB_SIZE = 60

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from stagecoach.sampling import SAMPLING_FIELDS, SamplingParams
-from stagecoach_router.outputs import (
+from stagecoach_router.sampling.outputs import (
     MAX_CANDIDATES,
     WHOLE_ROW,
     Candidates,
@@ -20,10 +20,10 @@ from stagecoach_router.outputs import (
     Sampled,
     wanted_output,
 )
-from stagecoach_router.penalties import TokenCounts
-from stagecoach_router.randomness import uniform
-from stagecoach_router.sampler import sample
-from stagecoach_shard.reduction import log_sum_exp, top_candidates
+from stagecoach_router.sampling.penalties import TokenCounts
+from stagecoach_router.sampling.randomness import uniform
+from stagecoach_router.sampling.sampler import sample
+from stagecoach_shard.runtime.reduction import log_sum_exp, top_candidates
 from tests.unit.sampling_reference import candidates, counts_of, distribution, sample_whole
 
 VOCAB_SIZE = 49_152

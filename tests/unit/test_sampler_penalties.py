@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from stagecoach.sampling import SamplingParams
-from stagecoach_router.penalties import TokenCounts, only_lowers, shape_candidates, shape_row
+from stagecoach_router.sampling.penalties import TokenCounts, only_lowers, shape_candidates, shape_row
 from tests.unit.sampling_reference import counts_of
 
 VOCAB_SIZE = 500

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from stagecoach.sampling import SamplingParams
-from stagecoach_router.outputs import (
+from stagecoach_router.sampling.outputs import (
     MORE_CANDIDATES,
     OPEN_CANDIDATES,
     WHOLE_ROW,
@@ -15,8 +15,8 @@ from stagecoach_router.outputs import (
     wanted_output,
     wider_output,
 )
-from stagecoach_router.penalties import TokenCounts
-from stagecoach_router.sampler import sample
+from stagecoach_router.sampling.penalties import TokenCounts
+from stagecoach_router.sampling.sampler import sample
 from tests.unit.sampling_reference import candidates, sample_whole
 
 VOCAB_SIZE = 49_152

@@ -4,10 +4,10 @@ import pytest
 
 from stagecoach.errors import InvalidArgument, OutOfRange, Overloaded
 from stagecoach.sampling import SamplingParams
-from stagecoach_router.kv_blocks import BlockManager
-from stagecoach_router.retry_delay import MAX_S, WINDOW_S
-from stagecoach_router.scheduler import Scheduler
-from stagecoach_router.sequence import Sequence
+from stagecoach_router.scheduling.block_manager import BlockManager
+from stagecoach_router.scheduling.retry_after import MAX_S, WINDOW_S
+from stagecoach_router.scheduling.scheduler import Scheduler
+from stagecoach_router.scheduling.sequence import Sequence
 
 BLOCK_SIZE = 4
 

@@ -13,9 +13,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from stagecoach.errors import OutOfRange, Overloaded
 from stagecoach.sampling import SamplingParams
-from stagecoach_router.kv_blocks import BlockManager
-from stagecoach_router.scheduler import Scheduler
-from stagecoach_router.sequence import Sequence
+from stagecoach_router.scheduling.block_manager import BlockManager
+from stagecoach_router.scheduling.scheduler import Scheduler
+from stagecoach_router.scheduling.sequence import Sequence
 
 VOCABULARY = 2  # so that prompts often share prefixes
 

@@ -13,15 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stagecoach.errors import InvalidArgument, OutOfRange
-from stagecoach.framing import PAYLOAD_ALIGNMENT, FrameCounter, read_frame
+from stagecoach.rpc.framing import PAYLOAD_ALIGNMENT, FrameCounter, read_frame
 from stagecoach.topology import LayerRange
 from stagecoach.v1 import shard_pb2 as pb
-from stagecoach_shard import wire
-from stagecoach_shard.batch import Batch
-from stagecoach_shard.checkpoint import Checkpoint
+from stagecoach_shard.attention.batch import Batch
+from stagecoach_shard.checkpoints.checkpoint import Checkpoint
 from stagecoach_shard.kv_cache import KVCache
-from stagecoach_shard.stage import Stage
-from stagecoach_shard.stage_runner import Output, StepTimes
+from stagecoach_shard.leases import wire
+from stagecoach_shard.runtime.stage import Stage
+from stagecoach_shard.runtime.stage_runner import Output, StepTimes
 from tests.unit.stage_chain import CPU
 from tests.unit.tiny_models import MODELS, save_tiny_model
 

@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from stagecoach_router.pacing import Pacing, StageSeconds
-from stagecoach_router.slowness import STEPS_BETWEEN_REFERENCES, Slowness
-from stagecoach_router.step_cost import StepShape
+from stagecoach_router.engine.straggler import STEPS_BETWEEN_REFERENCES, Slowness
+from stagecoach_router.scheduling.cost_model import StepShape
+from stagecoach_router.scheduling.pacing import Pacing, StageSeconds
 
 WINDOW_S = 2.5
 FIXED_S = (0.010, 0.006)

@@ -10,10 +10,10 @@ import torch
 
 from stagecoach.errors import InvalidArgument, OutOfRange
 from stagecoach.topology import LayerRange
-from stagecoach_shard.batch import Batch
-from stagecoach_shard.checkpoint import Checkpoint
+from stagecoach_shard.attention.batch import Batch
+from stagecoach_shard.checkpoints.checkpoint import Checkpoint
 from stagecoach_shard.kv_cache import KVCache
-from stagecoach_shard.stage import Stage
+from stagecoach_shard.runtime.stage import Stage
 from tests.unit.stage_chain import CPU
 from tests.unit.tiny_models import MODELS, VOCAB_SIZE, save_tiny_model
 

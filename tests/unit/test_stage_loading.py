@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from stagecoach.errors import CheckpointError, TopologyError
 from stagecoach.topology import LayerRange
-from stagecoach_shard.checkpoint import Checkpoint
-from stagecoach_shard.stage import Stage
+from stagecoach_shard.checkpoints.checkpoint import Checkpoint
+from stagecoach_shard.runtime.stage import Stage
 from tests.unit.stage_chain import CPU, Running, StageChain
 from tests.unit.test_checkpoint import split_over_files
 from tests.unit.tiny_models import MODELS, random_tokens, reference_logits, save_tiny_model
@@ -149,9 +149,9 @@ import gc, sys
 from pathlib import Path
 import psutil, torch
 from stagecoach.topology import LayerRange
-from stagecoach_shard.checkpoint import Checkpoint
-from stagecoach_shard.model.linear import Linear
-from stagecoach_shard.stage import Stage
+from stagecoach_shard.checkpoints.checkpoint import Checkpoint
+from stagecoach_shard.models.linear import Linear
+from stagecoach_shard.runtime.stage import Stage
 
 torch.set_num_threads(1)
 Linear(torch.zeros(64, 64, dtype=torch.bfloat16))  # the first one measures this CPU, and so pulls in libraries

@@ -13,14 +13,14 @@ import torch
 
 from stagecoach.errors import OutOfRange
 from stagecoach.topology import LayerRange
+from stagecoach_shard.attention.batch import Batch
 from stagecoach_shard.attention.interface import AttentionShape
 from stagecoach_shard.attention.sdpa import SdpaAttention, SdpaStep
-from stagecoach_shard.batch import Batch
-from stagecoach_shard.checkpoint import Checkpoint
+from stagecoach_shard.checkpoints.checkpoint import Checkpoint
 from stagecoach_shard.kv_cache import KVCache
-from stagecoach_shard.lease import Rows
-from stagecoach_shard.stage import Stage
-from stagecoach_shard.stage_runner import (
+from stagecoach_shard.leases.lease import Rows
+from stagecoach_shard.runtime.stage import Stage
+from stagecoach_shard.runtime.stage_runner import (
     LeaseLoad,
     Output,
     StageInput,

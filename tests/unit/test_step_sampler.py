@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from stagecoach.errors import ShardFault
 from stagecoach.sampling import SamplingParams
-from stagecoach_router import step_sampler
-from stagecoach_router.outputs import CandidateRows, NeedsWholeRow, Sampled, WholeRows, wanted_output
-from stagecoach_router.penalties import TokenCounts
-from stagecoach_router.sequence import Sequence
-from stagecoach_router.step_sampler import Chooser, choose_tokens
+from stagecoach_router.sampling import step_sampler
+from stagecoach_router.sampling.outputs import CandidateRows, NeedsWholeRow, Sampled, WholeRows, wanted_output
+from stagecoach_router.sampling.penalties import TokenCounts
+from stagecoach_router.sampling.step_sampler import Chooser, choose_tokens
+from stagecoach_router.scheduling.sequence import Sequence
 
 VOCAB_SIZE = 2000
 

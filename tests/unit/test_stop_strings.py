@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from stagecoach_router.stop_strings import StopStrings
+from stagecoach_router.text.stop_strings import StopStrings
 
 letters = st.text(alphabet="ab🎉", max_size=30)
 stops = st.lists(st.text(alphabet="ab🎉", min_size=1, max_size=4), min_size=1, max_size=4).map(tuple)

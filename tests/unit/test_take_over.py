@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 
-from stagecoach.api_keys import Grant, new_entry, new_key
 from stagecoach.errors import Cancelled, Overloaded, RateLimited
 from stagecoach.sampling import SamplingParams
+from stagecoach.security.api_keys import Grant, new_entry, new_key
 from stagecoach.v1.model_pb2 import ModelDescription
-from stagecoach_router.callers import Callers
-from stagecoach_router.engine import Generation
-from stagecoach_router.idempotency import AcceptedRequests
-from stagecoach_router.journal_store import JournaledRequest
-from stagecoach_router.outputs import Sampled
-from stagecoach_router.request import Request
-from stagecoach_router.take_over import take_over
+from stagecoach_router.durability.journal_store import JournaledRequest
+from stagecoach_router.durability.recovery import take_over
+from stagecoach_router.durability.request_registry import AcceptedRequests
+from stagecoach_router.engine.engine import Generation
+from stagecoach_router.requests.request import Request
+from stagecoach_router.sampling.outputs import Sampled
+from stagecoach_router.tenants.tenants import Callers
 
 MODEL = ModelDescription(fingerprint="f00d", vocab_size=20, context_length=32)
 LINGER_S = 60.0

@@ -9,8 +9,8 @@ import jinja2
 import pytest
 
 from stagecoach.errors import InvalidArgument
-from stagecoach_router.chat_template import ChatTemplate
-from stagecoach_router.template_sizes import MAX_VALUE_LENGTH, written_length
+from stagecoach_router.text.chat_template import ChatTemplate
+from stagecoach_router.text.template_sizes import MAX_VALUE_LENGTH, written_length
 
 MAX_PEAK_BYTES = 8 * MAX_VALUE_LENGTH
 BIG = "{% set x = 'a' * 9999999 %}"

@@ -12,22 +12,30 @@ from typing import Any
 import pytest
 from cryptography import x509
 
-from stagecoach import lifecycle
-from stagecoach.channel import dial_plainly, is_loopback
-from stagecoach.config import read_settings
 from stagecoach.errors import ConfigError, PermissionDenied
-from stagecoach.tls import ROUTER_NAME, SHARD_NAME, Identity, check_caller, read_identity, read_names, shard_dial
+from stagecoach.process import lifecycle
+from stagecoach.process.settings import read_settings
+from stagecoach.rpc.channel import dial_plainly, is_loopback
+from stagecoach.security.tls import (
+    ROUTER_NAME,
+    SHARD_NAME,
+    Identity,
+    check_caller,
+    read_identity,
+    read_names,
+    shard_dial,
+)
 from stagecoach.topology import LayerRange
+from stagecoach_cli.options import choose_tls
 from stagecoach_client import Tls
-from stagecoach_client.cli.options import choose_tls
-from stagecoach_client.local_cluster import LocalCluster
-from stagecoach_client.throwaway_ca import (
+from stagecoach_local.certificates import (
     ClusterCertificates,
     Issued,
     ThrowawayCA,
     issue_cluster,
     throwaway_certificates,
 )
+from stagecoach_local.local_cluster import LocalCluster
 from stagecoach_router.settings import RouterSettings
 
 

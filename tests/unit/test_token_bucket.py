@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stagecoach_router.token_bucket import TokenBucket
+from stagecoach_router.tenants.rate_limit import TokenBucket
 
 rates = st.integers(1, 10**9)
 clocks = st.floats(0, 10**7)

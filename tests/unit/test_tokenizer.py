@@ -12,8 +12,8 @@ from tokenizers import Tokenizer as LibraryTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from stagecoach.errors import CheckpointError, FailedPrecondition, InvalidArgument
-from stagecoach_router.model_files import ModelFiles
-from stagecoach_router.tokenizer import Tokenizer
+from stagecoach_router.text.model_files import ModelFiles
+from stagecoach_router.text.tokenizer import Tokenizer
 
 TEXTS = [
     "The capital of France is",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from stagecoach_shard.transfers import for_device, to_host
+from stagecoach_shard.runtime.transfers import for_device, to_host
 
 CPU = torch.device("cpu")
 

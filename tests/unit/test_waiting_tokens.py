@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from stagecoach.errors import OutOfRange, Overloaded
-from stagecoach_router import admission
+from stagecoach_router.scheduling import waiting_queue as admission
 from tests.unit.test_scheduler import add, finish, make_scheduler
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stagecoach.watch_clock import Silence, WatchClock
+from stagecoach.rpc.watch_clock import Silence, WatchClock
 
 
 def test_regular_looks_count_all_time():

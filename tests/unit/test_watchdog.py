@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stagecoach_router.watchdog import MAX_SLOWDOWN, FaultLimits, StageWork, Watchdog
+from stagecoach_router.pipelines.watchdog import MAX_SLOWDOWN, FaultLimits, StageWork, Watchdog
 
 STAGES = ("a:1", "b:2")
 LIMITS = FaultLimits(fault_timeout_s=5.0, step_timeout_s=60.0)

@@ -6,11 +6,11 @@ from typing import Any
 
 from stagecoach.sampling import SamplingParams
 from stagecoach.v1 import inference_pb2 as pb
-from stagecoach_router.completion import Piece
-from stagecoach_router.generation import Generation
-from stagecoach_router.grpc_service import write_pieces
-from stagecoach_router.outputs import Sampled
-from stagecoach_router.request import Request
+from stagecoach_router.frontend.grpc_service import write_pieces
+from stagecoach_router.requests.completion import Piece
+from stagecoach_router.requests.request import Request
+from stagecoach_router.requests.request_state import Generation
+from stagecoach_router.sampling.outputs import Sampled
 
 
 class Tokens:

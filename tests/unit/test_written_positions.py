@@ -5,8 +5,8 @@ import pytest
 
 from stagecoach.errors import OutOfRange
 from stagecoach.v1 import shard_pb2 as pb
-from stagecoach_shard.lease import Lease
-from stagecoach_shard.written_positions import WrittenPositions
+from stagecoach_shard.leases.lease import Lease
+from stagecoach_shard.leases.written_positions import WrittenPositions
 
 
 def make_lease(**changes):

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from stagecoach_shard.batch import Batch
+from stagecoach_shard.attention.batch import Batch
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from stagecoach_shard.attention.batch import Batch
 from stagecoach_shard.attention.interface import AttentionShape
-from stagecoach_shard.batch import Batch
 
 # Queries in one tile of a prefill row. Smaller wastes less on keys after the query, larger makes fewer calls.
 _TILE = 128

@@ -1,0 +1,1 @@
+"""A layer in our own C kernels: bfloat16 on CPUs."""

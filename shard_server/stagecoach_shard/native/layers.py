@@ -16,12 +16,12 @@ from torch import Tensor
 
 from stagecoach.errors import ConfigError, InternalError
 from stagecoach.topology import LayerRange
-from stagecoach_shard.batch import Batch
-from stagecoach_shard.checkpoint import TensorReader
+from stagecoach_shard.attention.batch import Batch
+from stagecoach_shard.checkpoints.checkpoint import TensorReader
 from stagecoach_shard.kv_cache import KVCache
 from stagecoach_shard.memory import give_back_unused
-from stagecoach_shard.model.config import ModelConfig
-from stagecoach_shard.model.layer_weights import LayerWeights, Projection
+from stagecoach_shard.models.config import ModelConfig
+from stagecoach_shard.models.layer_weights import LayerWeights, Projection
 from stagecoach_shard.native import library
 from stagecoach_shard.native.library import LayerStruct, Library, StepStruct
 

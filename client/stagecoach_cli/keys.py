@@ -1,0 +1,74 @@
+"""`stagecoach keys`: API keys for a router's callers."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stagecoach.errors import ConfigError
+from stagecoach.security.api_keys import Grant, check_grant, check_name, new_entry, new_key, read_entries, write_entry
+
+keys = typer.Typer(no_args_is_help=True, help="API keys for a router's callers.")
+
+PRIVATE_MODE = 0o600
+
+
+@keys.callback()
+def _keys() -> None:
+    """API keys for a router's callers."""
+
+
+@keys.command()
+def new(
+    name: Annotated[str, typer.Option(help="Whose key it is. Keys of one name share their limits.")],
+    file: Annotated[
+        Path | None, typer.Option(help="Add the entry to this file of a router's --api-keys; default: print it.")
+    ] = None,
+    requests_per_minute: Annotated[int | None, typer.Option(help="Default: any number, as for the others.")] = None,
+    tokens_per_minute: Annotated[int | None, typer.Option(help="Of prompts and outputs together.")] = None,
+    max_concurrent: Annotated[int | None, typer.Option(help="Requests at a time.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="One that it may use; may be given again.")] = None,
+    max_priority: Annotated[int, typer.Option(help="The highest that its requests may ask for.")] = 0,
+    shares_cache: Annotated[
+        bool, typer.Option("--shares-cache", help="Share prefixes with the other names that do so.")
+    ] = False,
+) -> None:
+    """Make a key and print it, this once: only what recognises it is kept."""
+    grant = Grant(
+        requests_per_minute=requests_per_minute,
+        tokens_per_minute=tokens_per_minute,
+        max_concurrent=max_concurrent,
+        models=tuple(model) if model else None,
+        max_priority=max_priority,
+        shares_cache=shares_cache,
+    )
+    key = new_key()
+    entry = new_entry(key, check_name(name, ""), check_grant(grant, ""))
+    text = write_entry(entry)
+    if file is None:
+        print("# The entry, for the file of the router's --api-keys. The key itself is in the last line.")
+        print(text)
+    else:
+        _append(file, text)
+        print(f"{name}: entry {entry.id} added to {file}", file=sys.stderr)
+    print(key)
+
+
+def _append(file: Path, entry: str) -> None:
+    """Adds the entry to the file, which is made if it is not there. Raises ConfigError, and then nothing was added."""
+    try:
+        # For the owner only, where it is made. Keys cannot be told from their digests, but names and limits can.
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, PRIVATE_MODE)
+        with open(descriptor, "r+", encoding="utf-8") as opened:
+            former = opened.read()
+            separator = "" if not former else "\n" if former.endswith("\n") else "\n\n"
+            read_entries(former + separator + entry)
+            opened.write(separator + entry)  # one write, at the end: a router that reads meanwhile sees all or nothing
+    except OSError as error:
+        raise ConfigError(f"cannot write {file}: {error.strerror}", field="file", value=file) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is not UTF-8 text", field="file", value=file) from error

@@ -1,0 +1,295 @@
+"""A whole cluster on this machine, in child processes: to try a model, to develop, to test, to measure."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from stagecoach.errors import Cancelled, DeadlineExceeded, InvalidArgument, StagecoachError
+from stagecoach.rpc.channel import check_address, is_loopback, split_address
+from stagecoach.topology import LayerRange
+from stagecoach_client.client import Client
+from stagecoach_client.status import ClusterStatus
+from stagecoach_client.tls import Tls
+from stagecoach_local.child_process import ChildProcess, ProcessDied, describe_exit
+from stagecoach_local.commands import Commands, StagecoachCommands, address_to_call, even_threads, free_addresses
+from stagecoach_local.layer_split import read_shape, split_layers
+from stagecoach_local.restarts import PORT_IS_TAKEN
+from stagecoach_local.supervisor import Process, Role, Supervisor
+
+if TYPE_CHECKING:
+    from stagecoach_local.certificates import ClusterCertificates
+
+START_TIMEOUT_S = 600.0
+STOP_TIMEOUT_S = 10.0
+# Between the choice of a free port and its use somebody else may take it; then all ports are chosen anew.
+NUM_START_ATTEMPTS = 3
+_POLL_INTERVAL_S = 0.1
+_PROBE_TIMEOUT_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterProcess:
+    """One of the cluster's processes, as it is now: one that was started again has another pid."""
+
+    name: str
+    pid: int
+    address: str
+    layers: LayerRange | None  # None: the router, or a spare
+    role: Role
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessExit:
+    """How one of the cluster's processes ended."""
+
+    name: str
+    status: int  # minus the signal's number where a signal ended it
+    killed: bool  # by us, because it had not ended in time
+
+    @property
+    def clean(self) -> bool:
+        return self.status == 0 and not self.killed
+
+    def __str__(self) -> str:
+        return f"{self.name} " + ("did not stop in time and was killed" if self.killed else describe_exit(self.status))
+
+
+class LocalCluster:
+    """Shards and a router for the checkpoint folder `model`; use it in a `with` statement.
+
+    `stages` is how many the layers are split into, evenly, or the layer ranges themselves ("0:10,10:30"); `replicas`,
+    how many such pipelines there are beside each other; `spares`, how many shards without layers stand by.
+    `threads_per_shard` defaults to an even share of the cores, which spares get no part of. With `certificates` (see
+    throwaway_ca) the processes' links are encrypted, and callers speak TLS, too, where `listen` is not on loopback:
+    `tls` is what they need for it. Without them such a `listen` is refused, unless `insecure_listen`.
+
+    With `restart`, a process that ends by itself once the cluster is up is started again (restarts.py says when it is
+    not), and `on_event(text)` is told so. `on_line(process_name, line)` gets the processes' output, and
+    `on_wait(reason)` what the start waits for; the former two are called from other threads.
+
+    Raises CheckpointError, TopologyError, InvalidArgument and ConfigError for what cannot work, ProcessDied with its
+    last output when a process ends that is not started again, DeadlineExceeded when not all pipelines are ready after
+    `start_timeout_s`.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        stages: int | str | Sequence[LayerRange] = 2,
+        *,
+        replicas: int = 1,
+        spares: int = 0,
+        listen: str = "127.0.0.1:0",
+        device: str = "cpu",
+        dtype: str = "bfloat16",
+        kv_cache_memory: str | None = None,
+        threads_per_shard: int | None = None,
+        start_timeout_s: float = START_TIMEOUT_S,
+        stop_timeout_s: float = STOP_TIMEOUT_S,
+        restart: bool = False,
+        on_line: Callable[[str, str], None] | None = None,
+        on_wait: Callable[[str], None] | None = None,
+        on_event: Callable[[str], None] | None = None,
+        certificates: ClusterCertificates | None = None,
+        insecure_listen: bool = False,
+        commands: Commands | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.layers = split_layers(stages, read_shape(Path(model)))
+        self.replicas = _at_least(1, "replicas", replicas)
+        self.spares = _at_least(0, "spares", spares)
+        num_computing = replicas * len(self.layers)
+        self._listen = check_address(listen, "listen", listening=True)
+        edge_tls = certificates is not None and not is_loopback(split_address(listen, "listen")[0])
+        self.tls = Tls(certificates.ca) if certificates is not None and edge_tls else None
+        self._commands = commands or StagecoachCommands(
+            Path(model),
+            device,
+            dtype,
+            kv_cache_memory,
+            num_computing + spares,
+            threads_per_shard or even_threads(num_computing),
+            certificates,
+            edge_tls,
+            insecure_listen,
+        )
+        self._start_timeout_s = start_timeout_s
+        self._stop_timeout_s = stop_timeout_s
+        self._restart = restart
+        self._on_line = on_line
+        self._on_wait = on_wait
+        self._on_event = on_event
+        self._clock = clock
+        self._processes: list[Process] = []  # those that were started
+        self._exits: list[ProcessExit] = []
+        self._supervisor: Supervisor | None = None
+        self._stopped = threading.Event()
+        self._ending = threading.Lock()  # whoever has it ends the processes
+
+    @property
+    def address(self) -> str:
+        """Where the router answers, HOST:PORT. RuntimeError where it was not started."""
+        for process in self._processes:
+            if process.role == "router":
+                return process.address
+        raise RuntimeError("the cluster has not been started")
+
+    @property
+    def processes(self) -> tuple[ClusterProcess, ...]:
+        """The shards, pipeline by pipeline in the order of their layers, then the spares, then the router."""
+        return tuple(
+            ClusterProcess(process.name, process.child.pid, process.address, process.layers, process.role)
+            for process in self._processes
+        )
+
+    @property
+    def exits(self) -> tuple[ProcessExit, ...]:
+        """How the processes ended, in their order; empty while they run."""
+        return tuple(self._exits)
+
+    def start(self) -> None:
+        """Returns when all pipelines are ready; after an error nothing runs."""
+        self._stopped.clear()
+        for attempts_left in reversed(range(NUM_START_ATTEMPTS)):
+            try:
+                self._start_all()
+                return
+            except BaseException as error:
+                self._end_all()
+                if not (attempts_left and isinstance(error, ProcessDied) and PORT_IS_TAKEN in error.message):
+                    raise
+
+    def check(self) -> None:
+        """Raises ProcessDied if a process has ended; with `restart`, if it is not started again."""
+        if self._supervisor is None:
+            for process in self._processes:
+                process.child.check()
+        elif self._supervisor.failure is not None:
+            raise self._supervisor.failure
+
+    def wait(self) -> None:
+        """Blocks until `stop` is called; raises as `check` does as soon as that would."""
+        while not self._stopped.wait(_POLL_INTERVAL_S):
+            self.check()
+
+    def stop(self) -> None:
+        """Ends all processes: asks the router, then the shards, and kills what is left after `stop_timeout_s`.
+
+        `exits` says how each of them took it. May be called more than once, and from any thread, but not by `on_event`.
+        """
+        self._stopped.set()
+        self._end_all()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _start_all(self) -> None:
+        self._processes, self._exits, self._supervisor = [], [], None
+        for process in self._plan():
+            if self._stopped.is_set():
+                raise Cancelled("the cluster was stopped while it started")
+            process.child.start()
+            self._processes.append(process)
+        self._wait_until_ready()
+        with self._ending:  # no `stop` comes between, and finds nobody to stop
+            if self._restart and not self._stopped.is_set():
+                self._supervisor = Supervisor(self._processes, self._look, self._on_event, self._clock)
+                self._supervisor.start()
+
+    def _plan(self) -> list[Process]:
+        """The processes to start, in the order of `processes`, with addresses that are free now."""
+        ranges = [*self.layers * self.replicas, *[None] * self.spares]
+        *shard_addresses, listen = free_addresses([*["127.0.0.1:0"] * len(ranges), self._listen])
+        processes = []
+        for index, (layers, address) in enumerate(zip(ranges, shard_addresses, strict=True)):
+            command = self._commands.shard(index, layers, address)
+            role: Role = "spare" if layers is None else "shard"
+            processes.append(Process(self._shard_name(index), role, command, address, layers, self._on_line))
+        command = self._commands.router(shard_addresses, listen)
+        processes.append(Process("router", "router", command, address_to_call(listen), None, self._on_line))
+        return processes
+
+    def _shard_name(self, index: int) -> str:
+        replica, stage = divmod(index, len(self.layers))
+        if replica >= self.replicas:
+            return f"spare {index - self.replicas * len(self.layers) + 1}"
+        return f"shard {self.layers[stage]}" + (f" #{replica + 1}" if self.replicas > 1 else "")
+
+    def _end_all(self) -> None:
+        with self._ending:
+            processes = self._processes[len(self._exits) :]  # all, or none: they have ended
+            deadline = self._clock() + self._stop_timeout_s
+            try:
+                if self._supervisor is not None:
+                    self._supervisor.stop()
+                for is_router in (True, False):
+                    group = [process.child for process in processes if (process.role == "router") == is_router]
+                    for child in group:
+                        child.terminate()
+                    for child in group:
+                        child.wait(max(0.0, deadline - self._clock()))
+            finally:  # also when a second ctrl-C ends the patience
+                self._exits += [_end(process.child) for process in processes]
+
+    def _wait_until_ready(self) -> None:
+        deadline = self._clock() + self._start_timeout_s
+        while True:
+            self.check()
+            reason = self._not_ready()
+            if reason is None:
+                return
+            if self._on_wait is not None:
+                self._on_wait(reason)
+            if self._clock() > deadline:
+                limit = f"{self._start_timeout_s:g} s"
+                what = "no pipeline is ready" if self.replicas == 1 else "not all pipelines are ready"
+                raise DeadlineExceeded(f"{what} after {limit}: {reason}", field="start", limit=limit)
+            if self._stopped.wait(_POLL_INTERVAL_S):
+                raise Cancelled("the cluster was stopped while it started")
+
+    def _not_ready(self) -> str | None:
+        """What the start has to wait for, or None when all pipelines are ready."""
+        status = self._look()
+        if status is None:
+            return "the router is starting"
+        if status.num_ready >= self.replicas:
+            return None
+        reason = next((pipeline.reason for pipeline in status.pipelines if pipeline.reason), "no pipeline yet")
+        return reason if self.replicas == 1 else f"{status.num_ready} of {self.replicas} pipelines are ready: {reason}"
+
+    def _look(self) -> ClusterStatus | None:
+        """What the router says; None: nothing.
+
+        Each time with a new client: one that failed to connect would wait before it tries again.
+        """
+        try:
+            with Client(self.address, max_retries=0, connect_timeout_s=_PROBE_TIMEOUT_S, tls=self.tls) as client:
+                return client.status(timeout_s=_PROBE_TIMEOUT_S)
+        except StagecoachError:
+            return None
+
+
+def _at_least(limit: int, name: str, value: int) -> int:
+    if value < limit:
+        raise InvalidArgument(f"{name} must be {limit} or more; got {value}", field=name, limit=limit, value=value)
+    return value
+
+
+def _end(child: ChildProcess) -> ProcessExit:
+    late = child.exit_status is None
+    child.kill()
+    status = child.exit_status
+    assert status is not None
+    return ProcessExit(child.name, status, killed=late)

@@ -1,0 +1,1 @@
+"""What travels between processes and how: channels, framing, the Forward stream, health, signs of life."""

@@ -1,0 +1,113 @@
+"""One Forward stream, seen from the sending side: the router to the first stage, or a stage to the next.
+
+Frames leave in the order they were given. The receiver's credits say how many may be on their way; frames beyond
+them wait here, and `send` tells its caller when a frame has left, so that pressure travels upstream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from types import TracebackType
+
+import grpc
+import grpc.aio
+
+from stagecoach import errors
+from stagecoach.rpc.channel import Dial, dial_plainly
+from stagecoach.rpc.shard_rpc import ShardStub
+from stagecoach.v1.shard_pb2 import ForwardResponse
+
+Call = grpc.aio.StreamStreamCall[bytes, ForwardResponse]
+
+
+class ForwardLink:
+    """A stream of micro-batches to one shard.
+
+    `on_failure` is called once, with a typed error, when the stream breaks. Nothing is sent after that.
+    """
+
+    def __init__(
+        self, address: str, *, on_failure: Callable[[errors.StagecoachError], None], dial: Dial = dial_plainly
+    ) -> None:
+        self.address = address
+        self._on_failure = on_failure
+        self._waiting: deque[tuple[bytes, Callable[[], None] | None]] = deque()
+        self._credits = 0
+        self._wake = asyncio.Event()
+        self._opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._channel = dial(address)
+
+    async def open(self, timeout_s: float) -> None:
+        """Connects and waits for the first credits. Raises Unavailable."""
+        call = ShardStub(self._channel).forward()
+        self._tasks = [asyncio.create_task(self._read(call)), asyncio.create_task(self._write(call))]
+        try:
+            await asyncio.wait_for(asyncio.shield(self._opened), timeout_s)
+        except TimeoutError:
+            await self.close()
+            raise errors.Unavailable(f"{self.address}: no answer to Forward in {timeout_s:g} s") from None
+        except errors.StagecoachError:
+            await self.close()
+            raise
+
+    def send(self, frame: bytes, on_sent: Callable[[], None] | None = None) -> None:
+        """Queues a frame; `on_sent` is called when gRPC has taken it."""
+        self._waiting.append((frame, on_sent))
+        self._wake.set()
+
+    async def close(self) -> None:
+        """Ends the stream. Frames that still wait are dropped."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        # What ended them knows their frames, and these the call, whose connection would wait for the garbage collector.
+        self._tasks.clear()
+        if not self._opened.done():
+            self._opened.cancel()
+        await self._channel.close()
+
+    async def __aenter__(self) -> ForwardLink:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _write(self, call: Call) -> None:
+        try:
+            while True:
+                while self._waiting and self._credits:
+                    frame, on_sent = self._waiting.popleft()
+                    self._credits -= 1
+                    await call.write(frame)
+                    if on_sent is not None:
+                        on_sent()
+                self._wake.clear()
+                await self._wake.wait()
+        except (grpc.RpcError, asyncio.InvalidStateError):
+            return  # the reader learns why
+
+    async def _read(self, call: Call) -> None:
+        error: errors.StagecoachError
+        try:
+            while isinstance(response := await call.read(), ForwardResponse):
+                if not response.credits:
+                    raise errors.ShardFault(f"{self.address}: no credits in a credit message", field="credits", limit=1)
+                self._credits += response.credits
+                self._wake.set()
+                if not self._opened.done():
+                    self._opened.set_result(None)
+            status = await call.code()
+            error = errors.Unavailable(f"{self.address}: the Forward stream ended ({status.name})")
+        except grpc.RpcError as rpc_error:
+            error = errors.from_rpc_error(rpc_error, self.address)
+        except errors.ShardFault as fault:
+            error = fault
+        if self._opened.done():
+            self._on_failure(error)
+        else:
+            self._opened.set_exception(error)

@@ -1,0 +1,43 @@
+"""What a former router left in the journal, gone on with."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from stagecoach.errors import StagecoachError
+from stagecoach.v1 import model_pb2
+from stagecoach_router.durability.journal import Journal
+from stagecoach_router.durability.request_registry import AcceptedRequests
+from stagecoach_router.tenants.tenants import Callers
+
+logger = logging.getLogger(__name__)
+
+
+async def take_over(
+    journal: Journal,
+    requests: AcceptedRequests,
+    callers: Callers,
+    model: model_pb2.ModelDescription,
+    linger_s: float,
+) -> None:
+    """Begins the journal's requests again, for as long as their callers may take to come back.
+
+    They count as their callers' running ones. One that cannot go on is logged and forgotten. Raises ConfigError for a
+    journal of another model, or a damaged one.
+    """
+    left = await journal.load(model.fingerprint)
+    for entry in left:
+        await asyncio.sleep(0)  # long answers are spelt out anew, and shards wait for a word meanwhile
+        num_charged = len(entry.request.prompt_tokens) + sum(map(len, entry.past))
+        try:
+            entry.check(vocab_size=model.vocab_size, context_length=model.context_length)
+            with callers.resume(entry.key[0], num_charged) as visit:
+                accepted = requests.accept(entry.key, entry.digest, entry.request, entry.past, visit=visit)
+        except StagecoachError as error:
+            logger.warning("request %s of the journal cannot go on: %s", entry.request.request_id, error)
+            journal.forget(entry.key)
+        else:
+            requests.linger(accepted, linger_s)
+    if left:
+        logger.info("%d requests of the journal, %d of them go on", len(left), requests.num_running)

@@ -1,0 +1,1 @@
+"""Requests in, tokens out: which pipeline computes a request, step by step, and whether that pipeline is healthy."""

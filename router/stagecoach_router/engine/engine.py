@@ -1,0 +1,324 @@
+"""The router's heart: requests in, pieces of text out, over as many pipelines as there are.
+
+A request has one home, the replica that computes it. When that one's pipeline is lost, the request moves at once to
+another that is ready and has room for it; where there is none it waits, and goes on with whichever is ready first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from collections.abc import Sequence as Many
+
+from stagecoach import errors
+from stagecoach_router.engine.load_balancer import ReplicaLoad, choose_replica, relative_speeds
+from stagecoach_router.engine.replica import Owner, Replica
+from stagecoach_router.engine.step_loop import Counters
+from stagecoach_router.metrics.counters import ActiveTime
+from stagecoach_router.requests.completion import Completion
+from stagecoach_router.requests.request import Request
+from stagecoach_router.requests.request_state import Generation, Run
+from stagecoach_router.sampling.outputs import Sampled, wanted_output
+from stagecoach_router.sampling.penalties import TokenCounts
+from stagecoach_router.sampling.step_sampler import Chooser
+from stagecoach_router.scheduling.sequence import Sequence
+from stagecoach_router.scheduling.waiting_queue import token_limit
+from stagecoach_router.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+# After an attempt to open a further pipeline that failed, and after many.
+GROW_FIRST_DELAY_S = 1.0
+GROW_MAX_DELAY_S = 30.0
+# Of the largest pipeline's room: pipelines with less are not counted with where a request names no limit.
+MIN_USUAL_CAPACITY = 0.5
+# A request that was under way at so many losses in a row moves to another pipeline all the same; after more, only when
+# its own has not come back for so long.
+MAX_LOSSES_TO_MOVE = 1
+SUSPECT_PATIENCE_S = 10.0
+# A pipeline that is open has so long until its first token, before its requests move to another.
+UNPROVEN_PATIENCE_S = 5.0
+
+# Makes a replica, which gets these two.
+MakeReplica = Callable[[Counters, Owner], Replica]
+
+
+class Engine:
+    """Generates for many requests over one pipeline or several.
+
+    `make_replica` makes what runs one pipeline; `on_ready` is told when the first of them can generate, and when none
+    can any more.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, vocab_size: int, make_replica: MakeReplica, on_ready: Callable[[bool], None]
+    ) -> None:
+        self.replicas: list[Replica] = []
+        self.counters = Counters()
+        self.active_time = ActiveTime()
+        self.ready = False
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._make_replica = make_replica
+        self._on_ready = on_ready
+        self._next_seq_id = 1
+        self._next_expiry: asyncio.TimerHandle | None = None
+
+    @property
+    def num_running(self) -> int:
+        return sum(replica.scheduler.num_running for replica in self.replicas)
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(replica.scheduler.num_waiting for replica in self.replicas)
+
+    @property
+    def capacity_tokens(self) -> int:
+        """The most tokens, prompt and output, that a sequence may come to."""
+        return max(self._capacities)
+
+    def usual_capacity_tokens(self, num_prompt_tokens: int) -> int:
+        """What a sequence that names no limit is taken to want: as much as fits wherever it may have to go.
+
+        Where one pipeline has far less room than another, such sequences are for those that have more.
+        """
+        least = max(max(self._capacities) * MIN_USUAL_CAPACITY, num_prompt_tokens + 1)
+        return min((each for each in self._capacities if each >= least), default=self.capacity_tokens)
+
+    @property
+    def _capacities(self) -> list[int]:
+        return [replica.scheduler.blocks.capacity_tokens for replica in self.replicas]
+
+    async def open_replica(self) -> Replica:
+        """Opens one more pipeline. Raises what its `connect` raises. `run` has to run it."""
+        replica = self._make_replica(self.counters, self)
+        await replica.open()
+        self.replicas.append(replica)
+        self.replica_changed(replica)  # a token may have come before it was one of us
+        return replica
+
+    async def run(self, another: Callable[[int, Callable[[], bool]], Awaitable[None]]) -> None:
+        """Keeps the pipelines open, and opens further ones. Runs until cancelled.
+
+        `another` is given how many there are, and whom to ask whether all are open, and returns when shards for one
+        more may be there.
+        """
+        async with asyncio.TaskGroup() as tasks:
+            for replica in self.replicas:
+                tasks.create_task(replica.run())
+            delay_s = GROW_FIRST_DELAY_S
+            while True:
+                await another(len(self.replicas), self._all_open)
+                # One that has lost its pipeline comes first, and looks for shards itself.
+                if self._all_open():
+                    try:
+                        tasks.create_task((await self.open_replica()).run())
+                        delay_s = GROW_FIRST_DELAY_S
+                        continue
+                    except errors.StagecoachError as error:
+                        logger.warning("no further pipeline yet, next attempt in %g s: %s", delay_s, error)
+                        await asyncio.sleep(delay_s)
+                        delay_s = min(2 * delay_s, GROW_MAX_DELAY_S)
+                else:
+                    await asyncio.sleep(GROW_FIRST_DELAY_S)
+
+    async def close(self) -> None:
+        """Fails what runs, and closes the pipelines."""
+        for replica in self.replicas:
+            replica.fail_all(errors.Unavailable("the router is stopping"))
+        self._expire()  # no deadline is left
+        await asyncio.gather(*(replica.close() for replica in self.replicas))
+
+    # ---- requests
+
+    def check_room(self, num_sequences: int) -> None:
+        """Raises Overloaded where `submit` would: before anything is spent on a request."""
+        ready = [replica for replica in self.replicas if replica.ready] or self.replicas
+        least = min(ready, key=lambda replica: replica.num_sequences)
+        least.scheduler.check_room(num_sequences, time.monotonic())
+
+    @property
+    def retry_after_s(self) -> float:
+        """The last estimate of when a refused caller may come again."""
+        return min(replica.scheduler.retry_after_s for replica in self.replicas)
+
+    def submit(self, request: Request, past: Many[Many[Sampled]] = ()) -> Generation:
+        """Begins a request, or goes on with one that has had the tokens of `past`, by completion.
+
+        Raises OutOfRange, and Overloaded for a new one, and then nothing was begun.
+        """
+        generation = Generation(request)
+        params = request.params
+        seed = params.seed if params.seed is not None else secrets.randbits(64)
+        home: Replica | None = None
+        leader: Sequence | None = None
+        try:
+            for index in range(params.n):
+                run = self._new_run(generation, index, seed, leader)
+                generation.runs.append(run)
+                if past and run.replay(past[index]):
+                    continue
+                leader = leader or run.sequence
+                home = home or self._home_of_new(run.sequence)
+                home.add(run, was_accepted=bool(past))
+        except errors.StagecoachError:
+            self.cancel(generation)
+            raise
+        self.counters.prompt_tokens += len(request.prompt_tokens) * params.n
+        if home is not None:
+            home.pump()
+        return generation
+
+    def cancel(self, generation: Generation) -> None:
+        """Ends a request wherever it is; its blocks are free at once. Harmless for one that is finished."""
+        for replica in self.replicas:
+            replica.cancel(generation)
+
+    def set_deadline(self, generation: Generation, deadline_s: float | None) -> None:
+        """When a request has to be finished, in seconds of time.monotonic(); None: whenever. It fails then."""
+        for replica in self.replicas:
+            replica.set_deadline(generation, deadline_s)
+        self._expire()
+
+    def _expire(self) -> None:
+        """Fails what is past its deadline, and comes back when the next one is."""
+        if self._next_expiry is not None:
+            self._next_expiry.cancel()
+            self._next_expiry = None
+        now_s = time.monotonic()
+        for replica in self.replicas:
+            replica.expire(now_s)
+        deadlines = [replica.scheduler.next_deadline_s for replica in self.replicas]
+        next_s = min((deadline_s for deadline_s in deadlines if deadline_s is not None), default=None)
+        if next_s is not None:
+            self._next_expiry = asyncio.get_running_loop().call_later(max(0.0, next_s - now_s), self._expire)
+
+    def _new_run(self, generation: Generation, index: int, seed: int, leader: Sequence | None) -> Run:
+        request = generation.request
+        sequence = Sequence(
+            seq_id=self._next_seq_id,
+            prompt_tokens=request.prompt_tokens,
+            params=request.params,
+            seed=seed,
+            index=index,
+            priority=request.priority,
+            leader=leader,
+            cache_salt=request.cache_salt,
+        )
+        self._next_seq_id += 1
+        return Run(
+            generation,
+            sequence,
+            Completion(index, request.prompt_tokens, request.params, self._tokenizer),
+            Chooser(sequence, TokenCounts(request.prompt_tokens)),
+            wanted_output(request.params, self._vocab_size),
+        )
+
+    # ---- their homes
+
+    def _home_of_new(self, sequence: Sequence) -> Replica:
+        """Where a new sequence is to be computed, with those of the same request that follow."""
+        if len(self.replicas) == 1:
+            return self.replicas[0]
+        speeds = relative_speeds([replica.token_s for replica in self.replicas])
+        loads = [
+            ReplicaLoad(
+                num_sequences=replica.num_sequences,
+                num_cached_tokens=replica.scheduler.blocks.num_cached_tokens(sequence),
+                fits=_fits_new(sequence, replica),
+                ready=replica.ready,
+                speed=speed,
+                away_s=replica.unproven_s,
+            )
+            for replica, speed in zip(self.replicas, speeds, strict=True)
+        ]
+        chosen = choose_replica(loads)
+        if chosen is None:  # then let the largest say what is too much
+            return max(self.replicas, key=lambda replica: replica.scheduler.blocks.capacity_tokens)
+        return self.replicas[chosen]
+
+    def replica_changed(self, replica: Replica) -> None:
+        """It has become ready, or has lost its pipeline."""
+        if replica not in self.replicas:
+            return
+        ready = any(replica.ready for replica in self.replicas)
+        if ready != self.ready:
+            self.ready = ready
+            self._on_ready(ready)
+        changed = self._find_homes()
+        if replica.ready:
+            changed |= self._share_waiting(replica)
+        for each in changed:
+            each.pump()
+        if changed:
+            self._expire()
+
+    def find_room(self, replica: Replica, generation: Generation) -> None:
+        """Moves a request that its replica has no room for any more to one that has, or had when it was open."""
+        others = [each for each in self.replicas if each is not replica and each.fits(generation)]
+        if others:
+            home = min(others, key=lambda each: each.unproven_s)
+            replica.move(generation, home)
+            home.pump()
+        else:
+            capacity = self.capacity_tokens
+            text = f"the pipeline came back with room for {capacity} tokens"
+            replica.fail(generation, errors.OutOfRange(text, field="max_tokens", limit=capacity))
+
+    def _find_homes(self) -> set[Replica]:
+        """Moves what is at lost pipelines to those that are ready. Returns whom that gave or took something."""
+        changed = set()
+        speeds = relative_speeds([replica.token_s for replica in self.replicas])
+        for lost in self.replicas:
+            if lost.ready or (lost.is_open and lost.unproven_s < UNPROVEN_PATIENCE_S):
+                continue
+            for generation in lost.generations:
+                # It may be what broke one pipeline, and then another: it waits for this one rather than break a third.
+                if generation.num_losses > MAX_LOSSES_TO_MOVE and lost.unproven_s < SUSPECT_PATIENCE_S:
+                    continue
+                loads = [
+                    ReplicaLoad(
+                        num_sequences=replica.num_sequences,
+                        num_cached_tokens=0,
+                        fits=replica.ready and replica.fits(generation),
+                        ready=replica.ready,
+                        speed=speed,
+                    )
+                    for replica, speed in zip(self.replicas, speeds, strict=True)
+                ]
+                chosen = choose_replica(loads)
+                if chosen is not None:
+                    lost.move(generation, self.replicas[chosen])
+                    changed |= {lost, self.replicas[chosen]}
+        return changed
+
+    def _all_open(self) -> bool:
+        return all(replica.is_open for replica in self.replicas)
+
+    def _share_waiting(self, newcomer: Replica) -> set[Replica]:
+        """Moves requests that wait for a slot elsewhere to one that has become ready, the last ones in line first."""
+        changed = set()
+        for other in self.replicas:
+            waiting = [] if other is newcomer else other.waiting()
+            while waiting and other.num_sequences > newcomer.num_sequences + len(waiting[-1].runs):
+                generation = waiting.pop()
+                if newcomer.fits(generation):
+                    other.move(generation, newcomer)
+                    changed |= {other, newcomer}
+        return changed
+
+    def work_changed(self) -> None:
+        self.active_time.set(any(replica.scheduler.num_running for replica in self.replicas))
+
+
+def _fits_new(sequence: Sequence, replica: Replica) -> bool:
+    """Whether a sequence that no scheduler has seen yet can be finished there."""
+    scheduler = replica.scheduler
+    try:
+        token_limit(sequence, context_length=scheduler.context_length, capacity=scheduler.blocks.capacity_tokens)
+    except errors.StagecoachError:
+        return False
+    return True

@@ -1,0 +1,324 @@
+"""One pipeline through all its epochs, and the requests whose home it is.
+
+Everything runs on one event loop, driven by events: a request, a result or a cancellation changes the scheduler's
+state, then `pump` sends every step that has become possible. When the pipeline is lost, all sequences go back to
+waiting with their token logs; they go on where the engine takes them, or here when a pipeline is open again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from stagecoach import errors
+from stagecoach.v1 import shard_pb2
+from stagecoach_router.engine.health_probe import Canary
+from stagecoach_router.engine.step_loop import Counters, Steps
+from stagecoach_router.engine.straggler import Slowness
+from stagecoach_router.pipelines.pipeline import Connect, Pipeline
+from stagecoach_router.requests.request_state import Generation, Run
+from stagecoach_router.scheduling.pacing import Pacing
+from stagecoach_router.scheduling.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+REOPEN_FIRST_DELAY_S = 0.1
+REOPEN_MAX_DELAY_S = 2.0
+# A sequence that ran each time a pipeline was lost, and made no progress in between, may be what breaks them.
+MAX_REPLAYS_WITHOUT_PROGRESS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSettings:
+    """What all replicas of a router have in common.
+
+    `max_batch_tokens` is taken where all shards take so many; `recovery_timeout_s` is how long requests wait for a lost
+    pipeline before they fail; `lanes` is Pacing's, `slowness_window_s` Slowness's.
+    """
+
+    vocab_size: int
+    max_batch_tokens: int
+    recovery_timeout_s: float
+    slowness_window_s: float
+    lanes: int = 0
+
+
+class Owner(Protocol):
+    """Who has the replicas, and is told of what concerns more than one of them."""
+
+    def replica_changed(self, replica: Replica) -> None:
+        """Its `ready` has changed, or it still has no pipeline through which tokens come."""
+
+    def work_changed(self) -> None:
+        """Another number of sequences may run."""
+
+    def find_room(self, replica: Replica, generation: Generation) -> None:
+        """Its pipeline has come back with too little room for this. To be moved, or failed."""
+
+
+class Replica:
+    """Generates over one pipeline at a time.
+
+    `connect` opens it; `canary` says when to try it without a request; what it does is added to `counters`. It is
+    `ready` once a token has come through the pipeline, until that is lost.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        settings: ReplicaSettings,
+        *,
+        connect: Connect,
+        canary: Canary,
+        counters: Counters,
+        owner: Owner,
+    ) -> None:
+        self.scheduler = scheduler
+        self.pipeline: Pipeline | None = None  # the one it had last, where that is lost
+        self.ready = False
+        self.reason = "it has not been open yet"  # why it is not ready
+        self._settings = settings
+        self._connect = connect
+        self._canary = canary
+        self._counters = counters
+        self._owner = owner
+        self._runs: dict[int, Run] = {}  # by seq_id
+        self._steps: Steps | None = None  # of the pipeline; None once that is lost
+        self._lost = asyncio.Event()
+        self._unproven_since_s: float | None = time.monotonic()  # None while it is ready
+        self._reopen_delay_s = REOPEN_FIRST_DELAY_S
+
+    # ---- requests
+
+    @property
+    def num_sequences(self) -> int:
+        """That run or wait here."""
+        return len(self._runs)
+
+    @property
+    def generations(self) -> list[Generation]:
+        """The requests that have a sequence here, first come first."""
+        return list(dict.fromkeys(run.generation for run in self._runs.values()))
+
+    @property
+    def is_open(self) -> bool:
+        """Whether steps can be sent, though none may have come back yet."""
+        return self._steps is not None
+
+    @property
+    def token_s(self) -> float | None:
+        """What a sequence's next token takes where it is alone. None: not known yet."""
+        return None if self.scheduler.pacing is None else self.scheduler.pacing.token_s()
+
+    @property
+    def unproven_s(self) -> float:
+        """For how long it has had no pipeline through which tokens come; 0 where it has."""
+        return 0.0 if self._unproven_since_s is None else time.monotonic() - self._unproven_since_s
+
+    def waiting(self) -> list[Generation]:
+        """The requests none of whose sequences runs, in the order in which they would begin."""
+        waiting = [each for each in self.generations if all(run.sequence.slot is None for run in each.runs)]
+        return sorted(waiting, key=_first_in_order)
+
+    def add(self, run: Run, *, was_accepted: bool = False) -> None:
+        """A new sequence; `was_accepted`: by a former process. Raises as Scheduler.add. `pump` has to follow."""
+        self.scheduler.add(run.sequence, was_accepted=was_accepted)
+        self._runs[run.sequence.seq_id] = run
+
+    def cancel(self, generation: Generation) -> None:
+        """Ends what it has of a request, wherever that is; its blocks are free at once."""
+        for run in generation.runs:
+            if self._runs.pop(run.sequence.seq_id, None) is not None:
+                self.scheduler.remove(run.sequence)
+        self.pump()
+
+    def fail(self, generation: Generation, error: errors.StagecoachError) -> None:
+        """Ends a request with an error."""
+        self.cancel(generation)
+        generation.pieces.fail(error)
+
+    def fail_all(self, error: errors.StagecoachError) -> None:
+        """Ends all that run or wait here."""
+        for generation in self.generations:
+            self.fail(generation, error)
+
+    def set_deadline(self, generation: Generation, deadline_s: float | None) -> None:
+        """When what it has of a request has to be finished, in seconds of time.monotonic(); None: whenever."""
+        for run in generation.runs:
+            if run.sequence.seq_id in self._runs:
+                self.scheduler.set_deadline(run.sequence, deadline_s)
+
+    def expire(self, now_s: float) -> None:
+        """Fails what is past its deadline."""
+        for sequence in self.scheduler.expire(now_s):
+            run = self._runs.get(sequence.seq_id)
+            if run is not None:  # else it went with another of its request's completions
+                self.fail(run.generation, errors.DeadlineExceeded("the deadline of the call has passed"))
+
+    def fits(self, generation: Generation) -> bool:
+        """Whether a request that was accepted elsewhere can be finished here."""
+        capacity = self.scheduler.blocks.capacity_tokens
+        return all(run.sequence.token_limit <= capacity for run in generation.runs)
+
+    def move(self, generation: Generation, home: Replica) -> None:
+        """Has a request go on there, from its token logs. `pump` has to follow, on both."""
+        for run in generation.runs:
+            if self._runs.pop(run.sequence.seq_id, None) is not None:
+                home.scheduler.adopt(run.sequence, self.scheduler.release(run.sequence))
+                home._runs[run.sequence.seq_id] = run
+
+    def pump(self) -> None:
+        """Sends every step that can go now."""
+        if self._steps is not None:
+            self._steps.send_all()
+        self._owner.work_changed()
+
+    # ---- the pipeline
+
+    async def open(self) -> None:
+        """Opens a pipeline, and goes on with what waits. Raises what `connect` raises."""
+        self._lost.clear()
+        self.pipeline = await self._connect(self._take, self._lose)
+        self._fit(self.pipeline)
+        if self.pipeline.lost is None:
+            self._steps = self._begin(self.pipeline)
+            self._steps.send_canary()
+            self.reason = "no token has come through it yet"
+        self.pump()
+
+    async def run(self) -> None:
+        """Brings the pipeline back whenever it is lost, and tries it while it idles. Runs until cancelled."""
+        await asyncio.gather(self._reopen_whenever_lost(), self._prove_regularly())
+
+    async def close(self) -> None:
+        """Closes the pipeline."""
+        if self.pipeline is not None:
+            await self.pipeline.close()
+
+    def _fit(self, pipeline: Pipeline) -> None:
+        """Takes over what the pipeline's smallest stage can hold."""
+        scheduler = self.scheduler
+        scheduler.max_batch_tokens = min(self._settings.max_batch_tokens, pipeline.max_batch_tokens)
+        scheduler.blocks.reset(pipeline.num_blocks - 1)  # the last one is the canary's
+        scheduler.pacing = Pacing(len(pipeline.stages), self._settings.lanes)
+        scheduler.pacing.limit_lanes(pipeline.max_queued_steps)
+        scheduler.pacing.limit_steps(scheduler.max_logit_rows, scheduler.max_batch_tokens)
+        for generation in self.generations:
+            if not self.fits(generation):
+                self._owner.find_room(self, generation)
+
+    def _begin(self, pipeline: Pipeline) -> Steps:
+        pacing = self.scheduler.pacing
+        assert pacing is not None, "fitted"
+        self._canary.forget()
+        return Steps(
+            pipeline,
+            self.scheduler,
+            self._runs,
+            vocab_size=self._settings.vocab_size,
+            canary=self._canary,
+            slowness=Slowness(pacing, self._settings.slowness_window_s),
+            counters=self._counters,
+            on_token=self._token_came,
+            fail=self.fail,
+        )
+
+    async def _reopen_whenever_lost(self) -> None:
+        while True:
+            await self._lost.wait()
+            await self._reopen()
+
+    async def _reopen(self) -> None:
+        """Opens a pipeline again; requests fail once that has taken too long, and the attempts go on."""
+        await self.close()
+        while True:
+            await asyncio.sleep(self._reopen_delay_s)  # also when it opens well, and breaks with its first step
+            self._reopen_delay_s = min(2 * self._reopen_delay_s, REOPEN_MAX_DELAY_S)
+            tried = time.monotonic()
+            try:
+                await self.open()
+            except errors.StagecoachError as error:
+                logger.warning("pipeline not back yet: %s", error)
+                if time.monotonic() - tried >= self._reopen_delay_s:  # it has waited by itself, for shards
+                    self._reopen_delay_s = REOPEN_FIRST_DELAY_S
+                self.reason = str(error)
+                self._owner.replica_changed(self)  # it may be time to let go of what it kept
+                if self.unproven_s > self._settings.recovery_timeout_s:
+                    self.fail_all(
+                        errors.Unavailable(f"the pipeline is lost: {error}", retry_after_s=REOPEN_MAX_DELAY_S)
+                    )
+                continue
+            return
+
+    def _take(self, result: shard_pb2.StepResult, payload: memoryview) -> None:
+        assert self._steps is not None, "nothing is delivered after the loss"
+        self._steps.take(result, payload)
+        self._owner.work_changed()
+
+    def _token_came(self, is_canary: bool) -> None:
+        if not (is_canary and self._runs):  # a canary proves nothing about requests that break the pipeline
+            self._reopen_delay_s = REOPEN_FIRST_DELAY_S
+        self._set_ready(True)
+
+    def _lose(self, error: errors.StagecoachError) -> None:
+        logger.warning("pipeline lost: %s", error)
+        self.reason = str(error)
+        steps, self._steps = self._steps, None
+        for run in [] if steps is None else steps.under_way():
+            self._suspect(run, error)
+        self.scheduler.preempt_all()
+        self._lost.set()
+        self._owner.work_changed()
+        self._say_ready(False)
+        self._owner.replica_changed(self)  # also where it never was: requests may be here all the same
+
+    def _suspect(self, run: Run, error: errors.StagecoachError) -> None:
+        """Gives up on one that was under way too often. Whoever only waited for a step cannot have broken anything."""
+        num_losses = run.was_under_way()
+        if num_losses > MAX_REPLAYS_WITHOUT_PROGRESS:
+            text = f"the pipeline was lost {num_losses} times while it computed this request: {error}"
+            self.fail(run.generation, errors.ShardFault(text))
+
+    def _set_ready(self, ready: bool) -> None:
+        if ready != self.ready:
+            self._say_ready(ready)
+            self._owner.replica_changed(self)
+
+    def _say_ready(self, ready: bool) -> None:
+        if ready:
+            self._unproven_since_s = None
+        elif self._unproven_since_s is None:
+            self._unproven_since_s = time.monotonic()
+        self.ready = ready
+
+    # ---- the canary
+
+    async def _prove_regularly(self) -> None:
+        while True:
+            await asyncio.sleep(self._canary.interval_s / 4)
+            self._prove()
+
+    def _prove(self) -> None:
+        """Where no token has come for a while and none is under way: sends a canary."""
+        if self._steps is not None and not self.ready:
+            self._owner.replica_changed(self)  # requests may have waited for it long enough
+        if self._steps is None or not self._canary.is_due(time.perf_counter()):
+            return
+        self.pump()
+        if self._steps.num_in_flight:
+            return
+        if self.scheduler.has_work():  # then a canary's token would prove nothing
+            self.reason = "sequences wait, and nothing can be scheduled"
+            if self.ready:
+                logger.error(self.reason)
+            self._set_ready(False)
+            return
+        self._steps.send_canary()
+
+
+def _first_in_order(generation: Generation) -> Any:
+    """The order of its first sequence. One that finished in a former process was never given any."""
+    return min(run.sequence.order for run in generation.runs if run.sequence.order is not None)

@@ -1,0 +1,199 @@
+"""The steps of one open pipeline: plans out, tokens in, and what is under way between. Ends with its epoch."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from stagecoach import errors
+from stagecoach.v1 import shard_pb2
+from stagecoach_router.engine.health_probe import Canary
+from stagecoach_router.engine.straggler import Slowness
+from stagecoach_router.engine.wire import GroupOutputs, OutputOrder, read_outputs, write_micro_batch
+from stagecoach_router.pipelines.pipeline import Pipeline
+from stagecoach_router.requests.completion import Piece
+from stagecoach_router.requests.request_state import Generation, Run
+from stagecoach_router.sampling.outputs import NeedsWholeRow, OutputWant, wider_output
+from stagecoach_router.sampling.step_sampler import Choice, choose_tokens
+from stagecoach_router.scheduling.cost_model import StepShape
+from stagecoach_router.scheduling.pacing import StageSeconds
+from stagecoach_router.scheduling.plan import Plan, Row
+from stagecoach_router.scheduling.scheduler import Scheduler
+
+# A caller that reads so much slower than its answer is generated is cut off.
+MAX_UNREAD_PIECES = 4096
+
+
+@dataclass(slots=True)
+class Counters:
+    """What the router did since it started."""
+
+    num_finished: int = 0
+    prompt_tokens: int = 0
+    looked_up_prompt_tokens: int = 0  # in the prefix cache, where cached_prompt_tokens of them were
+    cached_prompt_tokens: int = 0
+    completion_tokens: int = 0
+    num_repeats: int = 0  # rows computed once more because their candidates did not determine the token
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    plan: Plan
+    order: OutputOrder
+    shape: StepShape
+    number: int
+    sent_s: float  # time.perf_counter()
+    is_canary: bool = False
+
+
+class Steps:
+    """Sends what `scheduler` plans over `pipeline`, and gives the tokens that come to `runs` (by seq_id).
+
+    A run that finishes is taken out of `runs`; `fail` has to end all of a request. `on_token` is told whenever at least
+    one token has come, and whether it was only the canary's. What is done is added to `counters`.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        scheduler: Scheduler,
+        runs: dict[int, Run],
+        *,
+        vocab_size: int,
+        canary: Canary,
+        slowness: Slowness,
+        counters: Counters,
+        on_token: Callable[[bool], None],
+        fail: Callable[[Generation, errors.StagecoachError], None],
+    ) -> None:
+        self._pipeline = pipeline
+        self._scheduler = scheduler
+        self._runs = runs
+        self._vocab_size = vocab_size
+        self._canary = canary
+        self._slowness = slowness
+        self._counters = counters
+        self._on_token = on_token
+        self._fail = fail
+        self._next_step = 1
+        self._in_flight: deque[_Step] = deque()
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._in_flight)
+
+    def under_way(self) -> list[Run]:
+        """Those with a row in a step that has not come back."""
+        seq_ids = {row.sequence.seq_id for step in self._in_flight for row in step.plan.rows}
+        return [run for seq_id, run in self._runs.items() if seq_id in seq_ids]
+
+    def send_all(self) -> None:
+        """Sends every step that can go now."""
+        if self._pipeline.lost is not None:
+            return
+        while (plan := self._scheduler.schedule()) is not None:
+            wants = {row.sequence.seq_id: self._want(row) for row in plan.rows if row.wants_logits}
+            self._send(plan, wants)
+
+    def send_canary(self) -> None:
+        """Asks for a token that is nobody's."""
+        self._send(self._canary.plan(self._pipeline.num_blocks - 1), self._canary.wants, is_canary=True)
+
+    def take(self, result: shard_pb2.StepResult, payload: memoryview) -> None:
+        """The oldest step has come back.
+
+        Raises ShardFault for a result that is not what was asked for, Unavailable for a stage that is much too slow;
+        the pipeline is lost then.
+        """
+        expected = (self._pipeline.epoch, self._in_flight[0].number if self._in_flight else None)
+        if (result.epoch, result.step) != expected:
+            raise errors.ShardFault(f"(epoch, step) {expected} expected, {(result.epoch, result.step)} came")
+        step = self._in_flight.popleft()
+        round_trip_s = time.perf_counter() - step.sent_s
+        outputs = read_outputs(result, payload, step.order, self._vocab_size)
+        if step.is_canary:
+            self._canary.take(outputs, time.perf_counter(), round_trip_s)
+            self._on_token(True)
+            return
+        pieces: list[tuple[Generation, Piece]] = []
+        try:
+            self._take_tokens(step, outputs, pieces)
+            self.send_all()
+        finally:  # whatever went wrong: their tokens are in the log, and would not come again
+            # Last: each wakes a call's task, and the next step's frame is not to wait behind them.
+            for generation, piece in pieces:
+                generation.pieces.put(piece)
+        if pieces:
+            self._canary.token_came(time.perf_counter())
+            self._on_token(False)
+        stages = [StageSeconds(timing.queue_s, timing.compute_s) for timing in result.timings]
+        self._scheduler.observe(step.plan, stages, round_trip_s)
+        slow = self._slowness.observe(step.shape, stages, time.monotonic())
+        if slow is not None:
+            address = self._pipeline.stages[slow].address
+            raise errors.Unavailable(f"stage {slow} at {address} has become many times slower")
+
+    def _send(self, plan: Plan, wants: dict[int, OutputWant], *, is_canary: bool = False) -> None:
+        pipeline = self._pipeline
+        frame, order = write_micro_batch(
+            plan, wants, lease_id=pipeline.lease_id, epoch=pipeline.epoch, step=self._next_step
+        )
+        shape = StepShape.of(plan.rows)
+        self._in_flight.append(_Step(plan, order, shape, self._next_step, time.perf_counter(), is_canary))
+        self._next_step += 1
+        pacing = self._scheduler.pacing
+        assert pacing is not None, "set when the pipeline was opened"
+        pipeline.send(frame, self._canary.expected_s if is_canary else pacing.expected_s(shape))
+
+    def _want(self, row: Row) -> OutputWant:
+        run = self._runs[row.sequence.seq_id]
+        return run.retry or run.want
+
+    def _take_tokens(self, step: _Step, outputs: list[GroupOutputs], pieces: list[tuple[Generation, Piece]]) -> None:
+        """Samples for all rows of a step; adds what that gives to `pieces`."""
+        current = {row.sequence.seq_id for row in self._scheduler.complete(step.plan)}
+        for rows, group in outputs:
+            # Those that are still there: a failure takes all completions of its request with it.
+            indices = [
+                index
+                for index, row in enumerate(rows)
+                if row.sequence.seq_id in current and row.sequence.seq_id in self._runs
+            ]
+            live = group if len(indices) == len(rows) else group.take(indices)
+            runs = [self._runs[rows[index].sequence.seq_id] for index in indices]
+            for run, choice in zip(runs, choose_tokens(live, [run.chooser for run in runs]), strict=True):
+                piece = self._advance(run, choice)
+                if piece is not None:
+                    pieces.append((run.generation, piece))
+
+    def _advance(self, run: Run, sampled: Choice) -> Piece | None:
+        """Takes a sequence's next token; returns what it adds, None where there is no token."""
+        sequence, counters = run.sequence, self._counters
+        if sequence.removed:  # with another of its request's completions, a moment ago
+            return None
+        if len(run.generation.pieces) >= MAX_UNREAD_PIECES:
+            self._fail(run.generation, errors.Overloaded("the answer is not being read", limit=MAX_UNREAD_PIECES))
+            return None
+        if isinstance(sampled, errors.ShardFault):  # no number among this row's logits: nobody else's fault
+            self._fail(run.generation, sampled)
+            return None
+        if isinstance(sampled, NeedsWholeRow):
+            run.retry = wider_output(run.retry or run.want, self._vocab_size)
+            counters.num_repeats += 1
+            self._scheduler.repeat(sequence)
+            return None
+        run.got_token()
+        counters.completion_tokens += 1
+        if not sequence.output_tokens:
+            counters.looked_up_prompt_tokens += len(sequence.prompt_tokens)
+            counters.cached_prompt_tokens += sequence.num_cached
+        run.chooser.counts.add(sampled.token_id)
+        self._scheduler.append_token(sequence, sampled.token_id)
+        piece = run.completion.advance(sampled)
+        if piece.finish_reason is not None:
+            del self._runs[sequence.seq_id]
+            self._scheduler.remove(sequence)
+            counters.num_finished += 1
+        return piece

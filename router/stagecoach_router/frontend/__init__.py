@@ -1,0 +1,1 @@
+"""What callers reach over gRPC: the public service, and what stands before it."""

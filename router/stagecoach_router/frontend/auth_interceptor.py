@@ -1,0 +1,46 @@
+"""Who has no API key gets no further than the health check. In front of every service of the router."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from stagecoach import errors
+from stagecoach.errors.rich_status import abort
+from stagecoach_router.tenants.tenants import Callers
+
+# What probes ask. Not Watch: it keeps a call open, and strangers are not to use up those that there may be.
+HEALTH_CHECK = "/grpc.health.v1.Health/Check"
+
+# Finds a method's handler; None: there is no such method.
+Find = Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any] | None"]]
+
+
+class KeyRequired(grpc.aio.ServerInterceptor):
+    """Refuses every call but a health check that brings no known key: also of services that are added later."""
+
+    def __init__(self, callers: Callers) -> None:
+        self._callers = callers
+
+    async def intercept_service(
+        self, continuation: Find, handler_call_details: grpc.HandlerCallDetails
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """The method's handler, or one that refuses."""
+        if handler_call_details.method != HEALTH_CHECK:
+            try:
+                self._callers.identify(handler_call_details.invocation_metadata)
+            except errors.Unauthenticated as error:
+                return _refusal(error)
+        return await continuation(handler_call_details)
+
+
+def _refusal(error: errors.Unauthenticated) -> grpc.RpcMethodHandler[Any, Any]:
+    async def refuse(requests: object, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        await abort(context, error)
+
+    # A handler of streams, whatever the method is: it reads nothing until asked to, so a stranger's message is neither
+    # received nor parsed.
+    return grpc.stream_stream_rpc_method_handler(refuse)

@@ -1,0 +1,89 @@
+"""What a cluster is made of and what it did, as its status says it."""
+
+from __future__ import annotations
+
+from stagecoach.v1 import inference_pb2 as pb
+from stagecoach.v1 import model_pb2
+from stagecoach_router.engine.engine import Engine
+from stagecoach_router.engine.replica import Replica
+from stagecoach_router.metrics.counters import PipelineTotals, StageTotals
+from stagecoach_router.pipelines.shard_client import Stage
+from stagecoach_router.pipelines.shard_registry import Member, Roster
+
+
+def write_status(
+    model: model_pb2.ModelDescription, engine: Engine, roster: Roster, totals: PipelineTotals, uptime_s: float
+) -> pb.GetClusterStatusResponse:
+    """The whole of it. Blocks are those of all pipelines together."""
+    counters = engine.counters
+    blocks = [replica.scheduler.blocks for replica in engine.replicas]
+    response = pb.GetClusterStatusResponse(
+        num_running=engine.num_running,
+        num_waiting=engine.num_waiting,
+        num_finished=counters.num_finished,
+        num_preemptions=sum(replica.scheduler.num_preemptions for replica in engine.replicas),
+        prompt_tokens=counters.prompt_tokens,
+        cached_prompt_tokens=counters.cached_prompt_tokens,
+        completion_tokens=counters.completion_tokens,
+        num_blocks=sum(each.num_blocks for each in blocks),
+        num_free_blocks=sum(each.num_free for each in blocks),
+        block_size=blocks[0].block_size,
+        uptime_s=uptime_s,
+        looked_up_prompt_tokens=counters.looked_up_prompt_tokens,
+        num_repeats=counters.num_repeats,
+        active_s=engine.active_time.total_s,
+        num_results=totals.num_results,
+        result_payload_bytes=totals.result_payload_bytes,
+        result_bytes=totals.result_bytes,
+        num_frames=totals.frames.num_frames,
+        num_fast_frames=totals.frames.num_fast_frames,
+    )
+    response.pipelines.extend(_pipeline_status(model, replica, totals) for replica in engine.replicas)
+    response.spares.extend(_spare_status(member) for member in roster.free)
+    return response
+
+
+def _pipeline_status(model: model_pb2.ModelDescription, replica: Replica, totals: PipelineTotals) -> pb.PipelineStatus:
+    pipeline = replica.pipeline
+    assert pipeline is not None, "a replica begins with an open pipeline"
+    return pb.PipelineStatus(
+        model=model,
+        epoch=pipeline.epoch,
+        ready=replica.ready,
+        reason="" if replica.ready else replica.reason,
+        stages=[_stage_status(stage, totals.stage(stage.address)) for stage in pipeline.stages],
+        num_running=replica.scheduler.num_running,
+        num_waiting=replica.scheduler.num_waiting,
+    )
+
+
+def _stage_status(stage: Stage, totals: StageTotals) -> pb.StageStatus:
+    description = stage.description
+    return pb.StageStatus(
+        address=stage.address,
+        layers=description.layers,
+        device=description.device,
+        dtype=description.dtype,
+        pid=description.pid,
+        hostname=description.hostname,
+        kernels=description.kernels,
+        weights_bytes=description.weights_bytes,
+        kv_cache_bytes=description.kv_cache_bytes,
+        num_steps=totals.num_steps,
+        num_tokens=totals.num_tokens,
+        compute_s=totals.compute_s,
+        wait_s=totals.wait_s,
+        queue_s=totals.queue_s,
+        decode_s=totals.decode_s,
+        encode_s=totals.encode_s,
+        queue_depth=stage.queue_depth,
+        num_frames=totals.num_frames,
+        num_fast_frames=totals.num_fast_frames,
+    )
+
+
+def _spare_status(member: Member) -> pb.SpareStatus:
+    status = pb.SpareStatus(address=member.address, assignable=member.assignable, reason=member.reason)
+    if member.layers is not None:
+        status.layers.start, status.layers.end = member.layers.start, member.layers.end
+    return status

@@ -1,0 +1,1 @@
+"""What the router and its pipelines did, as counters that only rise."""

@@ -1,0 +1,74 @@
+"""One completion's text: from sampled tokens to the pieces a caller gets, and when it is finished. Pure."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from stagecoach.sampling import SamplingParams
+from stagecoach_router.sampling.outputs import Sampled
+from stagecoach_router.text.stop_strings import StopStrings
+from stagecoach_router.text.tokenizer import Tokenizer
+
+
+class FinishReason(enum.Enum):
+    """Why a completion ended."""
+
+    STOP = "stop"  # an end-of-sequence token, a stop token or a stop string
+    LENGTH = "length"  # max_tokens
+
+
+@dataclass(slots=True)  # not frozen: one is made for every token, and freezing doubles what that costs
+class Piece:
+    """What one token added. The text may be empty (held back) or that of several tokens."""
+
+    index: int
+    text: str = field(repr=False)
+    token_id: int = field(repr=False)
+    sampled: Sampled = field(repr=False)
+    finish_reason: FinishReason | None
+
+
+class Completion:
+    """Follows one sequence's output. `params.max_tokens` is set."""
+
+    def __init__(
+        self, index: int, prompt_tokens: Collection[int], params: SamplingParams, tokenizer: Tokenizer
+    ) -> None:
+        assert params.max_tokens is not None, "resolved at the door"
+        self.index = index
+        self.num_tokens = 0
+        self._max_tokens = params.max_tokens
+        self._stop_ids = set(params.stop_token_ids)
+        if not params.ignore_eos:
+            self._stop_ids |= set(tokenizer.eos_token_ids)
+        self._detokenizer = tokenizer.detokenizer(list(prompt_tokens))
+        self._stop_strings = StopStrings(params.stop) if params.stop else None
+
+    def advance(self, sampled: Sampled) -> Piece:
+        """Takes the next token. Neither a stop token nor a stop string is part of the text."""
+        self.num_tokens += 1
+        text = ""
+        reason = None
+        if sampled.token_id in self._stop_ids:
+            reason = FinishReason.STOP
+        else:
+            text = self._detokenizer.feed(sampled.token_id)
+            if self._stop_strings is not None:
+                text, stopped = self._stop_strings.feed(text)
+                if stopped:
+                    return Piece(self.index, text, sampled.token_id, sampled, FinishReason.STOP)
+            if self.num_tokens >= self._max_tokens:
+                reason = FinishReason.LENGTH
+        if reason is not None:
+            text += self._finish()
+        return Piece(self.index, text, sampled.token_id, sampled, reason)
+
+    def _finish(self) -> str:
+        """The text that was held back."""
+        text = self._detokenizer.flush()
+        if self._stop_strings is None:
+            return text
+        text, stopped = self._stop_strings.feed(text)
+        return text if stopped else text + self._stop_strings.flush()

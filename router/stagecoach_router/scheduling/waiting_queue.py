@@ -1,0 +1,186 @@
+"""Who comes in: what is refused at the door, who waits, and who of them gets blocks and may run. Pure."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+from operator import attrgetter
+from typing import Any
+
+from stagecoach.errors import InvalidArgument, OutOfRange, Overloaded
+from stagecoach_router.scheduling.block_manager import BlockManager
+from stagecoach_router.scheduling.retry_after import RetryDelay
+from stagecoach_router.scheduling.sequence import Sequence
+
+# Of all that wait, prompts and what they had when they were preempted; some 100 bytes each.
+MAX_WAITING_TOKENS = 4 * 2**20
+# Admission leaves a block free for each running sequence to grow into, or else the newcomer would be preempted soon;
+# but no more than this part of all blocks.
+MAX_RESERVE_FRACTION = 8
+
+by_order = attrgetter("order")
+
+
+def by_priority_then_arrival(sequence: Sequence) -> tuple[int, int]:
+    """The order in which sequences run: higher priority first, then first come, first served."""
+    return (-sequence.priority, sequence.seq_id)
+
+
+def token_limit(sequence: Sequence, *, context_length: int, capacity: int) -> int:
+    """Tokens, prompt and output, that a sequence may come to. `capacity` is the positions that all blocks hold.
+
+    Raises InvalidArgument if the prompt is empty, OutOfRange if the sequence would not fit even if it were alone.
+    """
+    num_prompt = len(sequence.prompt_tokens)
+    longest = min(context_length, capacity)
+    if not num_prompt:
+        raise InvalidArgument("the prompt is empty", field="prompt")
+    if num_prompt >= longest:
+        what = "the context length" if longest == context_length else "the K/V cache"
+        raise OutOfRange(
+            f"the prompt has {num_prompt} tokens; {what} is {longest}, and one has to be left for the output",
+            field="prompt",
+            limit=longest - 1,
+            value=num_prompt,
+        )
+    max_tokens = sequence.params.max_tokens
+    if max_tokens is None:
+        return longest
+    limit = min(num_prompt + max_tokens, context_length)
+    if limit > capacity:
+        raise OutOfRange(
+            f"prompt and max_tokens come to {limit} tokens; the K/V cache holds {capacity}",
+            field="max_tokens",
+            limit=capacity - num_prompt,
+            value=max_tokens,
+        )
+    return limit
+
+
+class WaitingLine:
+    """Sequences that do not run, in order. Each has its `order` set."""
+
+    def __init__(self, blocks: BlockManager, max_waiting: int) -> None:
+        self._blocks = blocks
+        self._max_waiting = max_waiting
+        self._line: list[Sequence] = []
+        self._num_tokens = 0  # of all that wait
+        self._num_left = 0  # so far, those that will be back left out
+        self._retry_delay = RetryDelay()
+        # Who found too few blocks, and blocks.num_releases then: no use in trying again before that has risen.
+        self._blocked: Sequence | None = None
+        self._blocked_at = 0
+
+    def __len__(self) -> int:
+        return len(self._line)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self._line)
+
+    @property
+    def retry_after_s(self) -> float:
+        """The last estimate of when a refused caller may come again."""
+        return self._retry_delay.delay_s
+
+    def num_starting(self, num_free_slots: int) -> int:
+        """How many may start with the next steps, as far as is known: none where the first one lacks blocks."""
+        return 0 if self._lacks_blocks() else min(len(self._line), num_free_slots)
+
+    def check_room(
+        self, num_free_slots: int, *, num_sequences: int = 1, num_tokens: int = 0, now_s: float | None = None
+    ) -> None:
+        """Raises Overloaded if not so many more may wait, or not with so many tokens together.
+
+        Those that wait only for the next step do not count, and tokens do not where nobody else waits. With the clock's
+        reading, `retry_after_s` is an estimate of now, else the last one.
+        """
+        num_waiting = len(self._line)
+        num_starting = 0 if self._lacks_blocks() else num_free_slots
+        if num_waiting + num_sequences > self._max_waiting + num_starting:
+            raise Overloaded(
+                f"{num_waiting} sequences are waiting; at most {self._max_waiting} may",
+                limit=self._max_waiting,
+                value=num_waiting,
+                retry_after_s=self._retry_after_s(now_s),
+            )
+        if num_waiting and self._num_tokens + num_tokens > MAX_WAITING_TOKENS:
+            raise Overloaded(
+                f"the sequences that wait have {self._num_tokens} tokens; at most {MAX_WAITING_TOKENS} may wait",
+                limit=MAX_WAITING_TOKENS,
+                value=self._num_tokens,
+                retry_after_s=self._retry_after_s(now_s),
+            )
+
+    def _retry_after_s(self, now_s: float | None) -> float:
+        if now_s is None:
+            return self.retry_after_s
+        return self._retry_delay.after_s(len(self._line), self._num_left, now_s)
+
+    def join(self, sequence: Sequence) -> None:
+        """A new sequence, or one that was preempted."""
+        self.adopt(sequence)
+        self._num_left -= sequence.incarnation > 0
+
+    def adopt(self, sequence: Sequence) -> None:
+        """One that another line has released: it has not left this one before."""
+        insort(self._line, sequence, key=by_order)
+        self._num_tokens += sequence.num_tokens
+
+    def leave(self, sequence: Sequence) -> None:
+        """A waiting sequence that is not wanted any more."""
+        self.release(sequence)
+        self._num_left += 1
+
+    def release(self, sequence: Sequence) -> None:
+        """One that goes to another line, which says nothing of how fast this one moves."""
+        self._take_out(bisect_left(self._line, sequence.order, key=by_order))
+        if self._blocked is sequence:
+            self._blocked = None
+
+    def _take_out(self, index: int) -> None:
+        self._num_tokens -= self._line.pop(index).num_tokens
+
+    def admit(self, num_running: int, before: Any = None) -> Sequence | None:
+        """Gives the first sequence that may start its blocks, and takes it out of the line.
+
+        None if there is none, or none ordered `before` that, or too few blocks for it: then nobody behind it may
+        take them.
+        """
+        for index, sequence in enumerate(self._line):
+            if before is not None and sequence.order > before:
+                return None
+            if _follows_leader(sequence):
+                continue
+            if sequence.leader is not None and not sequence.digests:
+                num_full = len(sequence.prompt_tokens) // self._blocks.block_size
+                sequence.digests = sequence.leader.digests[:num_full]  # of the same prompt
+            if not self._allocate(sequence, num_running):
+                return None
+            self._take_out(index)
+            self._num_left += 1
+            return sequence
+        return None
+
+    def _lacks_blocks(self) -> bool:
+        """Whether the first one found too few, and none were released since."""
+        return self._blocked is not None and self._blocked_at == self._blocks.num_releases
+
+    def _allocate(self, sequence: Sequence, num_running: int) -> bool:
+        blocks = self._blocks
+        if self._blocked is sequence and self._blocked_at == blocks.num_releases:
+            return False
+        if not blocks.allocate(sequence, reserve=min(num_running, blocks.num_blocks // MAX_RESERVE_FRACTION)):
+            self._blocked, self._blocked_at = sequence, blocks.num_releases
+            return False
+        self._blocked = None
+        sequence.num_computed = sequence.num_committed * blocks.block_size
+        if sequence.incarnation == 0:
+            sequence.num_cached = sequence.num_computed
+            blocks.count_lookup(sequence.num_tokens, sequence.num_cached)
+        return True
+
+
+def _follows_leader(sequence: Sequence) -> bool:
+    """Whether a sequence has yet to wait for its leader's prompt."""
+    leader = sequence.leader
+    return leader is not None and not leader.removed and leader.num_computed < len(leader.prompt_tokens)

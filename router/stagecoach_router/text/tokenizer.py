@@ -1,0 +1,146 @@
+"""Text to tokens and back, for one checkpoint, as transformers' AutoTokenizer does it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import tokenizers
+from tokenizers import AddedToken
+
+from stagecoach.errors import CheckpointError, InvalidArgument
+from stagecoach_router.text.chat_template import ChatTemplate, Message
+from stagecoach_router.text.detokenizer import IncrementalDetokenizer, TokenSpelling, text_decoder
+from stagecoach_router.text.model_files import ModelFiles
+
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class Tokenizer:
+    """One checkpoint's tokenizer and chat template. Safe to use from several threads.
+
+    `vocab_size` is the number of logits the model gives; ids from `num_known_ids` on are padding without text.
+    `eos_token_ids` are all that generation_config.json, config.json and tokenizer_config.json name.
+    Raises CheckpointError where the checkpoint's files are missing or broken.
+    """
+
+    def __init__(self, files: ModelFiles) -> None:
+        self._tokenizer = _load(files)
+        self._decoder = text_decoder(files.json("tokenizer.json").get("decoder"))
+        named = _named_tokens(files)
+        self._mark_special(list(named.values()))
+        self._chat_template = ChatTemplate.from_files(files, named)
+        self._special_ids = frozenset(
+            token_id for token_id, token in self._tokenizer.get_added_tokens_decoder().items() if token.special
+        )
+        # The same functions each time: a decoder keeps what it has made of a token.
+        self._spellings = {skip: self._spelling(skip_special_tokens=skip) for skip in (True, False)}
+        config = files.json("config.json")
+        self.num_known_ids: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        self.vocab_size: int = _positive(config.get("vocab_size"), default=self.num_known_ids)
+        self.bos_token_id: int | None = self._token_id(named.get("bos_token"))
+        self.eos_token_ids: frozenset[int] = frozenset(
+            [
+                *_ids(files.json("generation_config.json").get("eos_token_id")),
+                *_ids(config.get("eos_token_id")),
+                *_ids(self._token_id(named.get("eos_token"))),
+            ]
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a plain prompt, with what tokenizer.json puts around one, such as bos.
+
+        As with transformers, `add_bos_token` in tokenizer_config.json has no say where there is a tokenizer.json.
+        """
+        return self._encode(text, "prompt", add_special_tokens=True)
+
+    def apply_chat_template(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
+        """The tokens of a conversation: messages are (role, content) or mappings with at least these two.
+
+        Raises FailedPrecondition without a chat template, InvalidArgument(field="messages") where it refuses them.
+        """
+        text = self._chat_template.render(messages, add_generation_prompt=add_generation_prompt)
+        return self._encode(text, "messages", add_special_tokens=False)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of whole sequences; for tokens that come one by one, see `detokenizer`."""
+        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def token_text(self, token_id: int) -> str:
+        """One token as it reads in the midst of text; U+FFFD where it is part of a character, "" for an unknown id."""
+        token = self._tokenizer.id_to_token(token_id)
+        return "" if token is None else self._decoder.token_text(token)
+
+    def detokenizer(
+        self, prompt_tokens: Sequence[int] = (), *, skip_special_tokens: bool = True
+    ) -> IncrementalDetokenizer:
+        """For the tokens that follow `prompt_tokens`, one completion's worth."""
+        return self._decoder.start(self._spellings[skip_special_tokens], prompt_tokens)
+
+    def _spelling(self, *, skip_special_tokens: bool) -> TokenSpelling:
+        tokenizer, special_ids = self._tokenizer, self._special_ids
+
+        def spelling(token_id: int) -> str | None:
+            if skip_special_tokens and token_id in special_ids:
+                return None
+            token: str | None = tokenizer.id_to_token(token_id)
+            return token
+
+        return spelling
+
+    def _encode(self, text: str, field: str, *, add_special_tokens: bool) -> list[int]:
+        try:
+            encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        except (TypeError, UnicodeEncodeError) as error:
+            raise InvalidArgument(f"{field} is not text: {error}", field=field) from error
+        ids: list[int] = encoding.ids
+        return ids
+
+    def _mark_special(self, tokens: Sequence[str]) -> None:
+        """Makes tokens that only tokenizer_config.json calls special so; never adds one that has no id yet."""
+        known = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
+        missing = [token for token in dict.fromkeys(tokens) if token not in known and self._token_id(token) is not None]
+        self._tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in missing])
+
+    def _token_id(self, token: str | None) -> int | None:
+        token_id: int | None = None if token is None else self._tokenizer.token_to_id(token)
+        return token_id
+
+
+def _load(files: ModelFiles) -> tokenizers.Tokenizer:
+    files.json("tokenizer.json")  # a typed error for what is not JSON at all
+    try:
+        tokenizer = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
+    except Exception as error:  # the library raises the bare class
+        raise CheckpointError(f"tokenizer.json cannot be read: {error}", field="tokenizer.json") from error
+    # Set by whoever saved it for training; a prompt is never cut or filled.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _named_tokens(files: ModelFiles) -> dict[str, str]:
+    """The tokens with a role, by the name that chat templates know them by."""
+    entries = {**files.json("special_tokens_map.json"), **files.json("tokenizer_config.json")}
+    named = {}
+    for name in _NAMED_TOKENS:
+        entry = entries.get(name)
+        content = entry.get("content") if isinstance(entry, dict) else entry
+        if isinstance(content, str) and _is_unicode(content):
+            named[name] = content
+    return named
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether UTF-8 can say it: JSON may hold halves of characters, which no text of a tokenizer is."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _ids(entry: object) -> list[int]:
+    """One id, several, or none."""
+    items = entry if isinstance(entry, list) else [entry]
+    return [item for item in items if isinstance(item, int) and not isinstance(item, bool)]
+
+
+def _positive(entry: object, *, default: int) -> int:
+    return entry if isinstance(entry, int) and not isinstance(entry, bool) and entry > 0 else default

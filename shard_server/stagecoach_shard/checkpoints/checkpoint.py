@@ -1,0 +1,179 @@
+"""A checkpoint folder as transformers writes it, opened read-only: config.json and one or more safetensors files."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from stagecoach.errors import CheckpointError
+from stagecoach_shard.checkpoints.fingerprint import fingerprint
+from stagecoach_shard.checkpoints.tensor_table import TensorEntry, read_tensor_table
+from stagecoach_shard.models.config import ModelConfig
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+# config.json is kilobytes.
+_MAX_JSON_BYTES = 8 << 20
+_LAYER = re.compile(r"model\.layers\.([0-9]+)(?:\.|$)")
+_MAX_DIGITS = 9
+# The dtypes that a weight may be stored in; it is cast to the stage's.
+_WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is known of a model before any weight is read."""
+
+    name: str  # the folder's
+    path: Path
+    config: ModelConfig
+    fingerprint: str  # see the module of that name for what it covers
+    tensors: dict[str, TensorEntry]
+    names_read: list[str] = field(default_factory=list)  # tensors whose data was read, in order
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """Reads config.json, the tensor files' headers and samples of their bytes.
+
+        Raises CheckpointError, `field` naming the file, the config field or the tensor at fault.
+        """
+        if not path.is_dir():
+            raise CheckpointError(f"{path} is not a folder", field="path", value=path)
+        config = ModelConfig.parse(read_json_object(path / "config.json"))
+        tensors = read_tensor_table(path)
+        for name in tensors:
+            layer = _LAYER.match(name)
+            if layer is not None and (len(layer[1]) > _MAX_DIGITS or int(layer[1]) >= config.num_layers):
+                raise CheckpointError(
+                    f"{name}: config.json says there are {config.num_layers} layers",
+                    field="num_hidden_layers",
+                    limit=config.num_layers,
+                    value=layer[1],
+                )
+        return cls(path.resolve().name, path, config, fingerprint(config, tensors), tensors)
+
+    def tokenizer_files(self) -> dict[str, Path]:
+        """Those that are present of the files a router needs to tokenize and to render chats, by name."""
+        return {name: self.path / name for name in TOKENIZER_FILES if (self.path / name).is_file()}
+
+    def reader(
+        self, dtype: torch.dtype, device: torch.device, on_read: Callable[[], None] | None = None
+    ) -> TensorReader:
+        """Reads tensors one at a time; use it in a `with`. `on_read` is called after each."""
+        return TensorReader(self, dtype, device, on_read)
+
+
+class TensorReader:
+    """Reads tensors through memory maps that end with the `with` block, cast to one dtype on one device."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, on_read: Callable[[], None] | None
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._dtype = dtype
+        self._device = device
+        self._on_read = on_read
+        self._files: dict[Path, Any] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._files.clear()
+        self._stack.close()
+
+    def read(self, name: str, shape: Sequence[int]) -> Tensor:
+        """The tensor, which must have exactly this shape."""
+        return self.read_stacked([(name, shape)])
+
+    def read_stacked(self, parts: Sequence[tuple[str, Sequence[int]]]) -> Tensor:
+        """Tensors that differ in their first dimension at most, one below the other; `parts` are (name, shape).
+
+        Raises CheckpointError, naming the tensor and both shapes, for one that is missing, of another shape or not of
+        floating point.
+        """
+        entries = [self._entry(name, shape) for name, shape in parts]
+        rows = sum(entry.shape[0] for entry in entries)
+        stacked = torch.empty(rows, *entries[0].shape[1:], dtype=self._dtype, device=self._device)
+        start = 0
+        for entry in entries:
+            stacked[start : start + entry.shape[0]].copy_(self._load(entry))
+            start += entry.shape[0]
+            self._checkpoint.names_read.append(entry.name)
+            if self._on_read is not None:
+                self._on_read()
+        return stacked
+
+    def _entry(self, name: str, shape: Sequence[int]) -> TensorEntry:
+        entry = self._checkpoint.tensors.get(name)
+        if entry is None:
+            raise CheckpointError(
+                f"{name} is missing; config.json asks for it with shape {list(shape)}", field=name, limit=list(shape)
+            )
+        if list(entry.shape) != list(shape):
+            raise CheckpointError(
+                f"{name} has shape {list(entry.shape)}; config.json asks for {list(shape)}",
+                field=name,
+                limit=list(shape),
+                value=list(entry.shape),
+            )
+        if entry.dtype not in _WEIGHT_DTYPES:
+            raise CheckpointError(
+                f"{name} has dtype {entry.dtype}; weights must be one of {', '.join(_WEIGHT_DTYPES)}",
+                field=name,
+                limit=", ".join(_WEIGHT_DTYPES),
+                value=entry.dtype,
+            )
+        return entry
+
+    def _load(self, entry: TensorEntry) -> Tensor:
+        try:
+            file = self._files.get(entry.file)
+            if file is None:
+                file = self._stack.enter_context(safe_open(entry.file, framework="pt"))
+                self._files[entry.file] = file
+            tensor: Tensor = file.get_tensor(entry.name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{entry.name} cannot be read from {entry.file.name}: {error}", field=entry.name
+            ) from error
+        assert math.prod(tensor.shape) == math.prod(entry.shape)
+        return tensor
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of the checkpoint. Raises CheckpointError with the file's name."""
+    try:
+        num_bytes = path.stat().st_size
+        if num_bytes > _MAX_JSON_BYTES:
+            raise CheckpointError(
+                f"{path.name} has {num_bytes} bytes", field=path.name, limit=_MAX_JSON_BYTES, value=num_bytes
+            )
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing", field=path.name) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}", field=path.name) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object", field=path.name)
+    return value

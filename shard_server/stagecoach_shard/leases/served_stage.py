@@ -1,0 +1,173 @@
+"""The stage that this process serves now: who holds how much of it, and what it did since it was loaded.
+
+It lives on the event loop; the computing is the runner's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from dataclasses import dataclass
+
+from stagecoach import errors
+from stagecoach.rpc.framing import FrameCounter, write_frame
+from stagecoach.topology import LayerRange
+from stagecoach.v1 import shard_pb2
+from stagecoach_shard.checkpoints.checkpoint import Checkpoint
+from stagecoach_shard.leases.lease import BlockRanges, Lease
+from stagecoach_shard.leases.session import LeaseSession, check_open
+from stagecoach_shard.runtime.stage_runner import StageRunner
+
+logger = logging.getLogger(__name__)
+
+# For who wants a lease of a shard that will be gone soon: another may take its place by then.
+STOPPING_RETRY_AFTER_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """What this shard takes, whatever its layers."""
+
+    block_size: int  # positions in a K/V block
+    max_batch_tokens: int  # in one micro-batch
+    max_queued_steps: int  # micro-batches of one lease
+
+
+class ServedStage:
+    """One load of one range of layers, with the leases on it."""
+
+    def __init__(self, checkpoint: Checkpoint, runner: StageRunner, limits: StepLimits) -> None:
+        self.runner = runner
+        self.limits = limits
+        self.shard_id = secrets.token_hex(8)
+        self.frames = FrameCounter()
+        self.decode_s = 0.0
+        self.encode_s = 0.0
+        self._checkpoint = checkpoint
+        self._blocks = BlockRanges(runner.cache.num_blocks)
+        self._sessions: dict[int, LeaseSession] = {}
+        self._draining = False
+        self._lease_ended = asyncio.Event()
+
+    @property
+    def layers(self) -> LayerRange:
+        """Those of the model that are computed here."""
+        return self.runner.stage.layers
+
+    @property
+    def num_leases(self) -> int:
+        """Those that are open."""
+        return len(self._sessions)
+
+    @property
+    def num_blocks(self) -> int:
+        """In all."""
+        return self._blocks.num_blocks
+
+    def num_free_blocks(self, lease_id: int) -> int:
+        """The most that a lease can have now, or that the lease `lease_id` can have when it is opened anew."""
+        session = self._sessions.get(lease_id)
+        return self._blocks.num_free_without(None if session is None else session.lease.first_block)
+
+    def open(self, request: shard_pb2.OpenRequest) -> LeaseSession:
+        """A session with the lease that `request` asks for.
+
+        Raises ModelMismatch where it expects another stage than this, StaleEpoch, KVCacheFull, InvalidArgument, and
+        Unavailable while draining.
+        """
+        if self._draining:
+            raise errors.Unavailable("the shard is stopping", retry_after_s=STOPPING_RETRY_AFTER_S)
+        check_open(request, self.runner.stage, self._checkpoint.fingerprint, self.limits.block_size)
+        former = self._sessions.get(request.lease_id)
+        if former is not None:
+            if request.epoch <= former.lease.epoch:
+                raise errors.StaleEpoch(
+                    f"epoch {request.epoch}: this lease is already in epoch {former.lease.epoch}",
+                    field="epoch",
+                    limit=former.lease.epoch,
+                    value=request.epoch,
+                )
+            self.release(former)
+        first_block = self._blocks.allocate(request.num_blocks)
+        try:
+            lease = Lease(
+                request.lease_id,
+                request.epoch,
+                first_block=first_block,
+                num_blocks=request.num_blocks,
+                block_size=self.limits.block_size,
+                max_slots=request.max_slots,
+                context_length=self._checkpoint.config.context_length,
+                max_batch_tokens=self.limits.max_batch_tokens,
+            )
+        except errors.StagecoachError:
+            self._blocks.free(first_block)
+            raise
+        session = LeaseSession(lease, request.silence_timeout_s)
+        self._sessions[lease.lease_id] = session
+        logger.info("lease %x opened: epoch %d, %d blocks", lease.lease_id, lease.epoch, lease.num_blocks)
+        return session
+
+    def release(self, session: LeaseSession) -> None:
+        """Takes the lease's blocks back, and ends its session. Doing it again does nothing."""
+        session.ended = True
+        if self._sessions.get(session.lease.lease_id) is session:
+            del self._sessions[session.lease.lease_id]
+            self._lease_ended.set()
+            self._blocks.free(session.lease.first_block)
+        session.outbox.put_nowait(None)
+
+    def session_of(self, header: shard_pb2.MicroBatchHeader) -> LeaseSession:
+        """The session that a micro-batch belongs to. Raises StaleEpoch."""
+        session = self._sessions.get(header.lease_id)
+        if session is None:
+            raise errors.StaleEpoch(
+                f"lease {header.lease_id:x} is not open here", field="lease_id", value=f"{header.lease_id:x}"
+            )
+        if header.epoch != session.lease.epoch:  # a late one of an earlier epoch: no fault of the present one
+            raise errors.StaleEpoch(
+                f"epoch {header.epoch}: this lease is in epoch {session.lease.epoch}",
+                field="epoch",
+                limit=session.lease.epoch,
+                value=header.epoch,
+            )
+        return session
+
+    def load_report(self, session: LeaseSession, number: int) -> bytes:
+        """The frame of a load report for the router of `session`, as of now."""
+        own = self.runner.load_of(session.load)
+        load = self.runner.load  # after `own`, which is a part of it
+        report = shard_pb2.LoadReport(
+            num_steps=load.num_steps,
+            num_tokens=load.num_tokens,
+            compute_s=load.compute_s,
+            wait_s=load.wait_s,
+            queue_s=load.queue_s,
+            decode_s=self.decode_s,
+            encode_s=self.encode_s,
+            queue_depth=self.runner.queue_depth,
+            num_fast_frames=self.frames.num_fast_frames,
+            num_frames=self.frames.num_frames,
+            number=number,
+            lease_num_steps=own.num_steps,
+            lease_compute_s=own.compute_s,
+            lease_queue_depth=own.queue_depth,
+        )
+        return write_frame(shard_pb2.SessionResponse(load=report))
+
+    def drain(self) -> None:
+        """Opens no lease from now on."""
+        self._draining = True
+
+    async def leases_ended(self) -> None:
+        """Returns when no lease is open."""
+        while self._sessions:
+            self._lease_ended.clear()
+            await self._lease_ended.wait()
+
+    def end_sessions(self) -> None:
+        """Tells every router that this shard stops."""
+        for session in list(self._sessions.values()):
+            session.fail(errors.Unavailable("the shard is stopping"))
+            session.outbox.put_nowait(None)

@@ -1,0 +1,134 @@
+"""A router's session with this shard: the lease it opened, what it expects of us, and the way back to it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from stagecoach import PROTOCOL_VERSION, errors
+from stagecoach.rpc.channel import check_address
+from stagecoach.rpc.forward_link import ForwardLink
+from stagecoach.rpc.framing import write_frame
+from stagecoach.rpc.watch_clock import LOOKS_PER_TIMEOUT, Silence
+from stagecoach.v1 import shard_pb2
+from stagecoach_shard.leases import wire
+from stagecoach_shard.leases.lease import Lease
+from stagecoach_shard.runtime.stage import Stage
+from stagecoach_shard.runtime.stage_runner import LeaseLoad
+
+logger = logging.getLogger(__name__)
+
+# What a router may ask for, in seconds.
+MIN_SILENCE_TIMEOUT_S = 0.1
+MAX_SILENCE_TIMEOUT_S = 86_400.0
+# A router may say nothing for at least so long before its first question: its other stages, and the link into the
+# first, may take as long to open, and what it asks afterwards is no measure of that.
+MIN_OPENING_SILENCE_S = 20.0
+
+
+@dataclass(slots=True)
+class LoadReportDue:
+    """A place in the line for a load report. `number`: of the latest question; 0 where none was asked."""
+
+    number: int = 0
+
+
+class LeaseSession:
+    """A lease with its way out: frames for the router, and the link to the next stage where there is one.
+
+    `silence_timeout_s`: for how long the router may say nothing once it has asked for a load report, which it does from
+    when its pipeline is open; 0: for ever.
+    """
+
+    def __init__(self, lease: Lease, silence_timeout_s: float = 0.0) -> None:
+        self.lease = lease
+        self.load = LeaseLoad()
+        self.link: ForwardLink | None = None
+        self.ended = False
+        self.num_queued = 0  # micro-batches whose credit has not gone back
+        # Frames with what to call when gRPC has taken them, and load reports to be made when it is their turn; None
+        # ends the session.
+        self.outbox: asyncio.Queue[tuple[bytes, Callable[[], None] | None] | LoadReportDue | None] = asyncio.Queue()
+        self._report_due: LoadReportDue | None = None
+        self._silence_timeout_s = silence_timeout_s
+        # Of a router that has yet to ask.
+        self._silence = Silence(max(silence_timeout_s, MIN_OPENING_SILENCE_S))
+        self._has_asked = False
+
+    def ask_for_report(self, number: int = 0) -> None:
+        """Queues a load report that answers question `number`, and all before it.
+
+        There is one at a time, so that a router that asks and does not read fills no memory.
+        """
+        if self._report_due is None:
+            self._report_due = LoadReportDue()
+            self.outbox.put_nowait(self._report_due)
+        self._report_due.number = max(self._report_due.number, number)
+
+    def asked_for_report(self, number: int) -> None:
+        """The router asks question `number`: a sign of life, of which the next is due in the silence timeout."""
+        if not self._has_asked and self._silence_timeout_s:
+            self._silence = Silence(self._silence_timeout_s)
+        self._has_asked = True
+        self._silence.heard()
+        self.ask_for_report(number)
+
+    def report_is_sent(self) -> None:
+        """The next question is answered by another report."""
+        self._report_due = None
+
+    def is_silent(self, monotonic_s: float) -> bool:
+        """Looks whether the router has said nothing for too long: then it is gone, or as good as gone."""
+        return self._silence_timeout_s > 0.0 and self._silence.is_over_limit(monotonic_s)
+
+    async def wait_for_silence(self) -> None:
+        """Returns when the router has said nothing for too long; never, where it may."""
+        if not self._silence_timeout_s:
+            await asyncio.Event().wait()
+        interval_s = self._silence_timeout_s / LOOKS_PER_TIMEOUT
+        while not self.is_silent(time.monotonic()):  # noqa: ASYNC110  # there is no event to wait for
+            await asyncio.sleep(interval_s)
+        logger.warning("lease %x: its router has been silent for %g s", self.lease.lease_id, self._silence.timeout_s)
+
+    def fail(self, error: errors.StagecoachError, step: int = 0) -> None:
+        """Tells the router; the lease runs nothing more."""
+        if self.ended:
+            return
+        self.ended = True
+        logger.warning("lease %x, epoch %d: %s", self.lease.lease_id, self.lease.epoch, error)
+        fault = shard_pb2.Fault(epoch=self.lease.epoch, step=step, error=errors.to_detail(error))
+        self.outbox.put_nowait((write_frame(shard_pb2.SessionResponse(fault=fault)), None))
+
+
+def check_open(request: shard_pb2.OpenRequest, stage: Stage, fingerprint: str, block_size: int) -> None:
+    """Raises ModelMismatch where the router expects another stage than this, InvalidArgument for a wrong next hop."""
+    pairs = {
+        "protocol_version": (request.protocol_version, PROTOCOL_VERSION),
+        "model_fingerprint": (request.model_fingerprint, fingerprint),
+        "layers": ((request.layers.start, request.layers.end), (stage.layers.start, stage.layers.end)),
+        "dtype": (request.dtype, wire.DTYPES[stage.dtype]),
+        "block_size": (request.block_size, block_size),
+    }
+    for field, (theirs, ours) in pairs.items():
+        if theirs != ours:
+            raise errors.ModelMismatch(
+                f"{field}: the router expects {theirs}, this shard has {ours}",
+                field=field,
+                limit=ours,
+                value=theirs,
+            )
+    timeout_s = request.silence_timeout_s
+    if timeout_s and not MIN_SILENCE_TIMEOUT_S <= timeout_s <= MAX_SILENCE_TIMEOUT_S:
+        limit = f"0 or [{MIN_SILENCE_TIMEOUT_S}, {MAX_SILENCE_TIMEOUT_S}]"
+        raise errors.InvalidArgument(
+            f"silence_timeout_s must be {limit}", field="silence_timeout_s", limit=limit, value=timeout_s
+        )
+    if bool(request.next_hop) == stage.is_last:
+        raise errors.InvalidArgument(
+            "next_hop must be given to every stage but the last", field="next_hop", value=request.next_hop
+        )
+    if request.next_hop:
+        check_address(request.next_hop, "next_hop")

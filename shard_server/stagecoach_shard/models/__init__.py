@@ -1,0 +1,1 @@
+"""The model families, and their layers in plain torch."""

@@ -1,0 +1,147 @@
+"""The gRPC adapter of one shard: Describe, Assign and FetchFiles, and where Session and Forward go."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc.aio
+import torch
+
+from stagecoach import PROTOCOL_VERSION, __version__, errors
+from stagecoach.errors.rich_status import abort
+from stagecoach.rpc.channel import Dial, dial_plainly
+from stagecoach.topology import LayerRange
+from stagecoach.v1 import model_pb2, shard_pb2
+from stagecoach_shard.checkpoints.checkpoint import Checkpoint
+from stagecoach_shard.leases import wire
+from stagecoach_shard.leases.assignment import Assignment
+from stagecoach_shard.leases.served_stage import ServedStage, StepLimits
+from stagecoach_shard.rpc.forward_stream import serve_forward
+from stagecoach_shard.rpc.session_stream import serve_session
+
+FILE_CHUNK_BYTES = 1 << 20
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class ShardService:
+    """Serves the stage that `assignment` has, if it has one; `unassigned_id` is who we are while it has none."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        assignment: Assignment,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        limits: StepLimits,
+        unassigned_id: str,
+        dial: Dial = dial_plainly,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._assignment = assignment
+        self._device = device
+        self._dtype = dtype
+        self._limits = limits
+        self._unassigned_id = unassigned_id
+        self._dial = dial
+
+    async def describe(self, request: shard_pb2.DescribeRequest, context: Context) -> shard_pb2.DescribeResponse:
+        try:
+            self._assignment.check_available()
+        except errors.StagecoachError as error:
+            await abort(context, error)
+        return self._description(self._assignment.stage, request.lease_id)
+
+    async def assign(self, request: shard_pb2.AssignRequest, context: Context) -> shard_pb2.AssignResponse:
+        """Answered when the layers are there, which may take minutes; see `Assignment.assign`."""
+        try:
+            self._check_same_model(request)
+            stage = await self._assignment.assign(self._range(request.layers))
+        except errors.ConfigError as error:  # of loading: nothing that the caller said is wrong
+            failure = errors.FailedPrecondition(error.message, field=error.field, limit=error.limit, value=error.value)
+            await abort(context, failure)
+        except errors.StagecoachError as error:
+            await abort(context, error)
+        return shard_pb2.AssignResponse(description=self._description(stage, 0))
+
+    async def fetch_files(
+        self, request: shard_pb2.FetchFilesRequest, context: Context
+    ) -> AsyncIterator[shard_pb2.FileChunk]:
+        for name, path in self._checkpoint.tokenizer_files().items():
+            data = await asyncio.to_thread(path.read_bytes)
+            for start in range(0, max(len(data), 1), FILE_CHUNK_BYTES):
+                yield shard_pb2.FileChunk(name=name, data=data[start : start + FILE_CHUNK_BYTES])
+
+    async def session(self, _: object, context: Context) -> None:
+        await serve_session(self._assignment, self._dial, context)
+
+    async def forward(self, _: object, context: Context) -> None:
+        await serve_forward(self._assignment, self._limits.max_queued_steps, context)
+
+    def _description(self, stage: ServedStage | None, lease_id: int) -> shard_pb2.DescribeResponse:
+        config = self._checkpoint.config
+        description = shard_pb2.DescribeResponse(
+            protocol_version=PROTOCOL_VERSION,
+            software_version=__version__,
+            shard_id=self._unassigned_id,
+            model=model_pb2.ModelDescription(
+                name=self._checkpoint.name,
+                family=config.family,
+                fingerprint=self._checkpoint.fingerprint,
+                num_layers=config.num_layers,
+                hidden_size=config.hidden_size,
+                vocab_size=config.vocab_size,
+                context_length=config.context_length,
+            ),
+            layers=model_pb2.LayerRange(),
+            dtype=wire.DTYPES[self._dtype],
+            device=str(self._device),
+            block_size=self._limits.block_size,
+            max_batch_tokens=self._limits.max_batch_tokens,
+            pid=os.getpid(),
+            hostname=socket.gethostname(),
+            max_queued_steps=self._limits.max_queued_steps,
+            assignable=self._assignment.assignable,
+        )
+        if stage is not None:
+            weights, cache = stage.runner.stage, stage.runner.cache
+            description.shard_id = stage.shard_id
+            description.layers.start, description.layers.end = weights.layers.start, weights.layers.end
+            description.num_blocks = stage.num_blocks
+            description.num_free_blocks = stage.num_free_blocks(lease_id)
+            description.kv_cache_bytes = cache.total_bytes
+            description.weights_bytes = weights.weights_bytes
+            description.kernels = "native" if weights.is_native else "torch"
+        return description
+
+    def _check_same_model(self, request: shard_pb2.AssignRequest) -> None:
+        pairs = {
+            "protocol_version": (request.protocol_version, PROTOCOL_VERSION),
+            "model_fingerprint": (request.model_fingerprint, self._checkpoint.fingerprint),
+        }
+        for field, (theirs, ours) in pairs.items():
+            if theirs != ours:
+                raise errors.ModelMismatch(
+                    f"{field}: the router expects {theirs}, this shard has {ours}",
+                    field=field,
+                    limit=ours,
+                    value=theirs,
+                )
+
+    def _range(self, layers: model_pb2.LayerRange) -> LayerRange:
+        """Raises InvalidArgument for an empty range, OutOfRange for layers that the model does not have."""
+        wanted = LayerRange(layers.start, layers.end)
+        num_layers = self._checkpoint.config.num_layers
+        if wanted.end > num_layers:
+            raise errors.OutOfRange(
+                f"layers {wanted} are asked for; {self._checkpoint.name} has {num_layers}",
+                field="layers",
+                limit=f"0:{num_layers}",
+                value=wanted,
+            )
+        return wanted

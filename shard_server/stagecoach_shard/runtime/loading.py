@@ -1,0 +1,128 @@
+"""Loads a range of layers: the stage, its K/V memory, its compute thread. Runs on a thread of its own, for minutes."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from stagecoach.errors import ConfigError, Unavailable
+from stagecoach.process.settings import parse_size
+from stagecoach.topology import LayerRange
+from stagecoach_shard.checkpoints.checkpoint import Checkpoint
+from stagecoach_shard.kv_cache import KVCache
+from stagecoach_shard.memory import free_bytes, num_kv_blocks
+from stagecoach_shard.native.layers import native_library
+from stagecoach_shard.runtime.stage import Stage
+from stagecoach_shard.runtime.stage_runner import StageRunner
+from stagecoach_shard.settings import ShardSettings
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Loader:
+    """An open checkpoint, and how its layers are to be loaded. `abandoned` ends a load at the next tensor."""
+
+    settings: ShardSettings
+    checkpoint: Checkpoint
+    device: torch.device
+    dtype: torch.dtype
+    abandoned: threading.Event
+
+    @classmethod
+    def open(cls, settings: ShardSettings, abandoned: threading.Event) -> Loader:
+        """Reads no weights, and finds what cannot work with any layers.
+
+        Raises CheckpointError, ConfigError, and InvalidArgument for a size that is none.
+        """
+        if settings.kv_cache_memory is not None:
+            parse_size(settings.kv_cache_memory, "kv-cache-memory")
+        device = _device(settings.device)
+        dtype: torch.dtype = getattr(torch, settings.dtype)
+        checkpoint = Checkpoint.open(Path(settings.model))
+        if settings.layer_range() is None:  # now, as layers that are assigned are in a hurry
+            native_library(settings.kernels, checkpoint.config, dtype, device)
+        return cls(settings, checkpoint, device, dtype, abandoned)
+
+    def load(self, layers: LayerRange) -> StageRunner:
+        """The stage of `layers` with K/V memory in what is then free; its compute thread runs.
+
+        Raises Unavailable where the load was abandoned, what `Stage.load` raises, and ConfigError where weights or K/V
+        memory do not fit.
+        """
+        settings = self.settings
+        self._check_room(layers)
+        self.checkpoint.names_read.clear()
+        with tqdm(desc=f"layers {layers}", unit="tensor", disable=None, leave=False) as bar:
+
+            def progress(done: int, total: int) -> None:
+                if self.abandoned.is_set():
+                    raise Unavailable("the shard is stopping")
+                bar.total = total
+                bar.update(done - bar.n)
+
+            stage = Stage.load(
+                self.checkpoint,
+                layers,
+                dtype=self.dtype,
+                device=self.device,
+                progress=progress,
+                kernels=settings.kernels,
+            )
+        cache = self._allocate(layers)
+        logger.info(
+            "%s layers %s on %s (%s kernels): weights %.0f MiB, K/V %.0f MiB in %d blocks of %d",
+            self.checkpoint.name,
+            layers,
+            self.device,
+            "native" if stage.is_native else "torch",
+            stage.weights_bytes / 2**20,
+            cache.total_bytes / 2**20,
+            cache.num_blocks,
+            cache.block_size,
+        )
+        runner = StageRunner(stage, cache, block_size=settings.block_size, num_threads=settings.threads)
+        runner.start()
+        return runner
+
+    def _check_room(self, layers: LayerRange) -> None:
+        """Before reading: a system that lends more memory than it has would end the process when it is used."""
+        if layers.end > self.checkpoint.config.num_layers:
+            return  # which Stage.load says
+        needed, free = Stage.bytes_to_read(self.checkpoint, layers, self.dtype), free_bytes(self.device)
+        if needed > free:
+            raise ConfigError(
+                f"layers: {layers} take {needed} bytes, {free} free", field="layers", limit=free, value=needed
+            )
+
+    def _allocate(self, layers: LayerRange) -> KVCache:
+        settings, config = self.settings, self.checkpoint.config
+        num_blocks = num_kv_blocks(
+            settings.kv_cache_memory,
+            settings.kv_cache_fraction,
+            bytes_per_block=KVCache.bytes_per_block(config, layers, block_size=settings.block_size, dtype=self.dtype),
+            free=free_bytes(self.device),
+        )
+        return KVCache.allocate(
+            config,
+            layers,
+            num_blocks=num_blocks,
+            block_size=settings.block_size,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+
+def _device(name: str) -> torch.device:
+    device = torch.device(name)
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        raise ConfigError(
+            f"device: {name}: this machine has {count} CUDA devices", field="device", limit=count, value=name
+        )
+    return device

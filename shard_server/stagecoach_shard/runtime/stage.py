@@ -1,0 +1,231 @@
+"""A stage: a contiguous range of a model's layers, with the embedding if it is the first, the head if the last."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from stagecoach.errors import CheckpointError, InvalidArgument, OutOfRange, TopologyError
+from stagecoach.topology import LayerRange
+from stagecoach_shard.attention.batch import Batch
+from stagecoach_shard.attention.interface import Attention
+from stagecoach_shard.attention.sdpa import SdpaAttention
+from stagecoach_shard.checkpoints.checkpoint import Checkpoint, TensorReader
+from stagecoach_shard.kv_cache import KVCache
+from stagecoach_shard.memory import give_back_unused
+from stagecoach_shard.models.config import ModelConfig
+from stagecoach_shard.models.decoder import TorchLayers
+from stagecoach_shard.models.layer_weights import LayerWeights
+from stagecoach_shard.models.layers import Layers
+from stagecoach_shard.models.linear import Linear
+from stagecoach_shard.models.rms_norm import RMSNorm
+from stagecoach_shard.native.layers import Kernels, NativeLayers, NativeLinear, native_library
+
+EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
+HEAD = "lm_head.weight"
+
+
+class Stage:
+    """The weights of `layers`, and the arithmetic. Holds no state of any sequence; that is in the KVCache."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layers: LayerRange,
+        reader: TensorReader,
+        *,
+        embedding_name: str,
+        head_name: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        attention: Attention | None,
+        kernels: Kernels,
+    ) -> None:
+        self.config = config
+        self.layers = layers
+        self.dtype = dtype
+        self.device = device
+        self.is_first = layers.start == 0
+        self.is_last = layers.end == config.num_layers
+        library = None if attention is not None else native_library(kernels, config, dtype, device)
+        table = [config.vocab_size, config.hidden_size]
+        self._embedding = reader.read(embedding_name, table) if self.is_first else None
+        self._layers: Layers
+        if library is not None:
+            self._layers = NativeLayers(config, layers, reader, library)
+        else:
+            self._layers = TorchLayers(
+                config, layers, reader, dtype=dtype, device=device, attention=attention or SdpaAttention()
+            )
+        self.is_native = library is not None
+        self._norm: RMSNorm | None = None
+        self._head: Linear | NativeLinear | None = None
+        self._is_tied = False  # head and embedding are both here, and one tensor
+        if self.is_last:
+            self._norm = RMSNorm(reader.read(FINAL_NORM, [config.hidden_size]), config.rms_norm_eps)
+            tied = self._embedding if head_name == embedding_name else None
+            self._is_tied = tied is not None
+            head = reader.read(head_name, table) if tied is None else tied
+            self._head = Linear(head) if library is None else NativeLinear(head, None, library)
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        layers: LayerRange,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        progress: Callable[[int, int], None] | None = None,
+        attention: Attention | None = None,
+        kernels: Kernels = "auto",
+    ) -> Stage:
+        """Reads the tensors of `layers` and no others. `progress` is told (tensors done, tensors in all) after each.
+
+        `kernels`: see `native_library`; an `attention` of one's own means torch.
+
+        Raises TopologyError for layers that the model does not have, CheckpointError for tensors that are missing, of
+        another shape than the configuration's, not floating point, or not expected in a layer.
+        """
+        config = checkpoint.config
+        if layers.end > config.num_layers:
+            raise TopologyError(
+                f"layers {layers} were asked for; {checkpoint.name} has {config.num_layers}",
+                field="layers",
+                limit=f"0:{config.num_layers}",
+                value=str(layers),
+            )
+        embedding_name, head_name = _table_names(checkpoint)
+        expected = _tensor_names(config, layers, embedding_name, head_name)
+        _refuse_strangers(checkpoint, layers, expected)
+        num_done = 0
+
+        def on_read() -> None:
+            nonlocal num_done
+            num_done += 1
+            if progress is not None:
+                progress(num_done, len(expected))
+
+        with torch.inference_mode(), checkpoint.reader(dtype, device, on_read) as reader:
+            stage = cls(
+                config,
+                layers,
+                reader,
+                embedding_name=embedding_name,
+                head_name=head_name,
+                dtype=dtype,
+                device=device,
+                attention=attention,
+                kernels=kernels,
+            )
+        assert num_done == len(expected)
+        give_back_unused()
+        return stage
+
+    @staticmethod
+    def bytes_to_read(checkpoint: Checkpoint, layers: LayerRange, dtype: torch.dtype) -> int:
+        """What the tensors of `layers` take in `dtype`: the least that the stage takes, as some are packed besides."""
+        expected = _tensor_names(checkpoint.config, layers, *_table_names(checkpoint))
+        entries = [checkpoint.tensors[name] for name in expected if name in checkpoint.tensors]
+        return dtype.itemsize * sum(math.prod(entry.shape) for entry in entries)
+
+    @property
+    def weights_bytes(self) -> int:
+        """What the weights take in memory."""
+        tables = [0 if self._embedding is None else self._embedding.nbytes]
+        if self._norm is not None and self._head is not None:
+            tables.append(self._norm.num_bytes)
+            # Where head and embedding are one tensor it counts once, unless the head was packed into a copy.
+            is_copy = isinstance(self._head, NativeLinear) or self._head.packed
+            tables.append(0 if self._is_tied and not is_copy else self._head.num_bytes)
+        return sum(tables) + self._layers.num_bytes
+
+    @torch.inference_mode()
+    def forward(self, inputs: Tensor, batch: Batch, cache: KVCache) -> Tensor:
+        """Runs the layers over one micro-batch and writes its K/V into `cache`.
+
+        `inputs`: token ids, any integer dtype, [num_tokens], on the first stage; elsewhere hidden states
+        [num_tokens, hidden_size] of the stage's dtype. They may be on another device, and are not written to.
+        Returns hidden states [num_tokens, hidden_size] on the stage's device; on the last stage still without the final
+        norm, which `logits` applies to those rows that need it.
+
+        Raises InvalidArgument for inputs of a wrong shape or dtype, OutOfRange for positions past the context length,
+        token ids past the vocabulary (checked if the ids are on the CPU) and blocks that the cache does not have.
+        """
+        assert len(cache.layers) == len(self.layers)
+        assert cache.block_size == batch.block_size
+        self._check(inputs, batch, cache)
+        hidden_states = inputs.to(self.device, non_blocking=True)
+        if self._embedding is not None:
+            hidden_states = functional.embedding(hidden_states.long(), self._embedding)
+        return self._layers.forward(hidden_states, batch, cache)
+
+    @torch.inference_mode()
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """Final norm and head, on the last stage only: [n, hidden_size] -> [n, vocab_size]; float32 where native."""
+        assert self._norm is not None
+        assert self._head is not None
+        if hidden_states.shape[0] == 0:
+            return hidden_states.new_empty(0, self.config.vocab_size)
+        return self._head(self._norm(hidden_states))
+
+    def _check(self, inputs: Tensor, batch: Batch, cache: KVCache) -> None:
+        expected = [batch.total_tokens] if self.is_first else [batch.total_tokens, self.config.hidden_size]
+        good_dtype = not inputs.is_floating_point() if self.is_first else inputs.dtype == self.dtype
+        if list(inputs.shape) != expected or not good_dtype:
+            kind = "token ids" if self.is_first else f"{self.dtype} hidden states"
+            raise InvalidArgument(
+                f"layers {self.layers} take {kind}, {expected}; got {inputs.dtype}, {list(inputs.shape)}",
+                field="payload",
+                limit=expected,
+                value=list(inputs.shape),
+            )
+        _require_below("row_starts", batch.max_position, self.config.context_length, "the context has positions up to")
+        _require_below("block_tables", batch.max_block, cache.num_blocks, "the cache has block ids up to")
+        if self.is_first and inputs.device.type == "cpu":
+            low, high = (int(bound) for bound in inputs.aminmax())
+            _require_below("payload", high if low >= 0 else low, self.config.vocab_size, "the vocabulary has ids up to")
+
+
+def _require_below(name: str, value: int, bound: int, what: str) -> None:
+    if not 0 <= value < bound:
+        raise OutOfRange(f"{what} {bound - 1}; got {value}", field=name, limit=bound - 1, value=value)
+
+
+def _table_names(checkpoint: Checkpoint) -> tuple[str, str]:
+    """The tensors that hold embedding and head.
+
+    With tied weights either may be absent; where both are there each is used, which is what transformers does.
+    """
+    if not checkpoint.config.tie_word_embeddings:
+        return EMBEDDING, HEAD
+    embedding = HEAD if EMBEDDING not in checkpoint.tensors and HEAD in checkpoint.tensors else EMBEDDING
+    return embedding, HEAD if HEAD in checkpoint.tensors else EMBEDDING
+
+
+def _tensor_names(config: ModelConfig, layers: LayerRange, embedding_name: str, head_name: str) -> set[str]:
+    names = {name for index in range(layers.start, layers.end) for name in LayerWeights.tensor_names(config, index)}
+    if layers.start == 0:
+        names.add(embedding_name)
+    if layers.end == config.num_layers:
+        names |= {FINAL_NORM, head_name}
+    return names
+
+
+def _refuse_strangers(checkpoint: Checkpoint, layers: LayerRange, expected: set[str]) -> None:
+    """A tensor in our layers that we would not use means that the model is not what its config.json says."""
+    own = {f"model.layers.{index}" for index in range(layers.start, layers.end)}
+    for name in checkpoint.tensors:
+        # Early Llama checkpoints store the rotation's frequencies, which follow from the configuration.
+        if name in expected or name.endswith(".rotary_emb.inv_freq"):
+            continue
+        if ".".join(name.split(".")[:3]) in own:
+            raise CheckpointError(
+                f"{name} is not a tensor of a layer of model_type {checkpoint.config.family!r} with this config.json",
+                field=name,
+            )
