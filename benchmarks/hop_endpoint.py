@@ -47,7 +47,7 @@ def micro_batch_header(num_tokens: int, *, lease_id: int, step: int, num_steps: 
         row_slots=range(num_rows),
         row_starts=[512] * num_rows,
         row_num_tokens=[num_tokens // num_rows] * num_rows,
-        deltas=[shard_pb2.BlockTableDelta(slot=0, first=32, block_ids=[700])],
+        block_table_updates=[shard_pb2.BlockTableUpdate(slot=0, first=32, block_ids=[700])],
         outputs=[shard_pb2.OutputGroup(token_indices=range(num_rows), num_candidates=1)],
         dtype=model_pb2.DTYPE_BFLOAT16,
         first_layer=16,

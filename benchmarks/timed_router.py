@@ -41,7 +41,7 @@ PARTS: tuple[tuple[Any, str, str], ...] = (
     (engine, "read_outputs", "read result"),
     (engine, "choose_tokens", "sample"),
     (completion.Completion, "advance", "detokenize"),
-    (grpc_service, "write_pieces", "serialise"),
+    (grpc_service, "write_deltas", "serialise"),
     (engine.Engine, "_on_result", "engine"),
 )
 

@@ -18,25 +18,25 @@ from stagecoach.rpc.health import Health
 from stagecoach.security import tls
 from stagecoach.v1 import inference_pb2, inference_pb2_grpc, model_pb2
 from stagecoach_router.durability.journal import Journal
-from stagecoach_router.durability.recovery import take_over
-from stagecoach_router.durability.request_registry import AcceptedRequests
+from stagecoach_router.durability.recovery import recover_requests
+from stagecoach_router.durability.request_registry import RequestRegistry
 from stagecoach_router.engine.engine import Engine
-from stagecoach_router.engine.health_probe import Canary
+from stagecoach_router.engine.health_probe import HealthProbe
 from stagecoach_router.engine.replica import Owner, Replica, ReplicaSettings
 from stagecoach_router.engine.step_loop import Counters
-from stagecoach_router.frontend.auth_interceptor import KeyRequired
-from stagecoach_router.frontend.call_limits import Door
+from stagecoach_router.frontend.auth_interceptor import AuthInterceptor
+from stagecoach_router.frontend.call_limits import CallLimits
 from stagecoach_router.frontend.grpc_service import InferenceService, Serving
 from stagecoach_router.metrics.counters import PipelineTotals
-from stagecoach_router.pipelines.pipeline_manager import Fleet, FleetSettings
+from stagecoach_router.pipelines.pipeline_manager import PipelineManager, PipelineSettings
 from stagecoach_router.pipelines.shard_client import Stage, fetch_files
-from stagecoach_router.pipelines.shard_registry import Roster
+from stagecoach_router.pipelines.shard_registry import ShardRegistry
 from stagecoach_router.pipelines.watchdog import FaultLimits
 from stagecoach_router.scheduling.block_manager import BlockManager
 from stagecoach_router.scheduling.scheduler import Scheduler
 from stagecoach_router.settings import RouterSettings
 from stagecoach_router.tenants.key_file import KeyFile
-from stagecoach_router.tenants.tenants import Callers
+from stagecoach_router.tenants.tenants import Tenants
 from stagecoach_router.text.model_files import ModelFiles
 from stagecoach_router.text.tokenizer import Tokenizer
 
@@ -59,17 +59,17 @@ async def serve(settings: RouterSettings, stop: asyncio.Event) -> None:
     max_calls = settings.max_running + settings.max_waiting + SPARE_CALLS
     identity = tls.read_identity(settings.tls_cert, settings.tls_key, settings.tls_ca)
     keys = None if settings.api_keys is None else await asyncio.to_thread(KeyFile, settings.api_keys)
-    callers = Callers(None, time.monotonic()) if keys is None else keys.callers
+    callers = Tenants(None, time.monotonic()) if keys is None else keys.callers
     journal = None if settings.journal is None else Journal(settings.journal)
     service = InferenceService(callers, max_stall_s=settings.max_stall_s)
-    door = Door(max_calls, lambda: service.retry_after_s)
+    door = CallLimits(max_calls, lambda: service.retry_after_s)
     server, port = lifecycle.listen(
         MAX_PUBLIC_MESSAGE_BYTES,
         settings.listen,
         max_calls + UNCOUNTED_CALLS,
         identity=_edge_identity(settings),
         insecure=settings.insecure_listen,
-        interceptors=[door] if keys is None else [KeyRequired(callers), door],
+        interceptors=[door] if keys is None else [AuthInterceptor(callers), door],
     )
     dial = tls.shard_dial(identity, settings.tls_shard_name)
     inference_pb2_grpc.add_InferenceServicer_to_server(service, server)  # type: ignore[no-untyped-call]
@@ -131,14 +131,14 @@ async def _work(
     health: Health,
     dial: Dial,
     journal: Journal | None,
-    callers: Callers,
+    callers: Tenants,
 ) -> None:
     if journal is not None:
         await journal.open()
-    fleet = make_fleet(settings, addresses, dial)
+    pipeline_manager = make_pipeline_manager(settings, addresses, dial)
     tasks = [
-        asyncio.create_task(fleet.roster.run()),
-        asyncio.create_task(_serve_fleet(settings, fleet, service, health, dial, journal, callers)),
+        asyncio.create_task(pipeline_manager.registry.run()),
+        asyncio.create_task(_serve_pipelines(settings, pipeline_manager, service, health, dial, journal, callers)),
     ]
     try:
         ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -150,34 +150,34 @@ async def _work(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _serve_fleet(
+async def _serve_pipelines(
     settings: RouterSettings,
-    fleet: Fleet,
+    pipeline_manager: PipelineManager,
     service: InferenceService,
     health: Health,
     dial: Dial,
     journal: Journal | None,
-    callers: Callers,
+    callers: Tenants,
 ) -> None:
-    shard = await _when_possible(fleet.first_shard, service)
+    shard = await _when_possible(pipeline_manager.first_shard, service)
     model = model_pb2.ModelDescription()
     model.CopyFrom(shard.description.model)
     if settings.model_name:
         model.name = settings.model_name
     files = await _when_possible(lambda: _model_files(settings, shard.address, dial), service)
     tokenizer = await asyncio.to_thread(Tokenizer, files)
-    engine = build_engine(settings, fleet, shard, tokenizer, health.set_ready)
+    engine = build_engine(settings, pipeline_manager, shard, tokenizer, health.set_ready)
     await _when_possible(engine.open_replica, service)
-    accepted = AcceptedRequests(engine, max_linger_s=settings.max_linger_s, log=journal)
+    accepted = RequestRegistry(engine, max_linger_s=settings.max_linger_s, log=journal)
     if journal is not None:
         try:
-            await take_over(journal, accepted, callers, model, settings.max_linger_s)
+            await recover_requests(journal, accepted, callers, model, settings.max_linger_s)
         except BaseException:
             await engine.close()
             raise
-    service.serving = Serving(model, tokenizer, engine, accepted, fleet.roster, fleet.totals)
+    service.serving = Serving(model, tokenizer, engine, accepted, pipeline_manager.registry, pipeline_manager.totals)
     logger.info("%s ready: sequences of up to %d tokens", model.name, engine.capacity_tokens)
-    await engine.run(fleet.another)
+    await engine.run(pipeline_manager.another)
 
 
 async def _when_possible(attempt: Callable[[], Awaitable[Result]], service: InferenceService) -> Result:
@@ -201,18 +201,18 @@ async def _model_files(settings: RouterSettings, address: str, dial: Dial) -> Mo
     return ModelFiles(await fetch_files(address, dial))
 
 
-def make_fleet(settings: RouterSettings, addresses: list[str], dial: Dial) -> Fleet:
+def make_pipeline_manager(settings: RouterSettings, addresses: list[str], dial: Dial) -> PipelineManager:
     """The shards, and what makes pipelines of them."""
     lease_id = secrets.randbits(64)
     faults = FaultLimits(settings.fault_timeout_s, settings.step_timeout_s)
-    return Fleet(
-        Roster(addresses, dial, lease_id=lease_id, timeout_s=settings.fault_timeout_s),
-        FleetSettings(
+    return PipelineManager(
+        ShardRegistry(addresses, dial, lease_id=lease_id, timeout_s=settings.fault_timeout_s),
+        PipelineSettings(
             num_stages=settings.stages,
             num_replicas=settings.replicas,
             kv_blocks=settings.kv_blocks,
             lanes=settings.lanes,
-            max_slots=settings.max_running + 1,  # the last one is the canary's
+            max_slots=settings.max_running + 1,  # the last one is the probe's
             faults=faults,
         ),
         lease_id=lease_id,
@@ -222,7 +222,11 @@ def make_fleet(settings: RouterSettings, addresses: list[str], dial: Dial) -> Fl
 
 
 def build_engine(
-    settings: RouterSettings, fleet: Fleet, shard: Stage, tokenizer: Tokenizer, on_ready: Callable[[bool], None]
+    settings: RouterSettings,
+    pipeline_manager: PipelineManager,
+    shard: Stage,
+    tokenizer: Tokenizer,
+    on_ready: Callable[[bool], None],
 ) -> Engine:
     """The engine for the model that `shard` has a part of."""
     model = shard.description.model
@@ -230,7 +234,7 @@ def build_engine(
         vocab_size=model.vocab_size,
         max_batch_tokens=settings.max_batch_tokens,
         recovery_timeout_s=settings.recovery_timeout_s,
-        slowness_window_s=settings.fault_timeout_s / 2,
+        straggler_window_s=settings.fault_timeout_s / 2,
         lanes=settings.lanes,
     )
 
@@ -246,8 +250,8 @@ def build_engine(
         return Replica(
             scheduler,
             replica_settings,
-            connect=fleet.connector(),
-            canary=Canary(settings.canary_interval_s, slot=settings.max_running, vocab_size=model.vocab_size),
+            connect=pipeline_manager.connector(),
+            probe=HealthProbe(settings.probe_interval_s, slot=settings.max_running, vocab_size=model.vocab_size),
             counters=counters,
             owner=owner,
         )

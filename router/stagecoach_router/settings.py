@@ -61,7 +61,7 @@ class RouterSettings(LinkSettings):
     step_timeout_s: float = Field(
         120.0, gt=0, description="longest that a shard may compute a step of which it is not known how long it takes"
     )
-    canary_interval_s: float = Field(
+    probe_interval_s: float = Field(
         1.0, gt=0, le=3600.0, description="without a request, one token is generated so often to see that it can be"
     )
     journal: Path | None = Field(

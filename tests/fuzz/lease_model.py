@@ -15,7 +15,7 @@ BLOCK_SIZE = 4
 MAX_SLOTS = 3
 CONTEXT_LENGTH = 22
 MAX_BATCH_TOKENS = 16
-MAX_DELTAS = 4 * MAX_SLOTS
+MAX_UPDATES = 4 * MAX_SLOTS
 _MAX_BLOCKS = -(-CONTEXT_LENGTH // BLOCK_SIZE)
 
 # What one position of a row must be found under: (block in the shard's cache, offset in it).
@@ -45,9 +45,9 @@ class LeaseModel:
     written: set[tuple[int, int]] = field(default_factory=set)
 
     def accept(self, header: pb.MicroBatchHeader) -> list[list[Place]] | None:
-        if header.epoch != EPOCH or header.step != self.step + 1 or len(header.deltas) > MAX_DELTAS:
+        if header.epoch != EPOCH or header.step != self.step + 1 or len(header.block_table_updates) > MAX_UPDATES:
             return None
-        if not all(self._apply(delta) for delta in header.deltas):
+        if not all(self._apply(update) for update in header.block_table_updates):
             return None
         if not len(header.row_slots) == len(header.row_starts) == len(header.row_num_tokens) > 0:
             return None
@@ -69,12 +69,12 @@ class LeaseModel:
             for slot, start, count in rows
         ]
 
-    def _apply(self, delta: pb.BlockTableDelta) -> bool:
-        if delta.slot >= MAX_SLOTS or delta.first > len(self.tables[delta.slot]):
+    def _apply(self, update: pb.BlockTableUpdate) -> bool:
+        if update.slot >= MAX_SLOTS or update.first > len(self.tables[update.slot]):
             return False
-        if delta.first + len(delta.block_ids) > _MAX_BLOCKS or any(block >= NUM_BLOCKS for block in delta.block_ids):
+        if update.first + len(update.block_ids) > _MAX_BLOCKS or any(block >= NUM_BLOCKS for block in update.block_ids):
             return False
-        self.tables[delta.slot] = self.tables[delta.slot][: delta.first] + list(delta.block_ids)
+        self.tables[update.slot] = self.tables[update.slot][: update.first] + list(update.block_ids)
         return True
 
     def _place(self, slot: int, position: int) -> tuple[int, int]:

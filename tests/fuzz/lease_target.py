@@ -18,16 +18,18 @@ MAX_HEADERS = 12
 
 
 def header(
-    rows: list[tuple[int, int, int]], deltas: list[tuple[int, int, list[int]]], **changes: int
+    rows: list[tuple[int, int, int]], block_table_updates: list[tuple[int, int, list[int]]], **changes: int
 ) -> pb.MicroBatchHeader:
-    """rows: (slot, start, tokens); deltas: (slot, first, blocks)."""
+    """rows: (slot, start, tokens); block_table_updates: (slot, first, blocks)."""
     facts = {"epoch": EPOCH, "step": 1} | changes
     return pb.MicroBatchHeader(
         **facts,
         row_slots=[row[0] for row in rows],
         row_starts=[row[1] for row in rows],
         row_num_tokens=[row[2] for row in rows],
-        deltas=[pb.BlockTableDelta(slot=slot, first=first, block_ids=ids) for slot, first, ids in deltas],
+        block_table_updates=[
+            pb.BlockTableUpdate(slot=slot, first=first, block_ids=ids) for slot, first, ids in block_table_updates
+        ],
     )
 
 

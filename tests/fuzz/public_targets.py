@@ -21,11 +21,11 @@ from stagecoach.topology import LayerRange
 from stagecoach.v1 import inference_pb2 as pb
 from stagecoach.v1 import model_pb2
 from stagecoach_router.frontend.grpc_service import read_request
-from stagecoach_router.tenants.tenants import Callers
+from stagecoach_router.tenants.tenants import Tenants
 from stagecoach_router.text import tokenizer as router_tokenizer
 from stagecoach_router.text.chat_template import ChatTemplate
 from stagecoach_router.text.model_files import ModelFiles
-from stagecoach_router.text.tokenizer_worker import EncodingLine
+from stagecoach_router.text.tokenizer_worker import TokenizerWorker
 from tests.fuzz.engine import Target
 from tests.fuzz.service_targets import PROTOBUF_WORDS
 
@@ -71,7 +71,7 @@ def generate(scratch: Path) -> Target:
     """A GenerateRequest, up to the request that the engine is given."""
     tokenizer = router_tokenizer.Tokenizer(ModelFiles(_files()))
     engine = SimpleNamespace(usual_capacity_tokens=lambda num_prompt_tokens: 64 * 16)
-    caller = Callers(None, 0.0).identify(())
+    caller = Tenants(None, 0.0).identify(())
     model = model_pb2.ModelDescription(name="m", vocab_size=tokenizer.vocab_size, context_length=CONTEXT_LENGTH)
     serving: Any = SimpleNamespace(model=model, tokenizer=tokenizer, engine=engine)
     loop = asyncio.new_event_loop()
@@ -105,7 +105,7 @@ def generate(scratch: Path) -> Target:
         except DecodeError as error:
             raise errors.InvalidArgument(str(error)) from error
         request = loop.run_until_complete(
-            asyncio.wait_for(read_request(message, serving, caller, EncodingLine()), WAIT_S)
+            asyncio.wait_for(read_request(message, serving, caller, TokenizerWorker()), WAIT_S)
         )
         assert request.params.max_tokens is not None
         assert 1 <= request.params.max_tokens <= CONTEXT_LENGTH - len(request.prompt_tokens)
@@ -144,7 +144,7 @@ def api_keys(scratch: Path) -> Target:
     key, other = f"sc_{'0a' * 8}_{'k' * 43}", f"sc_{'0b' * 8}_{'j' * 43}"
     grant = Grant(requests_per_minute=60, max_concurrent=2, models=("m", "\u00e4"), max_priority=-1, shares_cache=True)
     entries = [new_entry(key, "one", grant), new_entry(other, "two", Grant())]
-    callers = Callers(entries, 0.0)
+    callers = Tenants(entries, 0.0)
     file = "".join(map(write_entry, entries)).encode()
     corpus = [b"f" + file, b"hBearer " + key.encode(), b"hbearer " + other.encode()]
 
@@ -152,7 +152,7 @@ def api_keys(scratch: Path) -> Target:
         if data[:1] == b"h":
             callers.identify((("authorization", data[1:].decode("latin1")),))
         else:
-            Callers(read_entries(data[1:].decode("utf-8", "replace")), 0.0)
+            Tenants(read_entries(data[1:].decode("utf-8", "replace")), 0.0)
 
     words = (b"[[keys]]\n", b"name = ", b"sha256 = ", b"models = [", b"'''", b"[" * 5000, b"1e99", b"inf", b"nan")
     return Target("api_keys", corpus, check, words, share=6)

@@ -21,7 +21,7 @@ from stagecoach_router.engine.wire import OutputOrder, read_outputs
 from stagecoach_router.metrics.counters import StageTotals
 from stagecoach_router.pipelines.pipeline import check_timings
 from stagecoach_router.pipelines.shard_description import check_description
-from stagecoach_router.sampling.outputs import WHOLE_ROW, NeedsWholeRow, OutputWant, Sampled
+from stagecoach_router.sampling.outputs import WHOLE_ROW, InsufficientCandidates, OutputWant, Sampled
 from stagecoach_router.sampling.penalties import TokenCounts
 from stagecoach_router.sampling.step_sampler import Chooser, choose_tokens
 from stagecoach_router.scheduling.block_manager import BlockManager
@@ -103,7 +103,7 @@ def step_result(scratch: Path) -> Target:
         with np.errstate(all="ignore"):
             for (_, outputs), group in zip(groups, choosers, strict=True):
                 for choice in choose_tokens(outputs, group):
-                    assert isinstance(choice, Sampled | NeedsWholeRow | errors.ShardFault)
+                    assert isinstance(choice, Sampled | InsufficientCandidates | errors.ShardFault)
                     if isinstance(choice, Sampled):
                         assert 0 <= choice.token_id < VOCAB_SIZE
                         assert choice.logprob is None or not math.isnan(choice.logprob)

@@ -48,7 +48,7 @@ def micro_batch_frames(*, is_first: bool) -> list[bytes]:
         ([(2, 0, 24)], [(2, 0, [0, 1, 2, 3, 4, 5, 7])], []),
     ]
     frames = []
-    for rows, deltas, outputs in plans:
+    for rows, block_table_updates, outputs in plans:
         num_tokens = sum(row[2] for row in rows)
         shape = (num_tokens,) if is_first else (num_tokens, fake_shard.HIDDEN_SIZE)
         tensor = torch.arange(shape[0], dtype=torch.int32) if is_first else torch.ones(shape)
@@ -59,7 +59,9 @@ def micro_batch_frames(*, is_first: bool) -> list[bytes]:
             row_slots=[row[0] for row in rows],
             row_starts=[row[1] for row in rows],
             row_num_tokens=[row[2] for row in rows],
-            deltas=[pb.BlockTableDelta(slot=slot, first=first, block_ids=ids) for slot, first, ids in deltas],
+            block_table_updates=[
+                pb.BlockTableUpdate(slot=slot, first=first, block_ids=ids) for slot, first, ids in block_table_updates
+            ],
             outputs=outputs,
             dtype=model_pb2.DTYPE_INT32 if is_first else model_pb2.DTYPE_FLOAT32,
             first_layer=0 if is_first else 2,

@@ -39,10 +39,12 @@ blocks = st.one_of(st.integers(0, lease_model.NUM_BLOCKS - 1), near(lease_model.
 starts = st.one_of(st.integers(0, lease_model.CONTEXT_LENGTH), near(lease_model.CONTEXT_LENGTH))
 counts = st.one_of(st.integers(1, 6), near(lease_model.MAX_BATCH_TOKENS, lease_model.BLOCK_SIZE))
 rows = st.lists(st.tuples(slots, starts, counts), max_size=4)
-deltas = st.lists(st.tuples(slots, st.one_of(st.integers(0, 6), near(6)), st.lists(blocks, max_size=7)), max_size=5)
+block_table_updates = st.lists(
+    st.tuples(slots, st.one_of(st.integers(0, 6), near(6)), st.lists(blocks, max_size=7)), max_size=5
+)
 
 
-@given(st.lists(st.tuples(rows, deltas, st.sampled_from([0, 0, 0, 0, 1, -1, UINT64])), max_size=8))
+@given(st.lists(st.tuples(rows, block_table_updates, st.sampled_from([0, 0, 0, 0, 1, -1, UINT64])), max_size=8))
 @settings(max_examples=300)
 def test_a_lease_accepts_what_its_model_accepts_and_names_the_same_places(steps: Any) -> None:
     both = lease_model.LeaseBesideModel()
@@ -204,7 +206,7 @@ def test_the_model_itself_refuses_what_the_contract_does() -> None:
         header([(0, 6, 1), (0, 7, 1)], [], step=2),
         header([(0, 6, 1)], [(0, 2, [lease_model.NUM_BLOCKS])], step=2),
         header([(0, 6, 1)], [], step=2**64 - 1),
-        header([(0, 6, 1)], [(0, 0, [])] * (lease_model.MAX_DELTAS + 1), step=2),
+        header([(0, 6, 1)], [(0, 0, [])] * (lease_model.MAX_UPDATES + 1), step=2),
     ]
     assert not any(both.take(one) for one in refused)
     # Sharing a prefix within the lease, and going back, are what tables are for.

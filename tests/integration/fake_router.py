@@ -40,7 +40,7 @@ def words(request: pb.GenerateRequest) -> Iterator[pb.GenerateResponse]:
 
 
 def saying(text: str) -> Answer:
-    """`text` instead, in one piece."""
+    """`text` instead, in one delta."""
 
     def answer(request: pb.GenerateRequest) -> Iterator[pb.GenerateResponse]:
         yield pb.GenerateResponse(text=text, token_ids=[1], finish_reason=pb.FINISH_REASON_STOP)
@@ -55,11 +55,11 @@ def counting(request: pb.GenerateRequest) -> Iterator[pb.GenerateResponse]:
     while left:
         size = min(size, left)
         left -= size
-        piece = pb.GenerateResponse(request_id="r-1", text="x" * size, token_ids=[7] * size)
+        delta = pb.GenerateResponse(request_id="r-1", text="x" * size, token_ids=[7] * size)
         if not left:
-            piece.finish_reason = pb.FINISH_REASON_LENGTH
-            piece.usage.prompt_tokens = 4
-        yield piece
+            delta.finish_reason = pb.FINISH_REASON_LENGTH
+            delta.usage.prompt_tokens = 4
+        yield delta
         size = 2
 
 

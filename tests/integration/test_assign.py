@@ -167,7 +167,7 @@ async def test_a_lease_keeps_its_layers_until_it_ends(tiny_model):
             await asyncio.sleep(0)
         assert (await assign(stub, description, 0, 2)).layers.end == 2
         # The stream of the former lease is still there, and has no way to the new layers.
-        await forward.write(micro_batch([4], step=2, start=3, deltas=()))
+        await forward.write(micro_batch([4], step=2, start=3, block_table_updates=()))
         assert type(await refusal(forward)) is errors.StaleEpoch
 
 

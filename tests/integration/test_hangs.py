@@ -25,7 +25,7 @@ KV_BLOCKS = 200  # more than half of what a shard has: two leases do not fit
 @asynccontextmanager
 async def proxied_cluster(model, **router_settings):
     """A client, the router, and the proxies before the two shards: all that goes to or from a shard passes its own."""
-    settings = {"fault_timeout_s": FAULT_TIMEOUT_S, "canary_interval_s": 0.2, "kv_blocks": KV_BLOCKS} | router_settings
+    settings = {"fault_timeout_s": FAULT_TIMEOUT_S, "probe_interval_s": 0.2, "kv_blocks": KV_BLOCKS} | router_settings
     async with AsyncExitStack() as stack:
         shards = [start_shard(model, layers, kv_cache_memory="4M") for layers in ("0:2", "2:4")]
         for server in shards:
@@ -85,7 +85,7 @@ async def test_an_idle_pipeline_that_is_cut_between_its_stages_is_not_ready_and_
 
 
 async def test_a_compute_thread_that_hangs_while_nobody_asks_is_found(tiny_model, monkeypatch):
-    """Its event loop answers all the time: only a canary finds it."""
+    """Its event loop answers all the time: only a probe finds it."""
     from stagecoach_shard.runtime.stage import Stage
 
     forward = Stage.forward
@@ -96,7 +96,7 @@ async def test_a_compute_thread_that_hangs_while_nobody_asks_is_found(tiny_model
         return forward(self, *arguments)
 
     shard = start_shard(tiny_model, "0:4")
-    router = start_router([shard.address], fault_timeout_s=0.5, step_timeout_s=0.5, canary_interval_s=0.1)
+    router = start_router([shard.address], fault_timeout_s=0.5, step_timeout_s=0.5, probe_interval_s=0.1)
     try:
         async with AsyncClient(router.address, max_retries=0) as client:
             await wait_until_ready(client, router, shard)
@@ -120,7 +120,7 @@ async def test_a_compute_thread_that_hangs_while_nobody_asks_is_found(tiny_model
 async def test_a_full_cache_does_not_make_a_canary_fail(tiny_model):
     """One sequence may fill every block that requests can have; the pipeline stays ready before, while and after."""
     shard = start_shard(tiny_model, "0:4")
-    router = start_router([shard.address], kv_blocks=4, canary_interval_s=0.05)
+    router = start_router([shard.address], kv_blocks=4, probe_interval_s=0.05)
     try:
         async with AsyncClient(router.address, max_retries=0) as client:
             await wait_until_ready(client, router, shard)

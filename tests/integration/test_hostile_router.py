@@ -22,7 +22,7 @@ async def test_what_another_lease_left_in_the_blocks_cannot_be_attended_to(tiny_
     async with running_shard(tiny_model) as (stub, description):
         victim = await open_session(stub, description, num_blocks=description.num_blocks)
         forward = stub.forward()
-        await forward.write(micro_batch(list(range(20)), deltas=[(0, 0, [0, 1])]))
+        await forward.write(micro_batch(list(range(20)), block_table_updates=[(0, 0, [0, 1])]))
         await read_kind(victim, "result")
         victim.cancel()
         async with asyncio.timeout(TIMEOUT_S):
@@ -30,7 +30,7 @@ async def test_what_another_lease_left_in_the_blocks_cannot_be_attended_to(tiny_
                 await asyncio.sleep(0)
         thief = await open_session(stub, description, epoch=2, num_blocks=description.num_blocks)
         forward = stub.forward()
-        await forward.write(micro_batch([5], start=20, deltas=[(0, 0, [0, 1])], epoch=2))
+        await forward.write(micro_batch([5], start=20, block_table_updates=[(0, 0, [0, 1])], epoch=2))
         error = await refusal(forward)
         assert type(error) is errors.OutOfRange
         assert (error.field, error.limit, error.value) == ("row_starts", "0", "20")

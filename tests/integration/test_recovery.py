@@ -9,7 +9,7 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from stagecoach import errors
 from stagecoach_client import AsyncClient
-from stagecoach_router.engine.step_loop import Steps
+from stagecoach_router.engine.step_loop import StepLoop
 from stagecoach_router.server import SERVICE_NAME
 from tests.cluster import start_router, start_shard, wait_until_ready
 from tests.integration.test_generate import greedy, random_prompts, reference_tokens
@@ -232,13 +232,13 @@ async def test_a_stage_that_answers_twice_loses_the_pipeline_and_does_not_hang_i
 
 
 async def test_a_caller_that_does_not_read_is_cut_off(tiny_model, monkeypatch):
-    from stagecoach_router.engine.engine import step_loop as steps
+    from stagecoach_router.engine import step_loop
 
     shard = start_shard(tiny_model, "0:4")
     router = start_router([shard.address])
     async with AsyncClient(router.address, max_retries=0) as client:
         await wait_until_ready(client, router, shard)
-        monkeypatch.setattr(steps, "MAX_UNREAD_PIECES", 0)
+        monkeypatch.setattr(step_loop, "MAX_UNREAD_DELTAS", 0)
         with pytest.raises(errors.Overloaded, match="not being read"):
             await client.generate(token_ids=[1, 2, 3], **greedy(6))
         monkeypatch.undo()
@@ -256,8 +256,8 @@ async def test_a_long_text_is_tokenized_off_the_event_loop_and_alike(tiny_model)
     router = start_router([shard.address])
     async with AsyncClient(router.address, max_retries=0) as client:
         await wait_until_ready(client, router, shard)
-        long, piece = await asyncio.gather(client.tokenize(text), client.tokenize("Hü! "))
-        assert long.token_ids == piece.token_ids * MAX_BYTES_ON_LOOP
+        long, short = await asyncio.gather(client.tokenize(text), client.tokenize("Hü! "))
+        assert long.token_ids == short.token_ids * MAX_BYTES_ON_LOOP
     await router.close()
     await shard.close()
 
@@ -267,7 +267,7 @@ async def test_an_error_amid_a_step_loses_no_token_that_was_sampled_before_it(
 ):
     client, _, _ = breakable
     prompts = random_prompts(4, 25)
-    advance, num_tokens = Steps._advance, 0
+    advance, num_tokens = StepLoop._advance, 0
 
     def advance_until(self, run, sampled):
         nonlocal num_tokens
@@ -276,7 +276,7 @@ async def test_an_error_amid_a_step_loses_no_token_that_was_sampled_before_it(
             raise RuntimeError("unforeseen")
         return advance(self, run, sampled)
 
-    monkeypatch.setattr(Steps, "_advance", advance_until)
+    monkeypatch.setattr(StepLoop, "_advance", advance_until)
     async with asyncio.timeout(RESTART_TIMEOUT_S):
         answers = await asyncio.gather(*(client.generate(token_ids=prompt, **greedy(30)) for prompt in prompts))
     for prompt, answer in zip(prompts, answers, strict=True):

@@ -14,7 +14,7 @@ from stagecoach.v1 import inference_pb2 as pb
 from stagecoach.v1 import inference_pb2_grpc
 from stagecoach.v1.inference_pb2_grpc import InferenceStub
 from stagecoach_router.frontend.grpc_service import InferenceService
-from stagecoach_router.tenants.tenants import Callers
+from stagecoach_router.tenants.tenants import Tenants
 
 TIMEOUT_S = 20.0
 
@@ -23,7 +23,7 @@ TIMEOUT_S = 20.0
 async def address():
     """A router's public service without a pipeline behind it."""
     server = grpc.aio.server()
-    inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(Callers(None, 0.0)), server)
+    inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(Tenants(None, 0.0)), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     yield f"127.0.0.1:{port}"

@@ -84,7 +84,15 @@ async def refusal(call):
 
 
 def micro_batch(
-    token_ids, *, step=1, start=0, deltas=((0, 0, [0, 1]),), outputs=None, payload=None, timings=(), **changes
+    token_ids,
+    *,
+    step=1,
+    start=0,
+    block_table_updates=((0, 0, [0, 1]),),
+    outputs=None,
+    payload=None,
+    timings=(),
+    **changes,
 ):
     header = pb.MicroBatchHeader(
         lease_id=77,
@@ -96,8 +104,8 @@ def micro_batch(
         dtype=model_pb2.DTYPE_INT32,
         timings=timings,
     )
-    for slot, first, block_ids in deltas:
-        header.deltas.add(slot=slot, first=first, block_ids=block_ids)
+    for slot, first, block_ids in block_table_updates:
+        header.block_table_updates.add(slot=slot, first=first, block_ids=block_ids)
     header.outputs.append(outputs or pb.OutputGroup(token_indices=[len(token_ids) - 1], num_candidates=1))
     for name, value in changes.items():
         setattr(header, name, value)
@@ -221,7 +229,7 @@ BAD_MICRO_BATCHES = {
     "payload of another dtype": (micro_batch([1, 2], dtype=model_pb2.DTYPE_FLOAT32), errors.InvalidArgument),
     "token outside the vocabulary": (micro_batch([1, 260]), errors.OutOfRange),
     "negative token": (micro_batch([1, -1]), errors.OutOfRange),
-    "another lease's block": (micro_batch([1, 2], deltas=[(0, 0, [8])]), errors.OutOfRange),
+    "another lease's block": (micro_batch([1, 2], block_table_updates=[(0, 0, [8])]), errors.OutOfRange),
     "position past the table": (micro_batch([1, 2], start=31), errors.OutOfRange),
     "output past the tokens": (micro_batch([1, 2], outputs=pb.OutputGroup(token_indices=[2])), errors.OutOfRange),
     "too many candidates": (

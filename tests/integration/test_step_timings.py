@@ -113,7 +113,7 @@ async def test_every_frame_takes_the_fast_path_at_every_stage_and_at_the_router(
 async def test_the_status_is_of_now_and_its_counters_outlive_a_shard(tiny_model):
     shards = [start_shard(tiny_model, layers) for layers in RANGES]
     addresses = [shard.address for shard in shards]
-    router = start_router(addresses, recovery_timeout_s=20.0, canary_interval_s=3600.0)
+    router = start_router(addresses, recovery_timeout_s=20.0, probe_interval_s=3600.0)
     async with AsyncClient(router.address, max_retries=0) as client:
         await wait_until_ready(client, router, *shards)
         prompt = random_prompts(1, 20)[0]
@@ -136,7 +136,7 @@ async def test_the_status_is_of_now_and_its_counters_outlive_a_shard(tiny_model)
         await client.generate(token_ids=prompt, **greedy(8))
         second = await client.status()
         done = activity(second, first)
-        assert [stage.num_tokens for stage in done.stages] == [1 + 20 + 7] * 3  # a canary came first
+        assert [stage.num_tokens for stage in done.stages] == [1 + 20 + 7] * 3  # a probe came first
         assert second.active_s > first.active_s
         # Nothing runs, so nothing becomes active.
         assert (await client.status()).active_s == second.active_s

@@ -135,7 +135,7 @@ class Streams:
             )
             async for chunk in call:
                 count = stream.num_tokens[chunk.index]
-                assert count is not None, "the SDK refuses pieces after an end"
+                assert count is not None, "the SDK refuses deltas after an end"
                 ended = chunk.finish_reason is not None
                 stream.num_tokens[chunk.index] = None if ended else count + len(chunk.token_ids)
                 self.tally.num_tokens += len(chunk.token_ids)

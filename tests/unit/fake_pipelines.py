@@ -13,7 +13,7 @@ from stagecoach.rpc.framing import read_frame
 from stagecoach.sampling import SamplingParams
 from stagecoach.v1 import shard_pb2 as pb
 from stagecoach_router.engine.engine import Engine
-from stagecoach_router.engine.health_probe import Canary
+from stagecoach_router.engine.health_probe import HealthProbe
 from stagecoach_router.engine.replica import Replica, ReplicaSettings
 from stagecoach_router.requests.request import Request
 from stagecoach_router.scheduling.block_manager import BlockManager
@@ -103,7 +103,7 @@ class FakeCluster:
         )
 
     async def open(self, *, answered: bool = False) -> Replica:
-        """Opens one more; `answered`: its canary's token has come."""
+        """Opens one more; `answered`: its probe's token has come."""
         pipeline = self._not_open[0]
         replica = await self.engine.open_replica()
         if answered:
@@ -120,9 +120,11 @@ class FakeCluster:
         )
         return Replica(
             scheduler,
-            ReplicaSettings(vocab_size=VOCAB_SIZE, max_batch_tokens=64, recovery_timeout_s=60.0, slowness_window_s=2.5),
+            ReplicaSettings(
+                vocab_size=VOCAB_SIZE, max_batch_tokens=64, recovery_timeout_s=60.0, straggler_window_s=2.5
+            ),
             connect=self._not_open.pop(0).connect,
-            canary=Canary(1.0, slot=self._max_running, vocab_size=VOCAB_SIZE),
+            probe=HealthProbe(1.0, slot=self._max_running, vocab_size=VOCAB_SIZE),
             counters=counters,
             owner=owner,
         )

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from scipy.special import logsumexp
 
 from stagecoach.sampling import SamplingParams
-from stagecoach_router.sampling.outputs import Candidates, NeedsWholeRow, Sampled, WholeRow
+from stagecoach_router.sampling.outputs import Candidates, InsufficientCandidates, Sampled, WholeRow
 from stagecoach_router.sampling.penalties import TokenCounts
 from stagecoach_router.sampling.sampler import sample
 
@@ -78,5 +78,5 @@ def sample_whole(
     position: int = 0,
 ) -> Sampled:
     sampled = sample(WholeRow(logits), params, counts or TokenCounts(), seed=seed, completion=0, position=position)
-    assert not isinstance(sampled, NeedsWholeRow)
+    assert not isinstance(sampled, InsufficientCandidates)
     return sampled

@@ -11,7 +11,8 @@ import pytest
 SCRIPT = """
 import sys
 
-ALLOWED = {"grpc", "google", "typing_extensions", "stagecoach", "stagecoach_client", *sys.stdlib_module_names}
+OURS = {"stagecoach", "stagecoach_client", "stagecoach_local", "stagecoach_cli"}
+ALLOWED = {"grpc", "google", "typing_extensions", *OURS, *sys.stdlib_module_names}
 
 class Refuse:
     def find_spec(self, name, path=None, target=None):

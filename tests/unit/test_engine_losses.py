@@ -30,7 +30,7 @@ async def test_a_canary_counts_nowhere_and_has_a_slot_and_a_block_that_no_reques
     replica = await cluster.open()
     [header] = pipeline.sent
     assert list(header.row_slots) == [4]
-    assert [list(delta.block_ids) for delta in header.deltas] == [[8]]
+    assert [list(update.block_ids) for update in header.block_table_updates] == [[8]]
     pipeline.answer()
     assert replica.scheduler.blocks.num_blocks == 8
     counters = cluster.engine.counters
@@ -60,10 +60,10 @@ async def test_who_had_a_step_under_way_at_each_loss_is_given_up_and_who_waited_
         pipeline.break_down()
         await replica.open()
     with pytest.raises(ShardFault, match="lost 4 times"):
-        running.pieces.read_from(0)
+        running.deltas.read_from(0)
     for _ in range(2):  # the canary, and the prompt
         pipeline.answer()
-    [piece] = waiting.pieces.read_from(0)
+    [piece] = waiting.deltas.read_from(0)
     assert piece.token_id == TOKEN
 
 
@@ -79,7 +79,7 @@ async def test_losses_while_nothing_of_it_is_under_way_do_not_count():
     await replica.open()
     for _ in range(2):
         pipeline.answer()
-    [piece] = generation.pieces.read_from(0)
+    [piece] = generation.deltas.read_from(0)
     assert piece.token_id == TOKEN
 
 
@@ -102,4 +102,4 @@ async def test_a_pipeline_that_breaks_before_it_is_handed_over_is_lost():
     replica._connect = connect
     await replica.open()
     pipeline.answer_all()
-    assert generation.pieces.ended
+    assert generation.deltas.ended

@@ -52,10 +52,10 @@ class MemoryPipeline(FakePipeline):
         message, payload = read_frame(pb.MicroBatch, frame)
         header, tokens = message.header, np.frombuffer(payload, "<i4")
         assert header.epoch == self.epoch
-        for delta in header.deltas:
-            table = self._tables[delta.slot]
-            del table[delta.first :]
-            table.extend(delta.block_ids)
+        for update in header.block_table_updates:
+            table = self._tables[update.slot]
+            del table[update.first :]
+            table.extend(update.block_ids)
         ends, first = [], 0
         rows = list(zip(header.row_slots, header.row_starts, header.row_num_tokens, strict=True))
         for slot, start, num_tokens in rows:
@@ -156,20 +156,20 @@ class Cluster(RuleBasedStateMachine):
     def a_caller_goes_away(self, data: st.DataObject) -> None:
         _, generation = self.live.pop(data.draw(st.integers(0, len(self.live) - 1)))
         self.engine.cancel(generation)
-        generation.pieces.fail(Unavailable("gone"))
+        generation.deltas.fail(Unavailable("gone"))
 
     @invariant()
     def each_request_has_one_home(self) -> None:
         for _, generation in self.live:
             homes = [replica for replica in self.engine.replicas if generation in replica.generations]
-            assert len(homes) == (not generation.pieces.ended)
+            assert len(homes) == (not generation.deltas.ended)
 
     @invariant()
     def who_waits_for_no_reason_does_not(self) -> None:
         if self.engine.ready:
             for replica in self.engine.replicas:
-                suspects = [each for each in replica.generations if each.num_losses > MAX_LOSSES_TO_MOVE]
-                assert replica.is_open or replica.generations == suspects
+                poison = [each for each in replica.generations if each.num_losses > MAX_LOSSES_TO_MOVE]
+                assert replica.is_open or replica.generations == poison
 
     def everything_ends(self) -> None:
         for replica, pipeline in zip(self.engine.replicas, self.pipelines, strict=False):
@@ -178,10 +178,10 @@ class Cluster(RuleBasedStateMachine):
         while any(pipeline.answer_one() for pipeline in self.pipelines):
             pass
         for asked, generation in self.live:
-            if generation.pieces.error is not None:
-                assert "lost 4 times" in str(generation.pieces.error)
+            if generation.deltas.error is not None:
+                assert "lost 4 times" in str(generation.deltas.error)
                 continue
-            assert generation.pieces.ended
+            assert generation.deltas.ended
             for run in generation.runs:
                 expected = expected_tokens(asked.prompt_tokens, asked.params.max_tokens or 0)
                 assert run.sequence.output_tokens == expected

@@ -11,7 +11,7 @@ from stagecoach.v1 import shard_pb2 as pb
 u32 = st.integers(0, 2**32 - 1)
 u64 = st.integers(0, 2**64 - 1)
 numbers = st.lists(u32, max_size=20)
-deltas = st.builds(pb.BlockTableDelta, slot=u32, first=u32, block_ids=numbers)
+block_table_updates = st.builds(pb.BlockTableUpdate, slot=u32, first=u32, block_ids=numbers)
 groups = st.builds(
     pb.OutputGroup,
     token_indices=numbers,
@@ -27,7 +27,7 @@ headers = st.builds(
     row_slots=numbers,
     row_starts=numbers,
     row_num_tokens=numbers,
-    deltas=st.lists(deltas, max_size=4),
+    block_table_updates=st.lists(block_table_updates, max_size=4),
     outputs=st.lists(groups, max_size=4),
     dtype=st.sampled_from([0, 1, 2, 3, 4]),
 )

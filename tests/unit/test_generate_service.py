@@ -11,11 +11,11 @@ from stagecoach.errors import FailedPrecondition
 from stagecoach.v1 import inference_pb2 as pb
 from stagecoach_router.frontend import grpc_service
 from stagecoach_router.frontend.grpc_service import InferenceService
-from stagecoach_router.tenants.tenants import Callers
+from stagecoach_router.tenants.tenants import Tenants
 
 
 def make_service(**serving: Any) -> InferenceService:
-    service = InferenceService(Callers(None, 0.0))
+    service = InferenceService(Tenants(None, 0.0))
     facts: Any = SimpleNamespace(model=SimpleNamespace(name="tiny"), **serving)
     service.serving = facts
     return service
@@ -57,6 +57,6 @@ async def test_a_status_is_of_what_was_served_when_it_was_asked_for(monkeypatch:
     monkeypatch.setattr(grpc_service, "write_status", lambda *_: written)
     pipeline = SimpleNamespace(lost=None, refresh_loads=stop_serving)
     engine = SimpleNamespace(replicas=[SimpleNamespace(pipeline=pipeline)])
-    service = make_service(engine=engine, roster=None, totals=None)
+    service = make_service(engine=engine, registry=None, totals=None)
     context: Any = Context()
     assert await service.GetClusterStatus(pb.GetClusterStatusRequest(), context) is written

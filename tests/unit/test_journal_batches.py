@@ -15,7 +15,7 @@ from stagecoach.sampling import SamplingParams
 from stagecoach_router.durability.journal import Journal
 from stagecoach_router.durability.journal_store import JournalStore
 from stagecoach_router.durability.request_registry import Accepted
-from stagecoach_router.requests.completion import FinishReason, Piece
+from stagecoach_router.requests.completion import FinishReason, OutputDelta
 from stagecoach_router.requests.request import Request
 from stagecoach_router.requests.request_state import Generation
 from stagecoach_router.sampling.outputs import Sampled
@@ -39,8 +39,8 @@ def accepted_request() -> Accepted:
     return Accepted(KEY, b"digest", generation, 0.0)
 
 
-def piece(token_id: int, *, last: bool = False) -> Piece:
-    return Piece(0, "x", token_id, Sampled(token_id, None, ()), FinishReason.LENGTH if last else None)
+def delta(token_id: int, *, last: bool = False) -> OutputDelta:
+    return OutputDelta(0, "x", token_id, Sampled(token_id, None, ()), FinishReason.LENGTH if last else None)
 
 
 @pytest.fixture
@@ -67,10 +67,10 @@ async def tokens_left(path: Path) -> list[list[int]]:
 async def test_a_token_is_in_the_file_when_it_is_read(path: Path) -> None:
     journal, accepted = await opened(path), accepted_request()
     journal.begin(accepted)
-    reader = accepted.generation.pieces.reader()
+    reader = accepted.generation.deltas.reader()
     seen: list[int] = []
     for token_id in range(20):
-        accepted.generation.pieces.put(piece(token_id))
+        accepted.generation.deltas.put(delta(token_id))
     while len(seen) < 20:
         seen += [each.token_id for each in await reader.read()]
         assert journal._store is not None
@@ -87,7 +87,7 @@ async def test_what_waits_is_written_in_one_go(path: Path, monkeypatch: pytest.M
     journal, accepted = await opened(path), accepted_request()
     journal.begin(accepted)
     for token_id in range(50):
-        accepted.generation.pieces.put(piece(token_id))
+        accepted.generation.deltas.put(delta(token_id))
     await journal.close()
     assert sum(sizes) == 51
     assert len(sizes) <= 2
@@ -96,16 +96,16 @@ async def test_what_waits_is_written_in_one_go(path: Path, monkeypatch: pytest.M
 async def test_after_it_was_closed_nothing_is_written_nor_shown(path: Path) -> None:
     journal, accepted = await opened(path), accepted_request()
     journal.begin(accepted)
-    accepted.generation.pieces.put(piece(1))
+    accepted.generation.deltas.put(delta(1))
     closing = asyncio.create_task(journal.close())
     await asyncio.sleep(0)
-    accepted.generation.pieces.put(piece(2, last=True))
+    accepted.generation.deltas.put(delta(2, last=True))
     journal.end(KEY)
     journal.forget(KEY)
     await closing
-    reader = accepted.generation.pieces.reader()
+    reader = accepted.generation.deltas.reader()
     assert [each.token_id for each in await reader.read()] == [1]
-    assert not accepted.generation.pieces.ended
+    assert not accepted.generation.deltas.ended
     assert await tokens_left(path) == [[1]]
 
 
@@ -118,10 +118,10 @@ async def test_a_disk_that_fails_when_the_journal_is_closed_fails_nothing_else(
 ) -> None:
     journal, accepted = await opened(path), accepted_request()
     journal.begin(accepted)
-    accepted.generation.pieces.put(piece(1))
+    accepted.generation.deltas.put(delta(1))
     monkeypatch.setattr(JournalStore, "close", fail)
     await journal.close()
-    assert [each.token_id for each in await accepted.generation.pieces.reader().read()] == [1]
+    assert [each.token_id for each in await accepted.generation.deltas.reader().read()] == [1]
     assert "disk I/O error" in caplog.text
 
 
@@ -133,13 +133,13 @@ async def test_a_disk_that_fails_twice_holds_no_answer_back(
     monkeypatch.setattr(JournalStore, "close", fail)
     journal.begin(accepted)
     for token_id in range(3):  # the first of them is being written when the others come
-        accepted.generation.pieces.put(piece(token_id, last=token_id == 2))
+        accepted.generation.deltas.put(delta(token_id, last=token_id == 2))
         await asyncio.sleep(0)
-    reader = accepted.generation.pieces.reader()
+    reader = accepted.generation.deltas.reader()
     async with asyncio.timeout(10):
         seen: list[int] = []
-        while pieces := await reader.read():
-            seen += [each.token_id for each in pieces]
+        while deltas := await reader.read():
+            seen += [each.token_id for each in deltas]
     assert seen == [0, 1, 2]
     await journal.close()
     assert caplog.text.count("will not outlive") == 1
@@ -150,10 +150,10 @@ async def test_answers_are_shown_before_a_failed_disk_is_let_go(path: Path, monk
     num_readable: list[int] = []
     monkeypatch.setattr(JournalStore, "apply", fail)
     monkeypatch.setattr(
-        JournalStore, "close", lambda self: num_readable.append(len(accepted.generation.pieces.read_from(0)))
+        JournalStore, "close", lambda self: num_readable.append(len(accepted.generation.deltas.read_from(0)))
     )
     journal.begin(accepted)
-    accepted.generation.pieces.put(piece(1))
+    accepted.generation.deltas.put(delta(1))
     await journal.close()
     assert num_readable == [1]
 
@@ -167,11 +167,11 @@ async def test_a_disk_that_hangs_holds_no_answer_back(
     monkeypatch.setattr(JournalStore, "apply", lambda *arguments: comes_back.wait())
     try:
         journal.begin(accepted)
-        accepted.generation.pieces.put(piece(1))
-        reader = accepted.generation.pieces.reader()
+        accepted.generation.deltas.put(delta(1))
+        reader = accepted.generation.deltas.reader()
         async with asyncio.timeout(10):
             assert [each.token_id for each in await reader.read()] == [1]
-            accepted.generation.pieces.put(piece(2))
+            accepted.generation.deltas.put(delta(2))
             assert [each.token_id for each in await reader.read()] == [2]
             await journal.close()
     finally:
@@ -182,10 +182,10 @@ async def test_a_disk_that_hangs_holds_no_answer_back(
 async def test_a_token_that_comes_after_its_request_failed_is_not_left_over(path: Path) -> None:
     journal, accepted = await opened(path), accepted_request()
     journal.begin(accepted)
-    accepted.generation.pieces.put(piece(1))
-    accepted.generation.pieces.fail(Cancelled("gone"))
+    accepted.generation.deltas.put(delta(1))
+    accepted.generation.deltas.fail(Cancelled("gone"))
     journal.forget(KEY)
-    accepted.generation.pieces.put(piece(2))  # it was on its way
+    accepted.generation.deltas.put(delta(2))  # it was on its way
     await journal.close()
     with sqlite3.connect(path) as db:
         assert db.execute("SELECT count(*) FROM tokens").fetchone() == (0,)

@@ -22,19 +22,21 @@ def make_lease(**changes):
     return Lease(7, 5, **(facts | changes))
 
 
-def header(step=1, rows=((0, 0, 3),), deltas=((0, 0, [0, 1]),), epoch=5):
+def header(step=1, rows=((0, 0, 3),), block_table_updates=((0, 0, [0, 1]),), epoch=5):
     return pb.MicroBatchHeader(
         epoch=epoch,
         step=step,
         row_slots=[row[0] for row in rows],
         row_starts=[row[1] for row in rows],
         row_num_tokens=[row[2] for row in rows],
-        deltas=[pb.BlockTableDelta(slot=slot, first=first, block_ids=ids) for slot, first, ids in deltas],
+        block_table_updates=[
+            pb.BlockTableUpdate(slot=slot, first=first, block_ids=ids) for slot, first, ids in block_table_updates
+        ],
     )
 
 
 def test_rows_name_blocks_in_the_shards_cache():
-    rows = make_lease().accept(header(rows=[(0, 0, 5), (2, 0, 2)], deltas=[(0, 0, [3, 1]), (2, 0, [7])]))
+    rows = make_lease().accept(header(rows=[(0, 0, 5), (2, 0, 2)], block_table_updates=[(0, 0, [3, 1]), (2, 0, [7])]))
     assert rows.starts.tolist() == [0, 0]
     assert rows.num_tokens.tolist() == [5, 2]
     assert rows.block_tables[0].tolist() == [103, 101]
@@ -43,28 +45,28 @@ def test_rows_name_blocks_in_the_shards_cache():
 
 def test_a_delta_appends_to_the_table_that_is_there():
     lease = make_lease()
-    lease.accept(header(deltas=[(1, 0, [2])], rows=[(1, 0, 4)]))
-    rows = lease.accept(header(step=2, deltas=[(1, 1, [5])], rows=[(1, 4, 1)]))
+    lease.accept(header(block_table_updates=[(1, 0, [2])], rows=[(1, 0, 4)]))
+    rows = lease.accept(header(step=2, block_table_updates=[(1, 1, [5])], rows=[(1, 4, 1)]))
     assert rows.block_tables.tolist() == [[102, 105]]
 
 
 def test_a_delta_from_zero_forgets_the_former_table():
     lease = make_lease()
-    lease.accept(header(deltas=[(1, 0, [2, 3])], rows=[(1, 0, 8)]))
+    lease.accept(header(block_table_updates=[(1, 0, [2, 3])], rows=[(1, 0, 8)]))
     with pytest.raises(OutOfRange, match="need 2 blocks, its table has 1"):
-        lease.accept(header(step=2, deltas=[(1, 0, [4])], rows=[(1, 4, 1)]))
+        lease.accept(header(step=2, block_table_updates=[(1, 0, [4])], rows=[(1, 4, 1)]))
 
 
 @pytest.mark.parametrize(
     ("bad", "field"),
     [
         (header(rows=[(3, 0, 1)]), "row_slots"),
-        (header(deltas=[(3, 0, [0])]), "deltas.slot"),
-        (header(deltas=[(0, 0, [8])]), "deltas.block_ids"),
-        (header(deltas=[(0, 1, [0])]), "deltas.first"),
-        (header(deltas=[(0, 0, [0] * 6)]), "deltas.first"),
-        (header(rows=[(0, 18, 3)], deltas=[(0, 0, [0] * 5)]), "row_starts"),
-        (header(rows=[(0, 0, 17)], deltas=[(0, 0, [0] * 5)]), "row_num_tokens"),
+        (header(block_table_updates=[(3, 0, [0])]), "block_table_updates.slot"),
+        (header(block_table_updates=[(0, 0, [8])]), "block_table_updates.block_ids"),
+        (header(block_table_updates=[(0, 1, [0])]), "block_table_updates.first"),
+        (header(block_table_updates=[(0, 0, [0] * 6)]), "block_table_updates.first"),
+        (header(rows=[(0, 18, 3)], block_table_updates=[(0, 0, [0] * 5)]), "row_starts"),
+        (header(rows=[(0, 0, 17)], block_table_updates=[(0, 0, [0] * 5)]), "row_num_tokens"),
         (header(rows=[(0, 8, 1)]), "row_starts"),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from stagecoach.sampling import SamplingParams
-from stagecoach_router.sampling.outputs import NeedsWholeRow, WholeRow
+from stagecoach_router.sampling.outputs import InsufficientCandidates, WholeRow
 from stagecoach_router.sampling.randomness import uniform
 from stagecoach_router.sampling.sampler import sample
 from tests.unit.sampling_reference import candidates, counts_of, distribution, sample_whole
@@ -93,9 +93,9 @@ def test_candidates_with_whole_rows_where_they_fall_short_give_it_too(case: str)
     reduced = candidates(logits, 16, params.temperature)
     for position in range(NUM_DRAWS):
         sampled = sample(reduced, params, counts, seed=seed, completion=0, position=position)
-        if isinstance(sampled, NeedsWholeRow):
+        if isinstance(sampled, InsufficientCandidates):
             sampled = sample(WholeRow(logits), params, counts, seed=seed, completion=0, position=position)
-        assert not isinstance(sampled, NeedsWholeRow)
+        assert not isinstance(sampled, InsufficientCandidates)
         tokens.append(sampled.token_id)
     assert_fits(tokens, distribution(logits, params, PROMPT, OUTPUT))
 
@@ -130,7 +130,7 @@ def test_draws_of_neighbouring_positions_and_completions_are_independent() -> No
 
     def token(completion: int, position: int) -> int:
         sampled = sample(WholeRow(logits), params, counts_of((), ()), seed=4, completion=completion, position=position)
-        assert not isinstance(sampled, NeedsWholeRow)
+        assert not isinstance(sampled, InsufficientCandidates)
         return sampled.token_id
 
     by_position, by_completion = np.zeros((8, 8)), np.zeros((8, 8))

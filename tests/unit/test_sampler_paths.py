@@ -16,7 +16,7 @@ from stagecoach_router.sampling.outputs import (
     MAX_CANDIDATES,
     WHOLE_ROW,
     Candidates,
-    NeedsWholeRow,
+    InsufficientCandidates,
     Sampled,
     wanted_output,
 )
@@ -38,7 +38,7 @@ def reduced_by_a_shard(logits: npt.NDArray[np.float32], num_candidates: int, tem
 
 def from_candidates(
     output: Candidates, params: SamplingParams, counts: TokenCounts | None = None, *, seed: int = 0, position: int = 0
-) -> Sampled | NeedsWholeRow:
+) -> Sampled | InsufficientCandidates:
     return sample(output, params, counts or TokenCounts(), seed=seed, completion=0, position=position)
 
 
@@ -101,7 +101,7 @@ def test_what_candidates_decide_the_whole_row_decides_alike(
     reduced = reduced_by_a_shard(logits, num_candidates, params.temperature)
     for position in range(5):
         sampled = from_candidates(reduced, params, counts, seed=seed, position=position)
-        if not isinstance(sampled, NeedsWholeRow):
+        if not isinstance(sampled, InsufficientCandidates):
             assert sampled == sample_whole(logits, params, counts, seed=seed, position=position)
 
 
@@ -149,7 +149,7 @@ def test_the_candidates_that_are_asked_for_nearly_always_decide(params: Sampling
         reduced = reduced_by_a_shard(logits, want.num_candidates, want.temperature)
         for position in range(50):
             sampled = from_candidates(reduced, params, counts, seed=index, position=position)
-            num_short += isinstance(sampled, NeedsWholeRow)
+            num_short += isinstance(sampled, InsufficientCandidates)
     assert num_short <= 0.06 * 500
     if params.greedy or params.top_k:
         assert num_short == 0
@@ -161,7 +161,7 @@ def test_a_draw_beyond_the_candidates_needs_the_whole_row_and_gets_a_token_beyon
     for position in range(200):
         number = uniform(0, 0, position)
         sampled = from_candidates(reduced, params, position=position)
-        assert isinstance(sampled, NeedsWholeRow) == (number >= 0.1)
+        assert isinstance(sampled, InsufficientCandidates) == (number >= 0.1)
         assert sample_whole(logits, params, position=position).token_id == int(number * 1_000)
 
 
@@ -169,7 +169,8 @@ def test_top_p_is_decided_without_a_whole_row_where_the_draw_is_certain_though_t
     logits = np.zeros(1_000, dtype=np.float32)
     reduced, params = candidates(logits, 100, 1.0), SamplingParams(top_p=0.5)
     decided = [
-        not isinstance(from_candidates(reduced, params, position=position), NeedsWholeRow) for position in range(500)
+        not isinstance(from_candidates(reduced, params, position=position), InsufficientCandidates)
+        for position in range(500)
     ]
     assert 0.15 < np.mean(decided) < 0.25  # 100 of the 500 that are kept
 
@@ -181,7 +182,7 @@ def test_a_token_beyond_the_candidates_that_crosses_top_p_counts() -> None:
         sampled = from_candidates(reduced, params, position=position)
         whole = sample_whole(logits, params, position=position)
         assert whole.token_id == (uniform(0, 0, position) >= 0.5)
-        assert isinstance(sampled, NeedsWholeRow) or sampled == whole
+        assert isinstance(sampled, InsufficientCandidates) or sampled == whole
 
 
 def test_a_candidate_lowered_to_the_level_of_the_last_may_rank_behind_tokens_beyond_them() -> None:
@@ -190,7 +191,7 @@ def test_a_candidate_lowered_to_the_level_of_the_last_may_rank_behind_tokens_bey
     reduced = candidates(logits, 2, 1.0)
     assert reduced.token_ids.tolist() == [3, 0]
     for position in range(50):
-        assert isinstance(from_candidates(reduced, params, position=position), NeedsWholeRow)
+        assert isinstance(from_candidates(reduced, params, position=position), InsufficientCandidates)
         assert sample_whole(logits, params, position=position).token_id in (0, 1)
 
 

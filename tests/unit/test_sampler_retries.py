@@ -10,7 +10,7 @@ from stagecoach_router.sampling.outputs import (
     MORE_CANDIDATES,
     OPEN_CANDIDATES,
     WHOLE_ROW,
-    NeedsWholeRow,
+    InsufficientCandidates,
     OutputWant,
     wanted_output,
     wider_output,
@@ -50,7 +50,7 @@ def test_the_first_answer_that_determines_the_token_gives_that_of_the_whole_row(
     for position in range(300):
         for index, answer in enumerate(answers):
             sampled = sample(answer, params, TokenCounts(), seed=3, completion=0, position=position)
-            if not isinstance(sampled, NeedsWholeRow):
+            if not isinstance(sampled, InsufficientCandidates):
                 assert sampled == sample_whole(logits, params, seed=3, position=position)
                 decided[index] += 1
                 break

@@ -193,13 +193,13 @@ def test_whole_table_first_and_only_new_entries_after_that():
     scheduler = make_scheduler()
     sequence = add(scheduler, 1, 6)
     plan = scheduler.schedule()
-    assert [(delta.slot, delta.first) for delta in plan.deltas] == [(sequence.slot, 0)]
-    assert len(plan.deltas[0].block_ids) == 2
+    assert [(update.slot, update.first) for update in plan.block_table_updates] == [(sequence.slot, 0)]
+    assert len(plan.block_table_updates[0].block_ids) == 2
     finish(scheduler, plan)
     sent = []
     for _ in range(6):
         plan = scheduler.schedule()
-        sent.append([(delta.first, len(delta.block_ids)) for delta in plan.deltas])
+        sent.append([(update.first, len(update.block_ids)) for update in plan.block_table_updates])
         finish(scheduler, plan)
     assert sent == [[], [], [(2, 1)], [], [], []]
 
@@ -212,8 +212,8 @@ def test_reused_slot_gets_its_table_from_the_start():
     second = add(scheduler, 2, 10)
     assert scheduler.schedule() is None, "the only lane is in flight"
     scheduler.complete(plan)
-    (delta,) = scheduler.schedule().deltas
-    assert (delta.slot, delta.first, len(delta.block_ids)) == (0, 0, 3)
+    (update,) = scheduler.schedule().block_table_updates
+    assert (update.slot, update.first, len(update.block_ids)) == (0, 0, 3)
     assert second.slot == 0
 
 
@@ -475,7 +475,7 @@ def test_after_a_lost_pipeline_everything_is_computed_again_in_order():
     assert (scheduler.num_running, scheduler.num_waiting, scheduler.num_in_flight) == (0, 3, 0)
     plan = scheduler.schedule()
     assert rows_of(plan) == [(1, 0, 6, True), (2, 0, 6, True), (3, 0, 5, True)]
-    assert all(delta.first == 0 for delta in plan.deltas)
+    assert all(update.first == 0 for update in plan.block_table_updates)
     assert lost is None or scheduler.complete(lost) == []
     assert scheduler.num_in_flight == 1
     finish(scheduler, plan)

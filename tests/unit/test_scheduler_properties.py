@@ -42,10 +42,10 @@ class SimulatedPipeline:
 
     def run_oldest(self):
         plan, logs = self.queue.popleft()
-        for delta in plan.deltas:
-            table = self.tables.setdefault(delta.slot, [])
-            assert delta.first <= len(table), "a gap in the block table"
-            table[delta.first :] = delta.block_ids
+        for update in plan.block_table_updates:
+            table = self.tables.setdefault(update.slot, [])
+            assert update.first <= len(table), "a gap in the block table"
+            table[update.first :] = update.block_ids
         for row in plan.rows:
             for position in range(row.start, row.start + row.num_tokens):
                 self.memory[self.place(row, position)] = logs[row.slot][position]
@@ -113,11 +113,11 @@ class World:
         assert plan.rows
         assert plan.num_tokens == sum(row.num_tokens for row in plan.rows) <= self.scheduler.max_batch_tokens
         assert len({row.slot for row in plan.rows}) == len({row.sequence.seq_id for row in plan.rows}) == len(plan.rows)
-        deltas = {delta.slot: delta for delta in plan.deltas}
-        assert len(deltas) == len(plan.deltas)
-        assert deltas.keys() <= {row.slot for row in plan.rows}, "a table was sent before it is needed"
+        block_table_updates = {update.slot: update for update in plan.block_table_updates}
+        assert len(block_table_updates) == len(plan.block_table_updates)
+        assert block_table_updates.keys() <= {row.slot for row in plan.rows}, "a table was sent before it is needed"
         for row in plan.rows:
-            self.check_row(row, deltas.get(row.slot))
+            self.check_row(row, block_table_updates.get(row.slot))
             for position in range(row.start, row.start + row.num_tokens):
                 block = row.sequence.block_ids[position // self.blocks.block_size]
                 assert not [
@@ -132,7 +132,7 @@ class World:
         self.pipeline.send(plan)
         return plan
 
-    def check_row(self, row, delta):
+    def check_row(self, row, update):
         sequence = row.sequence
         run = (sequence.seq_id, row.incarnation)
         end = row.start + row.num_tokens
@@ -144,12 +144,12 @@ class World:
         else:
             assert row.start % self.blocks.block_size == 0
             assert row.start < sequence.num_tokens
-            assert delta is not None, "a slot was used with its former table"
+            assert update is not None, "a slot was used with its former table"
         self.expected[run] = end
-        if delta is not None:
-            assert delta.block_ids
-            assert delta.first == self.num_sent.get(run, 0), "a block table entry was sent twice or left out"
-            self.num_sent[run] = delta.first + len(delta.block_ids)
+        if update is not None:
+            assert update.block_ids
+            assert update.first == self.num_sent.get(run, 0), "a block table entry was sent twice or left out"
+            self.num_sent[run] = update.first + len(update.block_ids)
         assert self.num_sent[run] == len(sequence.block_ids)
 
     def complete(self):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from stagecoach.errors import ShardFault
 from stagecoach.sampling import SamplingParams
 from stagecoach_router.sampling import step_sampler
-from stagecoach_router.sampling.outputs import CandidateRows, NeedsWholeRow, Sampled, WholeRows, wanted_output
+from stagecoach_router.sampling.outputs import CandidateRows, InsufficientCandidates, Sampled, WholeRows, wanted_output
 from stagecoach_router.sampling.penalties import TokenCounts
 from stagecoach_router.sampling.step_sampler import Chooser, choose_tokens
 from stagecoach_router.scheduling.sequence import Sequence
@@ -90,7 +90,9 @@ def test_the_usual_rows_are_chosen_together(monkeypatch: pytest.MonkeyPatch, par
     outputs = candidate_rows([params] * 32, k, log_sum_exp=want.log_sum_exp, spread=8.0, coarse=False, seed=1)
     choosers = [chooser(params, seed) for seed in range(32)]
     one_by_one: list[object] = []
-    monkeypatch.setattr(step_sampler, "sample", lambda *given, **_: one_by_one.append(given) or NeedsWholeRow())
+    monkeypatch.setattr(
+        step_sampler, "sample", lambda *given, **_: one_by_one.append(given) or InsufficientCandidates()
+    )
     choices = choose_tokens(outputs, choosers)
     assert len(one_by_one) <= 2, "draws that the candidates do not decide"
     assert sum(isinstance(choice, Sampled) for choice in choices) >= 30
@@ -125,7 +127,7 @@ def test_logits_as_large_as_numbers_get_leave_the_others_their_tokens(huge: floa
     with np.errstate(over="ignore"):
         outputs.scaled_log_sum_exp[3] /= np.float32(0.7)
     choices = choose_tokens(outputs, choosers)
-    assert isinstance(choices[3], Sampled | NeedsWholeRow | ShardFault)
+    assert isinstance(choices[3], Sampled | InsufficientCandidates | ShardFault)
     assert choices[:3] + choices[4:] == expected[:3] + expected[4:]
 
 

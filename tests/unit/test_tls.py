@@ -134,7 +134,7 @@ def test_a_broken_new_file_is_reported_once_and_the_old_one_stays(
     assert identity.current() == before
 
 
-class Caller:
+class Tenant:
     """A call's context, as far as it says who calls."""
 
     def __init__(self, *names: str) -> None:
@@ -160,7 +160,7 @@ def test_a_caller_without_is_refused_with_its_name(names: list[str]) -> None:
 
 
 def context(*names: str) -> Any:
-    return Caller(*names)
+    return Tenant(*names)
 
 
 @pytest.mark.parametrize("text", ["", " , "])

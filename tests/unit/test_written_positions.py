@@ -28,7 +28,7 @@ def header(step, rows, deltas=()):
         row_slots=[row[0] for row in rows],
         row_starts=[row[1] for row in rows],
         row_num_tokens=[row[2] for row in rows],
-        deltas=[pb.BlockTableDelta(slot=slot, first=first, block_ids=ids) for slot, first, ids in deltas],
+        deltas=[pb.BlockTableUpdate(slot=slot, first=first, block_ids=ids) for slot, first, ids in deltas],
     )
 
 

@@ -226,14 +226,14 @@ class MicroBatch(_message.Message):
     def __init__(self, header: _Optional[_Union[MicroBatchHeader, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class MicroBatchHeader(_message.Message):
-    __slots__ = ("lease_id", "epoch", "step", "row_slots", "row_starts", "row_num_tokens", "deltas", "outputs", "dtype", "first_layer", "timings")
+    __slots__ = ("lease_id", "epoch", "step", "row_slots", "row_starts", "row_num_tokens", "block_table_updates", "outputs", "dtype", "first_layer", "timings")
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     ROW_SLOTS_FIELD_NUMBER: _ClassVar[int]
     ROW_STARTS_FIELD_NUMBER: _ClassVar[int]
     ROW_NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    DELTAS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_TABLE_UPDATES_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
@@ -244,14 +244,14 @@ class MicroBatchHeader(_message.Message):
     row_slots: _containers.RepeatedScalarFieldContainer[int]
     row_starts: _containers.RepeatedScalarFieldContainer[int]
     row_num_tokens: _containers.RepeatedScalarFieldContainer[int]
-    deltas: _containers.RepeatedCompositeFieldContainer[BlockTableDelta]
+    block_table_updates: _containers.RepeatedCompositeFieldContainer[BlockTableUpdate]
     outputs: _containers.RepeatedCompositeFieldContainer[OutputGroup]
     dtype: _model_pb2.DType
     first_layer: int
     timings: _containers.RepeatedCompositeFieldContainer[StageTiming]
-    def __init__(self, lease_id: _Optional[int] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., row_slots: _Optional[_Iterable[int]] = ..., row_starts: _Optional[_Iterable[int]] = ..., row_num_tokens: _Optional[_Iterable[int]] = ..., deltas: _Optional[_Iterable[_Union[BlockTableDelta, _Mapping]]] = ..., outputs: _Optional[_Iterable[_Union[OutputGroup, _Mapping]]] = ..., dtype: _Optional[_Union[_model_pb2.DType, str]] = ..., first_layer: _Optional[int] = ..., timings: _Optional[_Iterable[_Union[StageTiming, _Mapping]]] = ...) -> None: ...
+    def __init__(self, lease_id: _Optional[int] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., row_slots: _Optional[_Iterable[int]] = ..., row_starts: _Optional[_Iterable[int]] = ..., row_num_tokens: _Optional[_Iterable[int]] = ..., block_table_updates: _Optional[_Iterable[_Union[BlockTableUpdate, _Mapping]]] = ..., outputs: _Optional[_Iterable[_Union[OutputGroup, _Mapping]]] = ..., dtype: _Optional[_Union[_model_pb2.DType, str]] = ..., first_layer: _Optional[int] = ..., timings: _Optional[_Iterable[_Union[StageTiming, _Mapping]]] = ...) -> None: ...
 
-class BlockTableDelta(_message.Message):
+class BlockTableUpdate(_message.Message):
     __slots__ = ("slot", "first", "block_ids")
     SLOT_FIELD_NUMBER: _ClassVar[int]
     FIRST_FIELD_NUMBER: _ClassVar[int]

@@ -19,8 +19,8 @@ from typing import TypeVar
 from stagecoach_router.durability.journal_store import Begin, End, Entry, Forget, JournaledRequest, JournalStore, Token
 from stagecoach_router.durability.request_registry import Accepted
 from stagecoach_router.durability.retention import MAX_AGE_S
-from stagecoach_router.requests.completion import Piece
-from stagecoach_router.requests.output_stream import Pieces
+from stagecoach_router.requests.completion import OutputDelta
+from stagecoach_router.requests.output_stream import OutputStream
 from stagecoach_router.requests.request import RequestKey
 
 Result = TypeVar("Result")
@@ -39,7 +39,7 @@ class Journal:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._store: JournalStore | None = None
         self._entries: list[Entry] = []  # for the next transaction
-        self._shows: dict[Pieces, int] = {}  # how many pieces that lets be shown
+        self._shows: dict[OutputStream, int] = {}  # how many deltas that lets be shown
         self._writing: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -60,25 +60,25 @@ class Journal:
         return await self._in_thread(load)
 
     def begin(self, accepted: Accepted) -> None:
-        """A request was accepted, or taken over from a former process: from now on its pieces go through here."""
+        """A request was accepted, or taken over from a former process: from now on its deltas go through here."""
         if self._store is None:
             return
-        pieces = accepted.generation.pieces
+        deltas = accepted.generation.deltas
         num_tokens = [run.completion.num_tokens for run in accepted.generation.runs]
 
-        def tap(piece: Piece) -> None:
-            if pieces.ended:  # it failed, and was forgotten: what is written now would be left over in the file
+        def tap(delta: OutputDelta) -> None:
+            if deltas.ended:  # it failed, and was forgotten: what is written now would be left over in the file
                 return
             if self._closed:  # not in the file: the next process will compute it, and show it
                 return
             if self._store is None:  # the disk has failed: better an answer that does not outlive us than none
-                pieces.show(1)
+                deltas.show(1)
                 return
-            self._shows[pieces] = self._shows.get(pieces, 0) + 1
-            self._write(Token(accepted.key, piece.index, num_tokens[piece.index], piece.sampled))
-            num_tokens[piece.index] += 1
+            self._shows[deltas] = self._shows.get(deltas, 0) + 1
+            self._write(Token(accepted.key, delta.index, num_tokens[delta.index], delta.sampled))
+            num_tokens[delta.index] += 1
 
-        pieces.tap = tap
+        deltas.tap = tap
         self._write(Begin(accepted.key, accepted.digest, accepted.generation.request))
 
     def end(self, key: RequestKey) -> None:
@@ -118,11 +118,11 @@ class Journal:
             logger.error("journal: %s: %s: requests will not outlive this process", self._path, error)
             failed, self._store = True, None
             self._entries.clear()
-            for pieces, num_pieces in self._shows.items():  # what came meanwhile
-                shows[pieces] = shows.get(pieces, 0) + num_pieces
+            for deltas, num_deltas in self._shows.items():  # what came meanwhile
+                shows[deltas] = shows.get(deltas, 0) + num_deltas
             self._shows.clear()
-        for pieces, num_pieces in shows.items():
-            pieces.show(num_pieces)
+        for deltas, num_deltas in shows.items():
+            deltas.show(num_deltas)
         if failed:
             await self._close(store)
         self._writing = None

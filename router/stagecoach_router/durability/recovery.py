@@ -8,16 +8,16 @@ import logging
 from stagecoach.errors import StagecoachError
 from stagecoach.v1 import model_pb2
 from stagecoach_router.durability.journal import Journal
-from stagecoach_router.durability.request_registry import AcceptedRequests
-from stagecoach_router.tenants.tenants import Callers
+from stagecoach_router.durability.request_registry import RequestRegistry
+from stagecoach_router.tenants.tenants import Tenants
 
 logger = logging.getLogger(__name__)
 
 
-async def take_over(
+async def recover_requests(
     journal: Journal,
-    requests: AcceptedRequests,
-    callers: Callers,
+    requests: RequestRegistry,
+    callers: Tenants,
     model: model_pb2.ModelDescription,
     linger_s: float,
 ) -> None:

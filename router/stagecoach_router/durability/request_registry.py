@@ -18,9 +18,9 @@ from typing import Protocol
 
 from stagecoach import errors
 from stagecoach.v1 import inference_pb2 as pb
-from stagecoach_router.durability.retention import Remembered
+from stagecoach_router.durability.retention import Retention
 from stagecoach_router.engine.engine import Engine
-from stagecoach_router.requests.output_stream import PieceReader
+from stagecoach_router.requests.output_stream import OutputReader
 from stagecoach_router.requests.request import Request, RequestKey
 from stagecoach_router.requests.request_state import Generation
 from stagecoach_router.sampling.outputs import Sampled
@@ -49,7 +49,7 @@ class Log(Protocol):
     """What outlives the process."""
 
     def begin(self, accepted: Accepted) -> None:
-        """A request was accepted; from now on its pieces go through the log before anyone reads them."""
+        """A request was accepted; from now on its deltas go through the log before anyone reads them."""
 
     def end(self, key: RequestKey) -> None:
         """It is finished, and remembered."""
@@ -67,7 +67,7 @@ def content_digest(request: pb.GenerateRequest) -> bytes:
     return hashlib.sha256(content.SerializeToString(deterministic=True)).digest()
 
 
-class AcceptedRequests:
+class RequestRegistry:
     """The requests that one engine runs or has finished lately. `log`, where there is one, is told of all of them."""
 
     def __init__(self, engine: Engine, *, max_linger_s: float, log: Log | None = None) -> None:
@@ -75,7 +75,7 @@ class AcceptedRequests:
         self._max_linger_s = max_linger_s
         self._log = log
         self._known: dict[RequestKey, Accepted] = {}
-        self._remembered: Remembered[RequestKey] = Remembered()
+        self._remembered: Retention[RequestKey] = Retention()
         self._num_running = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -130,15 +130,15 @@ class AcceptedRequests:
         self._idle.clear()
         if self._log is not None:
             self._log.begin(accepted)
-        generation.pieces.on_end = lambda error: self._end(accepted, error)
-        if generation.pieces.ended:  # in its former life
-            self._end(accepted, generation.pieces.error)
+        generation.deltas.on_end = lambda error: self._end(accepted, error)
+        if generation.deltas.ended:  # in its former life
+            self._end(accepted, generation.deltas.error)
         return accepted
 
     @contextmanager
     def reading(
         self, accepted: Accepted, *, from_tokens: Iterable[int], linger_s: float, remaining_s: float | None
-    ) -> Iterator[PieceReader]:
+    ) -> Iterator[OutputReader]:
         """A call that reads from so many tokens of each completion on, and has `remaining_s` to its deadline."""
         if accepted.lapse is not None:
             accepted.lapse.cancel()
@@ -146,17 +146,17 @@ class AcceptedRequests:
         accepted.linger_s = min(linger_s, self._max_linger_s)
         deadline_s = None if remaining_s is None else time.monotonic() + remaining_s
         self._engine.set_deadline(accepted.generation, deadline_s)
-        reader = accepted.generation.pieces.reader(from_tokens)
+        reader = accepted.generation.deltas.reader(from_tokens)
         try:
             yield reader
         finally:
             reader.close()
-            if not accepted.generation.pieces.num_readers:
+            if not accepted.generation.deltas.num_readers:
                 self.linger(accepted, accepted.linger_s)
 
     def linger(self, accepted: Accepted, linger_s: float) -> None:
         """Nobody reads: ends the request, if nobody comes for so long."""
-        if accepted.generation.pieces.ended:
+        if accepted.generation.deltas.ended:
             return
         if linger_s > 0:
             accepted.lapse = asyncio.get_running_loop().call_later(linger_s, self._give_up, accepted)
@@ -166,17 +166,17 @@ class AcceptedRequests:
     def cancel(self, key: RequestKey) -> None:
         """Ends a request, whoever reads it; harmless for one that is not known or has ended."""
         accepted = self._known.get(key)
-        if accepted is not None and not accepted.generation.pieces.ended:
+        if accepted is not None and not accepted.generation.deltas.ended:
             self._give_up(accepted)
 
     def close(self) -> None:
         """The router stops: what has not ended, ends, also what is finished and waits for the log."""
         for accepted in list(self._known.values()):
-            accepted.generation.pieces.fail(errors.Unavailable("the router is stopping"))
+            accepted.generation.deltas.fail(errors.Unavailable("the router is stopping"))
 
     def _give_up(self, accepted: Accepted) -> None:
         self._engine.cancel(accepted.generation)
-        accepted.generation.pieces.fail(errors.Cancelled("the request was cancelled"))
+        accepted.generation.deltas.fail(errors.Cancelled("the request was cancelled"))
 
     def _end(self, accepted: Accepted, error: errors.StagecoachError | None) -> None:
         if accepted.lapse is not None:

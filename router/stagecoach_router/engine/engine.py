@@ -1,4 +1,4 @@
-"""The router's heart: requests in, pieces of text out, over as many pipelines as there are.
+"""The router's heart: requests in, deltas of text out, over as many pipelines as there are.
 
 A request has one home, the replica that computes it. When that one's pipeline is lost, the request moves at once to
 another that is ready and has room for it; where there is none it waits, and goes on with whichever is ready first.
@@ -38,7 +38,7 @@ MIN_USUAL_CAPACITY = 0.5
 # A request that was under way at so many losses in a row moves to another pipeline all the same; after more, only when
 # its own has not come back for so long.
 MAX_LOSSES_TO_MOVE = 1
-SUSPECT_PATIENCE_S = 10.0
+POISON_PATIENCE_S = 10.0
 # A pipeline that is open has so long until its first token, before its requests move to another.
 UNPROVEN_PATIENCE_S = 5.0
 
@@ -277,7 +277,7 @@ class Engine:
                 continue
             for generation in lost.generations:
                 # It may be what broke one pipeline, and then another: it waits for this one rather than break a third.
-                if generation.num_losses > MAX_LOSSES_TO_MOVE and lost.unproven_s < SUSPECT_PATIENCE_S:
+                if generation.num_losses > MAX_LOSSES_TO_MOVE and lost.unproven_s < POISON_PATIENCE_S:
                     continue
                 loads = [
                     ReplicaLoad(

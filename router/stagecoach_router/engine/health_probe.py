@@ -1,6 +1,6 @@
 """One token through a whole pipeline that nobody else uses at the moment: the proof that it can generate. Pure.
 
-A canary has a slot and a block of its own, which no request ever gets, so it cannot fail for want of either; and it is
+A probe has a slot and a block of its own, which no request ever gets, so it cannot fail for want of either; and it is
 in nobody's way, since it goes only when no step is in flight. It is a sequence like any other to the shards and to the
 sampler, but not to the scheduler nor to any count of requests.
 """
@@ -10,18 +10,18 @@ from __future__ import annotations
 from stagecoach.errors import ShardFault
 from stagecoach.sampling import SamplingParams
 from stagecoach_router.engine.wire import GroupOutputs
-from stagecoach_router.sampling.outputs import NeedsWholeRow, OutputWant, wanted_output
+from stagecoach_router.sampling.outputs import InsufficientCandidates, OutputWant, wanted_output
 from stagecoach_router.sampling.penalties import TokenCounts
 from stagecoach_router.sampling.step_sampler import Chooser, choose_tokens
-from stagecoach_router.scheduling.plan import BlockDelta, Plan, Row
+from stagecoach_router.scheduling.plan import BlockTableUpdate, Plan, Row
 from stagecoach_router.scheduling.sequence import Sequence
 
 SEQ_ID = 0  # requests' begin at 1
-# A slow machine is kept busy by canaries for no more than this part of its idle time.
+# A slow machine is kept busy by probes for no more than this part of its idle time.
 MAX_LOAD = 0.05
 
 
-class Canary:
+class HealthProbe:
     """When one is due, what it asks for, and whether what came is a token.
 
     `interval_s`: after so long without a token, one goes. `slot`: that of no request.
@@ -51,15 +51,15 @@ class Canary:
         self._last_token_s = now_s
 
     def plan(self, block_id: int) -> Plan:
-        """The step that asks for the canary's token, with its K/V in `block_id`."""
+        """The step that asks for the probe's token, with its K/V in `block_id`."""
         row = Row(self._sequence, self._slot, 0, 1, True, self._sequence.incarnation)
-        return Plan((row,), (BlockDelta(self._slot, 0, (block_id,)),), 1)
+        return Plan((row,), (BlockTableUpdate(self._slot, 0, (block_id,)),), 1)
 
     def take(self, outputs: list[GroupOutputs], now_s: float, took_s: float) -> None:
-        """The canary's step is back. Raises ShardFault where no token can be chosen from what came."""
+        """The probe's step is back. Raises ShardFault where no token can be chosen from what came."""
         [(_, group)] = outputs
         [choice] = choose_tokens(group, [self._chooser])
-        if isinstance(choice, NeedsWholeRow):
+        if isinstance(choice, InsufficientCandidates):
             choice = ShardFault("the likeliest token cannot be told from the candidates that came")
         if isinstance(choice, ShardFault):
             raise choice

@@ -15,9 +15,9 @@ from typing import Any, Protocol
 
 from stagecoach import errors
 from stagecoach.v1 import shard_pb2
-from stagecoach_router.engine.health_probe import Canary
-from stagecoach_router.engine.step_loop import Counters, Steps
-from stagecoach_router.engine.straggler import Slowness
+from stagecoach_router.engine.health_probe import HealthProbe
+from stagecoach_router.engine.step_loop import Counters, StepLoop
+from stagecoach_router.engine.straggler import StragglerDetector
 from stagecoach_router.pipelines.pipeline import Connect, Pipeline
 from stagecoach_router.requests.request_state import Generation, Run
 from stagecoach_router.scheduling.pacing import Pacing
@@ -36,13 +36,13 @@ class ReplicaSettings:
     """What all replicas of a router have in common.
 
     `max_batch_tokens` is taken where all shards take so many; `recovery_timeout_s` is how long requests wait for a lost
-    pipeline before they fail; `lanes` is Pacing's, `slowness_window_s` Slowness's.
+    pipeline before they fail; `lanes` is Pacing's, `straggler_window_s` StragglerDetector's.
     """
 
     vocab_size: int
     max_batch_tokens: int
     recovery_timeout_s: float
-    slowness_window_s: float
+    straggler_window_s: float
     lanes: int = 0
 
 
@@ -62,7 +62,7 @@ class Owner(Protocol):
 class Replica:
     """Generates over one pipeline at a time.
 
-    `connect` opens it; `canary` says when to try it without a request; what it does is added to `counters`. It is
+    `connect` opens it; `probe` says when to try it without a request; what it does is added to `counters`. It is
     `ready` once a token has come through the pipeline, until that is lost.
     """
 
@@ -72,7 +72,7 @@ class Replica:
         settings: ReplicaSettings,
         *,
         connect: Connect,
-        canary: Canary,
+        probe: HealthProbe,
         counters: Counters,
         owner: Owner,
     ) -> None:
@@ -82,11 +82,11 @@ class Replica:
         self.reason = "it has not been open yet"  # why it is not ready
         self._settings = settings
         self._connect = connect
-        self._canary = canary
+        self._probe = probe
         self._counters = counters
         self._owner = owner
         self._runs: dict[int, Run] = {}  # by seq_id
-        self._steps: Steps | None = None  # of the pipeline; None once that is lost
+        self._steps: StepLoop | None = None  # of the pipeline; None once that is lost
         self._lost = asyncio.Event()
         self._unproven_since_s: float | None = time.monotonic()  # None while it is ready
         self._reopen_delay_s = REOPEN_FIRST_DELAY_S
@@ -138,7 +138,7 @@ class Replica:
     def fail(self, generation: Generation, error: errors.StagecoachError) -> None:
         """Ends a request with an error."""
         self.cancel(generation)
-        generation.pieces.fail(error)
+        generation.deltas.fail(error)
 
     def fail_all(self, error: errors.StagecoachError) -> None:
         """Ends all that run or wait here."""
@@ -185,7 +185,7 @@ class Replica:
         self._fit(self.pipeline)
         if self.pipeline.lost is None:
             self._steps = self._begin(self.pipeline)
-            self._steps.send_canary()
+            self._steps.send_probe()
             self.reason = "no token has come through it yet"
         self.pump()
 
@@ -202,7 +202,7 @@ class Replica:
         """Takes over what the pipeline's smallest stage can hold."""
         scheduler = self.scheduler
         scheduler.max_batch_tokens = min(self._settings.max_batch_tokens, pipeline.max_batch_tokens)
-        scheduler.blocks.reset(pipeline.num_blocks - 1)  # the last one is the canary's
+        scheduler.blocks.reset(pipeline.num_blocks - 1)  # the last one is the probe's
         scheduler.pacing = Pacing(len(pipeline.stages), self._settings.lanes)
         scheduler.pacing.limit_lanes(pipeline.max_queued_steps)
         scheduler.pacing.limit_steps(scheduler.max_logit_rows, scheduler.max_batch_tokens)
@@ -210,17 +210,17 @@ class Replica:
             if not self.fits(generation):
                 self._owner.find_room(self, generation)
 
-    def _begin(self, pipeline: Pipeline) -> Steps:
+    def _begin(self, pipeline: Pipeline) -> StepLoop:
         pacing = self.scheduler.pacing
         assert pacing is not None, "fitted"
-        self._canary.forget()
-        return Steps(
+        self._probe.forget()
+        return StepLoop(
             pipeline,
             self.scheduler,
             self._runs,
             vocab_size=self._settings.vocab_size,
-            canary=self._canary,
-            slowness=Slowness(pacing, self._settings.slowness_window_s),
+            probe=self._probe,
+            straggler=StragglerDetector(pacing, self._settings.straggler_window_s),
             counters=self._counters,
             on_token=self._token_came,
             fail=self.fail,
@@ -258,8 +258,8 @@ class Replica:
         self._steps.take(result, payload)
         self._owner.work_changed()
 
-    def _token_came(self, is_canary: bool) -> None:
-        if not (is_canary and self._runs):  # a canary proves nothing about requests that break the pipeline
+    def _token_came(self, is_probe: bool) -> None:
+        if not (is_probe and self._runs):  # a probe proves nothing about requests that break the pipeline
             self._reopen_delay_s = REOPEN_FIRST_DELAY_S
         self._set_ready(True)
 
@@ -268,14 +268,14 @@ class Replica:
         self.reason = str(error)
         steps, self._steps = self._steps, None
         for run in [] if steps is None else steps.under_way():
-            self._suspect(run, error)
+            self._suspect_poison(run, error)
         self.scheduler.preempt_all()
         self._lost.set()
         self._owner.work_changed()
         self._say_ready(False)
         self._owner.replica_changed(self)  # also where it never was: requests may be here all the same
 
-    def _suspect(self, run: Run, error: errors.StagecoachError) -> None:
+    def _suspect_poison(self, run: Run, error: errors.StagecoachError) -> None:
         """Gives up on one that was under way too often. Whoever only waited for a step cannot have broken anything."""
         num_losses = run.was_under_way()
         if num_losses > MAX_REPLAYS_WITHOUT_PROGRESS:
@@ -294,29 +294,29 @@ class Replica:
             self._unproven_since_s = time.monotonic()
         self.ready = ready
 
-    # ---- the canary
+    # ---- the probe
 
     async def _prove_regularly(self) -> None:
         while True:
-            await asyncio.sleep(self._canary.interval_s / 4)
+            await asyncio.sleep(self._probe.interval_s / 4)
             self._prove()
 
     def _prove(self) -> None:
-        """Where no token has come for a while and none is under way: sends a canary."""
+        """Where no token has come for a while and none is under way: sends a probe."""
         if self._steps is not None and not self.ready:
             self._owner.replica_changed(self)  # requests may have waited for it long enough
-        if self._steps is None or not self._canary.is_due(time.perf_counter()):
+        if self._steps is None or not self._probe.is_due(time.perf_counter()):
             return
         self.pump()
         if self._steps.num_in_flight:
             return
-        if self.scheduler.has_work():  # then a canary's token would prove nothing
+        if self.scheduler.has_work():  # then a probe's token would prove nothing
             self.reason = "sequences wait, and nothing can be scheduled"
             if self.ready:
                 logger.error(self.reason)
             self._set_ready(False)
             return
-        self._steps.send_canary()
+        self._steps.send_probe()
 
 
 def _first_in_order(generation: Generation) -> Any:

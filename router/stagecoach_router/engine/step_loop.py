@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 from stagecoach import errors
 from stagecoach.v1 import shard_pb2
-from stagecoach_router.engine.health_probe import Canary
-from stagecoach_router.engine.straggler import Slowness
+from stagecoach_router.engine.health_probe import HealthProbe
+from stagecoach_router.engine.straggler import StragglerDetector
 from stagecoach_router.engine.wire import GroupOutputs, OutputOrder, read_outputs, write_micro_batch
 from stagecoach_router.pipelines.pipeline import Pipeline
-from stagecoach_router.requests.completion import Piece
+from stagecoach_router.requests.completion import OutputDelta
 from stagecoach_router.requests.request_state import Generation, Run
-from stagecoach_router.sampling.outputs import NeedsWholeRow, OutputWant, wider_output
+from stagecoach_router.sampling.outputs import InsufficientCandidates, OutputWant, wider_output
 from stagecoach_router.sampling.step_sampler import Choice, choose_tokens
 from stagecoach_router.scheduling.cost_model import StepShape
 from stagecoach_router.scheduling.pacing import StageSeconds
@@ -23,7 +23,7 @@ from stagecoach_router.scheduling.plan import Plan, Row
 from stagecoach_router.scheduling.scheduler import Scheduler
 
 # A caller that reads so much slower than its answer is generated is cut off.
-MAX_UNREAD_PIECES = 4096
+MAX_UNREAD_DELTAS = 4096
 
 
 @dataclass(slots=True)
@@ -45,14 +45,14 @@ class _Step:
     shape: StepShape
     number: int
     sent_s: float  # time.perf_counter()
-    is_canary: bool = False
+    is_probe: bool = False
 
 
-class Steps:
+class StepLoop:
     """Sends what `scheduler` plans over `pipeline`, and gives the tokens that come to `runs` (by seq_id).
 
     A run that finishes is taken out of `runs`; `fail` has to end all of a request. `on_token` is told whenever at least
-    one token has come, and whether it was only the canary's. What is done is added to `counters`.
+    one token has come, and whether it was only the probe's. What is done is added to `counters`.
     """
 
     def __init__(
@@ -62,8 +62,8 @@ class Steps:
         runs: dict[int, Run],
         *,
         vocab_size: int,
-        canary: Canary,
-        slowness: Slowness,
+        probe: HealthProbe,
+        straggler: StragglerDetector,
         counters: Counters,
         on_token: Callable[[bool], None],
         fail: Callable[[Generation, errors.StagecoachError], None],
@@ -72,8 +72,8 @@ class Steps:
         self._scheduler = scheduler
         self._runs = runs
         self._vocab_size = vocab_size
-        self._canary = canary
-        self._slowness = slowness
+        self._probe = probe
+        self._straggler = straggler
         self._counters = counters
         self._on_token = on_token
         self._fail = fail
@@ -97,9 +97,9 @@ class Steps:
             wants = {row.sequence.seq_id: self._want(row) for row in plan.rows if row.wants_logits}
             self._send(plan, wants)
 
-    def send_canary(self) -> None:
+    def send_probe(self) -> None:
         """Asks for a token that is nobody's."""
-        self._send(self._canary.plan(self._pipeline.num_blocks - 1), self._canary.wants, is_canary=True)
+        self._send(self._probe.plan(self._pipeline.num_blocks - 1), self._probe.wants, is_probe=True)
 
     def take(self, result: shard_pb2.StepResult, payload: memoryview) -> None:
         """The oldest step has come back.
@@ -113,46 +113,48 @@ class Steps:
         step = self._in_flight.popleft()
         round_trip_s = time.perf_counter() - step.sent_s
         outputs = read_outputs(result, payload, step.order, self._vocab_size)
-        if step.is_canary:
-            self._canary.take(outputs, time.perf_counter(), round_trip_s)
+        if step.is_probe:
+            self._probe.take(outputs, time.perf_counter(), round_trip_s)
             self._on_token(True)
             return
-        pieces: list[tuple[Generation, Piece]] = []
+        deltas: list[tuple[Generation, OutputDelta]] = []
         try:
-            self._take_tokens(step, outputs, pieces)
+            self._take_tokens(step, outputs, deltas)
             self.send_all()
         finally:  # whatever went wrong: their tokens are in the log, and would not come again
             # Last: each wakes a call's task, and the next step's frame is not to wait behind them.
-            for generation, piece in pieces:
-                generation.pieces.put(piece)
-        if pieces:
-            self._canary.token_came(time.perf_counter())
+            for generation, delta in deltas:
+                generation.deltas.put(delta)
+        if deltas:
+            self._probe.token_came(time.perf_counter())
             self._on_token(False)
         stages = [StageSeconds(timing.queue_s, timing.compute_s) for timing in result.timings]
         self._scheduler.observe(step.plan, stages, round_trip_s)
-        slow = self._slowness.observe(step.shape, stages, time.monotonic())
+        slow = self._straggler.observe(step.shape, stages, time.monotonic())
         if slow is not None:
             address = self._pipeline.stages[slow].address
             raise errors.Unavailable(f"stage {slow} at {address} has become many times slower")
 
-    def _send(self, plan: Plan, wants: dict[int, OutputWant], *, is_canary: bool = False) -> None:
+    def _send(self, plan: Plan, wants: dict[int, OutputWant], *, is_probe: bool = False) -> None:
         pipeline = self._pipeline
         frame, order = write_micro_batch(
             plan, wants, lease_id=pipeline.lease_id, epoch=pipeline.epoch, step=self._next_step
         )
         shape = StepShape.of(plan.rows)
-        self._in_flight.append(_Step(plan, order, shape, self._next_step, time.perf_counter(), is_canary))
+        self._in_flight.append(_Step(plan, order, shape, self._next_step, time.perf_counter(), is_probe))
         self._next_step += 1
         pacing = self._scheduler.pacing
         assert pacing is not None, "set when the pipeline was opened"
-        pipeline.send(frame, self._canary.expected_s if is_canary else pacing.expected_s(shape))
+        pipeline.send(frame, self._probe.expected_s if is_probe else pacing.expected_s(shape))
 
     def _want(self, row: Row) -> OutputWant:
         run = self._runs[row.sequence.seq_id]
         return run.retry or run.want
 
-    def _take_tokens(self, step: _Step, outputs: list[GroupOutputs], pieces: list[tuple[Generation, Piece]]) -> None:
-        """Samples for all rows of a step; adds what that gives to `pieces`."""
+    def _take_tokens(
+        self, step: _Step, outputs: list[GroupOutputs], deltas: list[tuple[Generation, OutputDelta]]
+    ) -> None:
+        """Samples for all rows of a step; adds what that gives to `deltas`."""
         current = {row.sequence.seq_id for row in self._scheduler.complete(step.plan)}
         for rows, group in outputs:
             # Those that are still there: a failure takes all completions of its request with it.
@@ -164,22 +166,22 @@ class Steps:
             live = group if len(indices) == len(rows) else group.take(indices)
             runs = [self._runs[rows[index].sequence.seq_id] for index in indices]
             for run, choice in zip(runs, choose_tokens(live, [run.chooser for run in runs]), strict=True):
-                piece = self._advance(run, choice)
-                if piece is not None:
-                    pieces.append((run.generation, piece))
+                delta = self._advance(run, choice)
+                if delta is not None:
+                    deltas.append((run.generation, delta))
 
-    def _advance(self, run: Run, sampled: Choice) -> Piece | None:
+    def _advance(self, run: Run, sampled: Choice) -> OutputDelta | None:
         """Takes a sequence's next token; returns what it adds, None where there is no token."""
         sequence, counters = run.sequence, self._counters
         if sequence.removed:  # with another of its request's completions, a moment ago
             return None
-        if len(run.generation.pieces) >= MAX_UNREAD_PIECES:
-            self._fail(run.generation, errors.Overloaded("the answer is not being read", limit=MAX_UNREAD_PIECES))
+        if len(run.generation.deltas) >= MAX_UNREAD_DELTAS:
+            self._fail(run.generation, errors.Overloaded("the answer is not being read", limit=MAX_UNREAD_DELTAS))
             return None
         if isinstance(sampled, errors.ShardFault):  # no number among this row's logits: nobody else's fault
             self._fail(run.generation, sampled)
             return None
-        if isinstance(sampled, NeedsWholeRow):
+        if isinstance(sampled, InsufficientCandidates):
             run.retry = wider_output(run.retry or run.want, self._vocab_size)
             counters.num_repeats += 1
             self._scheduler.repeat(sequence)
@@ -191,9 +193,9 @@ class Steps:
             counters.cached_prompt_tokens += sequence.num_cached
         run.chooser.counts.add(sampled.token_id)
         self._scheduler.append_token(sequence, sampled.token_id)
-        piece = run.completion.advance(sampled)
-        if piece.finish_reason is not None:
+        delta = run.completion.advance(sampled)
+        if delta.finish_reason is not None:
             del self._runs[sequence.seq_id]
             self._scheduler.remove(sequence)
             counters.num_finished += 1
-        return piece
+        return delta

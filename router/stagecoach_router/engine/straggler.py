@@ -37,7 +37,7 @@ class _Reference(NamedTuple):
     max_context: int
 
 
-class Slowness:
+class StragglerDetector:
     """Compares a pipeline's steps, in windows of `window_s`, with what `pacing` knew of its stages before."""
 
     def __init__(self, pacing: Pacing, window_s: float) -> None:

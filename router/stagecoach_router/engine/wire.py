@@ -71,8 +71,8 @@ def write_micro_batch(
         row_num_tokens=[row.num_tokens for row in plan.rows],
         dtype=model_pb2.DTYPE_INT32,
     )
-    for delta in plan.deltas:
-        header.deltas.add(slot=delta.slot, first=delta.first, block_ids=delta.block_ids)
+    for update in plan.block_table_updates:
+        header.block_table_updates.add(slot=update.slot, first=update.first, block_ids=update.block_ids)
     for (num_candidates, log_sum_exp), group in groups.items():
         header.outputs.add(
             token_indices=group.token_indices,

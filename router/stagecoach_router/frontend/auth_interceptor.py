@@ -10,7 +10,7 @@ import grpc.aio
 
 from stagecoach import errors
 from stagecoach.errors.rich_status import abort
-from stagecoach_router.tenants.tenants import Callers
+from stagecoach_router.tenants.tenants import Tenants
 
 # What probes ask. Not Watch: it keeps a call open, and strangers are not to use up those that there may be.
 HEALTH_CHECK = "/grpc.health.v1.Health/Check"
@@ -19,10 +19,10 @@ HEALTH_CHECK = "/grpc.health.v1.Health/Check"
 Find = Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any] | None"]]
 
 
-class KeyRequired(grpc.aio.ServerInterceptor):
+class AuthInterceptor(grpc.aio.ServerInterceptor):
     """Refuses every call but a health check that brings no known key: also of services that are added later."""
 
-    def __init__(self, callers: Callers) -> None:
+    def __init__(self, callers: Tenants) -> None:
         self._callers = callers
 
     async def intercept_service(

@@ -32,7 +32,7 @@ READ_TIMEOUT_S = 10.0
 RETRY_AFTER_S = 1.0
 
 
-class Door(grpc.aio.ServerInterceptor):
+class CallLimits(grpc.aio.ServerInterceptor):
     """Lets in at most `max_calls` at a time that bring one request each; more are refused before theirs is received.
 
     The health check is always let in, or a busy router would be taken for a dead one. `retry_after_s` says when to come

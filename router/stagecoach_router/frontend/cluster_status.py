@@ -8,11 +8,11 @@ from stagecoach_router.engine.engine import Engine
 from stagecoach_router.engine.replica import Replica
 from stagecoach_router.metrics.counters import PipelineTotals, StageTotals
 from stagecoach_router.pipelines.shard_client import Stage
-from stagecoach_router.pipelines.shard_registry import Member, Roster
+from stagecoach_router.pipelines.shard_registry import Shard, ShardRegistry
 
 
 def write_status(
-    model: model_pb2.ModelDescription, engine: Engine, roster: Roster, totals: PipelineTotals, uptime_s: float
+    model: model_pb2.ModelDescription, engine: Engine, registry: ShardRegistry, totals: PipelineTotals, uptime_s: float
 ) -> pb.GetClusterStatusResponse:
     """The whole of it. Blocks are those of all pipelines together."""
     counters = engine.counters
@@ -39,7 +39,7 @@ def write_status(
         num_fast_frames=totals.frames.num_fast_frames,
     )
     response.pipelines.extend(_pipeline_status(model, replica, totals) for replica in engine.replicas)
-    response.spares.extend(_spare_status(member) for member in roster.free)
+    response.spares.extend(_spare_status(member) for member in registry.free)
     return response
 
 
@@ -82,7 +82,7 @@ def _stage_status(stage: Stage, totals: StageTotals) -> pb.StageStatus:
     )
 
 
-def _spare_status(member: Member) -> pb.SpareStatus:
+def _spare_status(member: Shard) -> pb.SpareStatus:
     status = pb.SpareStatus(address=member.address, assignable=member.assignable, reason=member.reason)
     if member.layers is not None:
         status.layers.start, status.layers.end = member.layers.start, member.layers.end

@@ -1,4 +1,4 @@
-"""The public gRPC service: messages in, the engine's pieces out. Protobuf stops here."""
+"""The public gRPC service: messages in, the engine's deltas out. Protobuf stops here."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from stagecoach.errors.rich_status import abort
 from stagecoach.sampling import MAX_N, SamplingParams
 from stagecoach.v1 import inference_pb2 as pb
 from stagecoach.v1 import inference_pb2_grpc, model_pb2
-from stagecoach_router.durability.request_registry import Accepted, AcceptedRequests, content_digest
+from stagecoach_router.durability.request_registry import Accepted, RequestRegistry, content_digest
 from stagecoach_router.engine.engine import Engine
 from stagecoach_router.frontend.cluster_status import write_status
-from stagecoach_router.frontend.write_timeouts import StalledWrites
+from stagecoach_router.frontend.write_timeouts import WriteTimeouts
 from stagecoach_router.metrics.counters import PipelineTotals
-from stagecoach_router.pipelines.shard_registry import Roster
-from stagecoach_router.requests.completion import FinishReason, Piece
-from stagecoach_router.requests.output_stream import PieceReader
+from stagecoach_router.pipelines.shard_registry import ShardRegistry
+from stagecoach_router.requests.completion import FinishReason, OutputDelta
+from stagecoach_router.requests.output_stream import OutputReader
 from stagecoach_router.requests.request import Request, check_delivery, check_params, check_prompt, with_max_tokens
 from stagecoach_router.requests.request_state import Generation
 from stagecoach_router.scheduling.retry_after import FIRST_S
-from stagecoach_router.tenants.tenants import Caller, Callers
+from stagecoach_router.tenants.tenants import Tenant, Tenants
 from stagecoach_router.text.tokenizer import Tokenizer
-from stagecoach_router.text.tokenizer_worker import EncodingLine
+from stagecoach_router.text.tokenizer_worker import TokenizerWorker
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -56,15 +56,15 @@ class Serving:
         model: model_pb2.ModelDescription,
         tokenizer: Tokenizer,
         engine: Engine,
-        accepted: AcceptedRequests,
-        roster: Roster,
+        accepted: RequestRegistry,
+        registry: ShardRegistry,
         totals: PipelineTotals,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.engine = engine
         self.accepted = accepted
-        self.roster = roster
+        self.registry = registry
         self.totals = totals
 
 
@@ -75,10 +75,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     off.
     """
 
-    def __init__(self, callers: Callers, *, max_stall_s: float = math.inf) -> None:
+    def __init__(self, callers: Tenants, *, max_stall_s: float = math.inf) -> None:
         self._callers = callers
-        self._encoding = EncodingLine()
-        self._stalled_writes = StalledWrites(max_stall_s)
+        self._encoding = TokenizerWorker()
+        self._stalled_writes = WriteTimeouts(max_stall_s)
         self.serving: Serving | None = None
         self.reason = "starting"
         self.draining = False
@@ -107,13 +107,13 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         except errors.StagecoachError as error:
             await abort(context, error)
 
-    async def _deliver(self, accepted: Accepted, reader: PieceReader, tokenizer: Tokenizer, context: Context) -> None:
-        """Sends the pieces as they come, up to the last one. Raises the error they end with."""
+    async def _deliver(self, accepted: Accepted, reader: OutputReader, tokenizer: Tokenizer, context: Context) -> None:
+        """Sends the deltas as they come, up to the last one. Raises the error they end with."""
         task, loop = asyncio.current_task(), asyncio.get_running_loop()
         assert task is not None, "a call is a task"
-        while pieces := await reader.read():
+        while deltas := await reader.read():
             accepted.charge()
-            for response in write_pieces(pieces, accepted.generation, tokenizer):
+            for response in write_deltas(deltas, accepted.generation, tokenizer):
                 self._stalled_writes.begin(task, context, loop.time())
                 try:
                     await context.write(response)
@@ -159,9 +159,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         pipelines = [replica.pipeline for replica in serving.engine.replicas]
         open_ones = [pipeline for pipeline in pipelines if pipeline is not None and pipeline.lost is None]
         await asyncio.gather(*(pipeline.refresh_loads(LOAD_REPORT_TIMEOUT_S) for pipeline in open_ones))
-        return write_status(serving.model, serving.engine, serving.roster, serving.totals, uptime_s)
+        return write_status(serving.model, serving.engine, serving.registry, serving.totals, uptime_s)
 
-    async def _find_or_accept(self, request: pb.GenerateRequest, serving: Serving, caller: Caller) -> Accepted:
+    async def _find_or_accept(self, request: pb.GenerateRequest, serving: Serving, caller: Tenant) -> Accepted:
         """The request of this id, where it is known, or a new one. What is refused is refused before it costs much."""
         request.request_id = request.request_id or uuid.uuid4().hex
         key = (caller.name, request.request_id)
@@ -190,7 +190,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             )
         serving.engine.check_room(max(1, min(request.sampling.n, MAX_N)))
 
-    def _require(self, model: str, caller: Caller) -> Serving:
+    def _require(self, model: str, caller: Tenant) -> Serving:
         if self.serving is None:
             raise errors.Unavailable(f"no pipeline yet: {self.reason}", retry_after_s=1.0)
         caller.check_model(model or self.serving.model.name)
@@ -205,7 +205,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
 
 async def read_request(
-    request: pb.GenerateRequest, serving: Serving, caller: Caller, encoding: EncodingLine
+    request: pb.GenerateRequest, serving: Serving, caller: Tenant, encoding: TokenizerWorker
 ) -> Request:
     """The request, checked against the model. Raises typed errors that name the field."""
     params = read_params(request.sampling)
@@ -261,7 +261,7 @@ def read_params(message: pb.SamplingParams) -> SamplingParams:
 
 
 async def _tokens(
-    request: pb.GenerateRequest | pb.TokenizeRequest, tokenizer: Tokenizer, encoding: EncodingLine
+    request: pb.GenerateRequest | pb.TokenizeRequest, tokenizer: Tokenizer, encoding: TokenizerWorker
 ) -> list[int]:
     """The request's tokens. A long text is encoded on another thread: every stream waits for the event loop."""
     num_bytes = request.ByteSize()
@@ -290,40 +290,42 @@ def _encode(request: pb.GenerateRequest | pb.TokenizeRequest, tokenizer: Tokeniz
     raise errors.InvalidArgument("input: give a prompt, token_ids or messages", field="input")
 
 
-def write_pieces(pieces: Sequence[Piece], generation: Generation, tokenizer: Tokenizer) -> list[pb.GenerateResponse]:
+def write_deltas(
+    deltas: Sequence[OutputDelta], generation: Generation, tokenizer: Tokenizer
+) -> list[pb.GenerateResponse]:
     """The next responses of a Generate stream: one for what has come of each completion, as they came."""
-    if len(pieces) == 1:  # nearly always: the reader keeps up
-        return [_write_run(pieces, generation, tokenizer)]
-    by_completion: dict[int, list[Piece]] = {}
-    for piece in pieces:
-        by_completion.setdefault(piece.index, []).append(piece)
+    if len(deltas) == 1:  # nearly always: the reader keeps up
+        return [_write_run(deltas, generation, tokenizer)]
+    by_completion: dict[int, list[OutputDelta]] = {}
+    for delta in deltas:
+        by_completion.setdefault(delta.index, []).append(delta)
     return [_write_run(run, generation, tokenizer) for run in by_completion.values()]
 
 
-def _write_run(pieces: Sequence[Piece], generation: Generation, tokenizer: Tokenizer) -> pb.GenerateResponse:
-    """One response with all of `pieces`, which follow each other in one completion."""
-    request, piece = generation.request, pieces[-1]
+def _write_run(deltas: Sequence[OutputDelta], generation: Generation, tokenizer: Tokenizer) -> pb.GenerateResponse:
+    """One response with all of `deltas`, which follow each other in one completion."""
+    request, delta = generation.request, deltas[-1]
     response = pb.GenerateResponse(
         request_id=request.request_id,
-        index=piece.index,
-        text=piece.text if len(pieces) == 1 else "".join([each.text for each in pieces]),
-        token_ids=[each.token_id for each in pieces],
+        index=delta.index,
+        text=delta.text if len(deltas) == 1 else "".join([each.text for each in deltas]),
+        token_ids=[each.token_id for each in deltas],
     )
-    if piece.sampled.logprob is not None:
-        for each in pieces:
+    if delta.sampled.logprob is not None:
+        for each in deltas:
             _write_logprobs(each, response.logprobs.add(), tokenizer)
-    if piece.finish_reason is not None:
-        response.finish_reason = _FINISH_REASONS[piece.finish_reason]
+    if delta.finish_reason is not None:
+        response.finish_reason = _FINISH_REASONS[delta.finish_reason]
         response.usage.prompt_tokens = len(request.prompt_tokens)
-        response.usage.cached_tokens = generation.runs[piece.index].sequence.num_cached
-        response.usage.completion_tokens = generation.runs[piece.index].completion.num_tokens
+        response.usage.cached_tokens = generation.runs[delta.index].sequence.num_cached
+        response.usage.completion_tokens = generation.runs[delta.index].completion.num_tokens
     return response
 
 
-def _write_logprobs(piece: Piece, position: pb.PositionLogprobs, tokenizer: Tokenizer) -> None:
-    assert piece.sampled.logprob is not None, "asked for with every token, or with none"
-    position.chosen.CopyFrom(_token_logprob(piece.token_id, piece.sampled.logprob, tokenizer))
-    position.top.extend(_token_logprob(token_id, logprob, tokenizer) for token_id, logprob in piece.sampled.top)
+def _write_logprobs(delta: OutputDelta, position: pb.PositionLogprobs, tokenizer: Tokenizer) -> None:
+    assert delta.sampled.logprob is not None, "asked for with every token, or with none"
+    position.chosen.CopyFrom(_token_logprob(delta.token_id, delta.sampled.logprob, tokenizer))
+    position.top.extend(_token_logprob(token_id, logprob, tokenizer) for token_id, logprob in delta.sampled.top)
 
 
 def _token_logprob(token_id: int, logprob: float, tokenizer: Tokenizer) -> pb.TokenLogprob:

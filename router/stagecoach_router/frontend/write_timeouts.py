@@ -17,7 +17,7 @@ _LOOKS_PER_STALL = 4
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class StalledWrites:
+class WriteTimeouts:
     """Cancels calls whose write has been under way for `max_stall_s`, at the latest a quarter of that later.
 
     One look at all of them now and then, because a timer for each message would cost as much as writing it.

@@ -14,7 +14,7 @@ from stagecoach_router.metrics.counters import PipelineTotals
 from stagecoach_router.pipelines.pipeline import Connect, LostHandler, Pipeline, ResultHandler
 from stagecoach_router.pipelines.placement import Link, find_chain
 from stagecoach_router.pipelines.shard_client import Stage, check_same_model, describe
-from stagecoach_router.pipelines.shard_registry import Roster
+from stagecoach_router.pipelines.shard_registry import ShardRegistry
 from stagecoach_router.pipelines.watchdog import FaultLimits
 
 logger = logging.getLogger(__name__)
@@ -23,14 +23,14 @@ logger = logging.getLogger(__name__)
 FIND_TIMEOUT_S = 2.0
 # A shard that has just lost its pipeline has so long to say that it is still there, before a spare loads its layers.
 ASK_PATIENCE_S = 1.0
-# A spare that loads layers is waited for so long, before a shard that is blamed for a loss is taken again in its place.
-BLAME_PATIENCE_S = 5.0
+# A spare that loads layers is waited for so long, before a shard in quarantine is taken again in its place.
+QUARANTINE_PATIENCE_S = 5.0
 # At the start, shards that have not answered yet are waited for so long before others load what is missing.
 START_PATIENCE_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class FleetSettings:
+class PipelineSettings:
     """How pipelines are made; `kv_blocks` and `lanes` as in the router's settings.
 
     num_stages: of a pipeline of shards without layers; 0: all of them. num_replicas: for so many pipelines shards load
@@ -45,8 +45,8 @@ class FleetSettings:
     faults: FaultLimits
 
 
-class Fleet:
-    """Opens pipelines over the shards of `roster`, under one lease and rising epochs.
+class PipelineManager:
+    """Opens pipelines over the shards of `registry`, under one lease and rising epochs.
 
     So whatever a shard still sends for a pipeline that was lost is of an epoch that nobody takes any more, whichever
     pipeline it is in now.
@@ -54,14 +54,14 @@ class Fleet:
 
     def __init__(
         self,
-        roster: Roster,
-        settings: FleetSettings,
+        registry: ShardRegistry,
+        settings: PipelineSettings,
         *,
         lease_id: int,
         totals: PipelineTotals,
         dial: Dial = dial_plainly,
     ) -> None:
-        self.roster = roster
+        self.registry = registry
         self._settings = settings
         self._lease_id = lease_id
         self.totals = totals
@@ -87,10 +87,10 @@ class Fleet:
     async def first_shard(self) -> Stage:
         """One that has answered. Raises Unavailable where none does for a while, ModelMismatch where they differ."""
         began = time.monotonic()
-        while (model := self.roster.model()) is None:
+        while (model := self.registry.model()) is None:
             if time.monotonic() - began >= FIND_TIMEOUT_S:
                 raise self._explained(errors.Unavailable("no shard has answered yet"))
-            await self.roster.changed(FIND_TIMEOUT_S)
+            await self.registry.changed(FIND_TIMEOUT_S)
         return model
 
     async def another(self, num_replicas: int, all_open: Callable[[], bool]) -> None:
@@ -105,7 +105,7 @@ class Fleet:
                     return
             except errors.TopologyError:
                 pass
-            await self.roster.changed(FIND_TIMEOUT_S)
+            await self.registry.changed(FIND_TIMEOUT_S)
 
     async def _find(self, former: list[str], *, may_load: bool) -> list[Link]:
         """The next pipeline's shards.
@@ -115,65 +115,68 @@ class Fleet:
         began = time.monotonic()
         while True:
             waited_s = time.monotonic() - began
-            asked = all(self.roster.members[address].asked for address in former)
+            asked = all(self.registry.members[address].asked for address in former)
             error: errors.StagecoachError
             try:
                 chain = self._look(former, may_load=may_load and (asked or waited_s >= ASK_PATIENCE_S))
             except errors.TopologyError as missing:
                 error = missing
             else:
-                is_blamed = chain is not None and self._waits_for_better(former, chain)
-                if chain is not None and not (is_blamed and waited_s < BLAME_PATIENCE_S):
+                is_quarantined = chain is not None and self._waits_for_better(former, chain)
+                if chain is not None and not (is_quarantined and waited_s < QUARANTINE_PATIENCE_S):
                     return chain
                 error = errors.Unavailable("layers are being loaded")
-                if is_blamed:
-                    await self.roster.changed(BLAME_PATIENCE_S - waited_s)
+                if is_quarantined:
+                    await self.registry.changed(QUARANTINE_PATIENCE_S - waited_s)
                     continue
             if waited_s >= FIND_TIMEOUT_S:
                 raise self._explained(error)
-            await self.roster.changed(FIND_TIMEOUT_S - waited_s)
+            await self.registry.changed(FIND_TIMEOUT_S - waited_s)
 
     def _look(self, former: list[str], *, may_load: bool) -> list[Link] | None:
         """A chain of shards that need not load anything. None: some have to, and are told to.
 
         Raises TopologyError where there is neither.
         """
-        model = self.roster.model()
+        model = self.registry.model()
         if model is None:
             raise errors.TopologyError("no shard has answered yet", field="shards")
         num_layers = model.description.model.num_layers
-        candidates = self.roster.candidates(self._min_blocks)
-        started = bool(former) or self.roster.all_answered or self._has_waited_enough()
+        candidates = self.registry.candidates(self._min_blocks)
+        started = bool(former) or self.registry.all_answered or self._has_waited_enough()
         try:
             chain = find_chain(candidates, num_layers, prefer=former, may_load=False)
         except errors.TopologyError:
             if may_load and started and self._load_missing(former, num_layers, without=()):
                 return None
             # Those without room may have some by the time they are asked; else they say how much they lack.
-            return find_chain(self.roster.candidates(0), num_layers, prefer=former, may_load=False)
-        blamed = self._blamed(chain)
-        if may_load and blamed:
-            # All of them, or else one: a broken link is blamed on both of its ends.
-            any(self._load_missing(former, num_layers, without=each) for each in [blamed, *zip(reversed(blamed))])
+            return find_chain(self.registry.candidates(0), num_layers, prefer=former, may_load=False)
+        quarantined = self._quarantined(chain)
+        if may_load and quarantined:
+            # All of them, or else one: a broken link is quarantined on both of its ends.
+            any(
+                self._load_missing(former, num_layers, without=each)
+                for each in [quarantined, *zip(reversed(quarantined))]
+            )
         return chain
 
-    def _blamed(self, chain: list[Link]) -> list[str]:
-        return [link.address for link in chain if self.roster.members[link.address].is_blamed]
+    def _quarantined(self, chain: list[Link]) -> list[str]:
+        return [link.address for link in chain if self.registry.members[link.address].is_quarantined]
 
     def _waits_for_better(self, former: list[str], chain: list[Link]) -> bool:
-        """Whether a shard is loading what makes a chain with fewer that are blamed."""
-        if not self._blamed(chain):
+        """Whether a shard is loading what makes a chain with fewer that are quarantined."""
+        if not self._quarantined(chain):
             return False
-        candidates = self.roster.candidates(self._min_blocks, with_loading=True)
+        candidates = self.registry.candidates(self._min_blocks, with_loading=True)
         try:
             better = find_chain(candidates, chain[-1].layers.end, prefer=former, may_load=False)
         except errors.TopologyError:  # this one's shards lack room
             return False
-        return len(self._blamed(better)) < len(self._blamed(chain))
+        return len(self._quarantined(better)) < len(self._quarantined(chain))
 
     def _load_missing(self, former: list[str], num_layers: int, *, without: Collection[str]) -> bool:
         """Has shards load what is missing, or finds that they do. Returns whether that makes a pipeline."""
-        candidates = self.roster.candidates(self._min_blocks, with_loading=True)
+        candidates = self.registry.candidates(self._min_blocks, with_loading=True)
         try:
             chain = find_chain(
                 [shard for shard in candidates if shard.address not in without],
@@ -186,22 +189,22 @@ class Fleet:
             return False
         for link in chain:
             if link.must_load:
-                self.roster.load(link.address, link.layers)
+                self.registry.load(link.address, link.layers)
         return True
 
     @property
     def _min_blocks(self) -> int:
-        return max(self._settings.kv_blocks, 1) + 1  # one is the canary's
+        return max(self._settings.kv_blocks, 1) + 1  # one is the probe's
 
     def _has_waited_enough(self) -> bool:
         return time.monotonic() - self._started_s >= START_PATIENCE_S
 
     def _explained(self, error: errors.StagecoachError) -> errors.StagecoachError:
         """With what is wrong with the shards that could help; as an error for good where nothing is."""
-        reasons = [member.reason for member in self.roster.free if member.reason]
+        reasons = [member.reason for member in self.registry.free if member.reason]
         if reasons:
             return errors.Unavailable("; ".join(dict.fromkeys([*reasons, str(error)])))
-        if isinstance(error, errors.TopologyError) and self.roster.all_answered:
+        if isinstance(error, errors.TopologyError) and self.registry.all_answered:
             return error
         return errors.Unavailable(str(error))
 
@@ -209,7 +212,7 @@ class Fleet:
         settings = self._settings
         self._epoch += 1
         epoch = self._epoch
-        self.roster.take(addresses, epoch)
+        self.registry.take(addresses, epoch)
 
         def lost(error: errors.StagecoachError) -> None:
             self._let_go(addresses, epoch, error)
@@ -233,24 +236,24 @@ class Fleet:
         except BaseException as error:
             self._let_go(addresses, epoch, error)
             raise
-        self.roster.settle(stages[0])
+        self.registry.settle(stages[0])
         places = ", ".join(f"layers {stage.layers} at {stage.address}" for stage in stages)
         logger.info("pipeline open in epoch %d: %s; %d K/V blocks", epoch, places, num_blocks)
         return pipeline
 
     def _let_go(self, addresses: list[str], epoch: int, error: BaseException) -> None:
-        """Gives up a pipeline's shards, and blames those that the error names; all, where it names none."""
+        """Gives up a pipeline's shards, and quarantines those that the error names; all, where it names none."""
         if isinstance(error, (errors.Unavailable, errors.ShardFault)):
             named = [address for address in addresses if address in str(error)]
-            self.roster.blame(named or addresses)
-        self.roster.release(addresses, epoch)
+            self.registry.quarantine(named or addresses)
+        self.registry.release(addresses, epoch)
 
     async def _describe(self, addresses: list[str]) -> list[Stage]:
         """As they are now: since they were last asked, others may have taken their blocks."""
         timeout_s = self._settings.faults.fault_timeout_s
         asked = [describe(address, self._dial, lease_id=self._lease_id, timeout_s=timeout_s) for address in addresses]
         stages = await asyncio.gather(*asked)
-        model = self.roster.model() or stages[0]
+        model = self.registry.model() or stages[0]
         end = 0
         for stage in stages:
             check_same_model(stage, model)
@@ -279,7 +282,7 @@ def _check_lanes(lanes: int, num_stages: int) -> None:
 
 
 def num_blocks_to_lease(wanted: int, stages: list[Stage]) -> int:
-    """What is free on every stage, or `wanted` of it and one for the canary.
+    """What is free on every stage, or `wanted` of it and one for the probe.
 
     Raises KVCacheFull, ConfigError for more than there ever are.
     """
@@ -287,7 +290,7 @@ def num_blocks_to_lease(wanted: int, stages: list[Stage]) -> int:
     free_blocks = min(stage.description.num_free_blocks for stage in stages)
     all_blocks = min(stage.description.num_blocks for stage in stages)
     if needed > all_blocks:
-        text = f"kv_blocks: {needed - 1} wanted and one for the canary, a stage has {all_blocks}"
+        text = f"kv_blocks: {needed - 1} wanted and one for the probe, a stage has {all_blocks}"
         raise errors.ConfigError(text, field="kv_blocks", limit=all_blocks - 1, value=wanted)
     if free_blocks < needed:
         raise errors.KVCacheFull(needed_blocks=needed, free_blocks=free_blocks)

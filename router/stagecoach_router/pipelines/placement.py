@@ -25,7 +25,7 @@ class Candidate:
     layers: LayerRange | None  # None: it has none yet
     assignable: bool  # may be given other layers
     num_blocks: int  # K/V blocks free, 0 where it has no layers
-    blamed: bool = False  # it may be what broke a pipeline lately
+    quarantined: bool = False  # it may be what broke a pipeline lately
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +62,10 @@ def find_chain(
 ) -> list[Link]:
     """The best chain of shards that covers [0, num_layers) exactly once, in order. Addresses differ from one another.
 
-    Best is one in which nothing has to be loaded; then the least layers to load; then the fewest shards that are blamed
-    for the loss of a pipeline; then the most shards of `prefer` (the addresses that the pipeline had before) that serve
-    their layers now; then the fewest stages; then the most K/V blocks at the smallest stage; then the first in the
-    order of addresses.
+    Best is one in which nothing has to be loaded; then the least layers to load; then the fewest shards in
+    quarantine for the loss of a pipeline; then the most shards of `prefer` (the addresses that the pipeline had
+    before) that serve their layers now; then the fewest stages; then the most K/V blocks at the smallest stage;
+    then the first in the order of addresses.
 
     Layers that no fitting shard serves are loaded, where `may_load`, by assignable shards: first by those without
     layers, then by those whose layers are not needed. Each gap is one shard's, or is cut for several without layers, as
@@ -132,11 +132,11 @@ def _best(serving: Sequence[Candidate], num_layers: int, prefer: Sequence[str], 
     for layer, following in pairwise(order):
         for gap in (False, True):
             for left, so_far in _undominated(best.get((layer, gap), {})):
-                loads, blamed, preference, stages, narrowness, addresses = so_far
+                loads, quarantined, preference, stages, narrowness, addresses = so_far
                 for end, shard in starting.get(layer, ()):
                     longer = _Partial(
                         loads,
-                        blamed + shard.blamed,
+                        quarantined + shard.quarantined,
                         preference - (shard.address in preferred),
                         stages + 1,
                         max(narrowness, -shard.num_blocks),
@@ -145,9 +145,11 @@ def _best(serving: Sequence[Candidate], num_layers: int, prefer: Sequence[str], 
                     offer(end, False, left - shard.assignable, longer)
                 loads += following - layer
                 if gap:
-                    offer(following, True, left, _Partial(loads, blamed, preference, stages, narrowness, addresses))
+                    offer(
+                        following, True, left, _Partial(loads, quarantined, preference, stages, narrowness, addresses)
+                    )
                 else:
-                    wider = _Partial(loads, blamed, preference, stages + 1, narrowness, (*addresses, _GAP))
+                    wider = _Partial(loads, quarantined, preference, stages + 1, narrowness, (*addresses, _GAP))
                     offer(following, True, left - 1, wider)
     ends = [partial for gap in (False, True) for partial in best.get((num_layers, gap), {}).values()]
     return min((partial for partial in ends if partial.num_loads < num_layers), default=None)
@@ -176,12 +178,12 @@ def _links(
         sizes = [(end - start) // count for (start, end), count in zip(gaps, counts, strict=True)]
         if max(sizes, default=0) > 1:
             counts[sizes.index(max(sizes))] += 1
-    pieces = [
-        LayerRange(start + piece.start, start + piece.end)
+    ranges = [
+        LayerRange(start + part.start, start + part.end)
         for (start, end), count in zip(gaps, counts, strict=True)
-        for piece in split_evenly(end - start, count, head_layers if end == num_layers else 0)
+        for part in split_evenly(end - start, count, head_layers if end == num_layers else 0)
     ]
-    links += [Link(shard.address, layers, True) for shard, layers in zip(fillers, pieces, strict=False)]
+    links += [Link(shard.address, layers, True) for shard, layers in zip(fillers, ranges, strict=False)]
     return sorted(links, key=lambda link: link.layers)
 
 

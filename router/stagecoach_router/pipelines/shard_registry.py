@@ -24,11 +24,11 @@ MAX_RETRY_S = 0.5
 # After a load that failed, the shard is not told to load again for so long.
 LOAD_RETRY_S = 30.0
 # A shard that a lost pipeline may have been lost by is second choice for so long, unless it has been started again.
-BLAME_S = 60.0
+QUARANTINE_S = 60.0
 
 
 @dataclass(eq=False, slots=True)
-class Member:
+class Shard:
     """One shard. While it is in a pipeline, that pipeline knows how it is. Times are time.monotonic()'s."""
 
     address: str
@@ -40,8 +40,8 @@ class Member:
     loading: LayerRange | None = None  # what it was told to load
     load_error: errors.StagecoachError | None = None  # why it could not
     no_load_before_s: float = 0.0
-    blamed_until_s: float = 0.0
-    blamed_shard_id: str = ""
+    quarantined_until_s: float = 0.0
+    quarantined_shard_id: str = ""
 
     @property
     def reason(self) -> str:
@@ -65,10 +65,10 @@ class Member:
         return self.stage is not None and self.stage.description.assignable
 
     @property
-    def is_blamed(self) -> bool:
+    def is_quarantined(self) -> bool:
         """Whether a pipeline was lost lately that it was in, and may have been the cause of."""
-        same = self.stage is not None and self.stage.description.shard_id == self.blamed_shard_id
-        return same and time.monotonic() < self.blamed_until_s
+        same = self.stage is not None and self.stage.description.shard_id == self.quarantined_shard_id
+        return same and time.monotonic() < self.quarantined_until_s
 
     @property
     def is_said_to_load(self) -> bool:
@@ -76,14 +76,14 @@ class Member:
         return self.loading is not None and (self.error is None or self.error.field == "layers")
 
 
-class Roster:
+class ShardRegistry:
     """The shards at `addresses`, of one model. `run` keeps it true.
 
     `timeout_s` is how long a shard may take to say who it is.
     """
 
     def __init__(self, addresses: Sequence[str], dial: Dial = dial_plainly, *, lease_id: int, timeout_s: float) -> None:
-        self.members = {address: Member(address) for address in addresses}
+        self.members = {address: Shard(address) for address in addresses}
         self._dial = dial
         self._lease_id = lease_id
         self._timeout_s = timeout_s
@@ -92,7 +92,7 @@ class Roster:
         self._loads: set[asyncio.Task[None]] = set()
 
     @property
-    def free(self) -> list[Member]:
+    def free(self) -> list[Shard]:
         """Those that are in no pipeline."""
         return [member for member in self.members.values() if member.epoch is None]
 
@@ -136,7 +136,7 @@ class Roster:
                 may_load = member.assignable and now_s >= member.no_load_before_s
                 num_blocks = member.stage.description.num_free_blocks
                 if member.layers is None or num_blocks >= min_blocks:
-                    found.append(Candidate(member.address, member.layers, may_load, num_blocks, member.is_blamed))
+                    found.append(Candidate(member.address, member.layers, may_load, num_blocks, member.is_quarantined))
         return found
 
     def take(self, addresses: Iterable[str], epoch: int) -> None:
@@ -158,13 +158,13 @@ class Roster:
                 member.wake.set()
         self._tell()
 
-    def blame(self, addresses: Iterable[str]) -> None:
+    def quarantine(self, addresses: Iterable[str]) -> None:
         """A pipeline was lost, or not opened, and one of these may be the cause."""
         for address in addresses:
             member = self.members[address]
             if member.stage is not None:
-                member.blamed_until_s = time.monotonic() + BLAME_S
-                member.blamed_shard_id = member.stage.description.shard_id
+                member.quarantined_until_s = time.monotonic() + QUARANTINE_S
+                member.quarantined_shard_id = member.stage.description.shard_id
 
     async def changed(self, timeout_s: float) -> None:
         """Returns when something was learnt about a shard, or after `timeout_s`."""
@@ -191,7 +191,7 @@ class Roster:
             for task in self._loads:
                 task.cancel()
 
-    async def _watch(self, member: Member) -> None:
+    async def _watch(self, member: Shard) -> None:
         retry_s = FIRST_RETRY_S
         while True:
             if member.epoch is None:
@@ -203,7 +203,7 @@ class Roster:
                     retry_s = FIRST_RETRY_S
             member.wake.clear()
 
-    async def _ask(self, member: Member) -> None:
+    async def _ask(self, member: Shard) -> None:
         stage: Stage | None = None
         error: errors.StagecoachError | None = None
         try:
@@ -231,7 +231,7 @@ class Roster:
                 text = f"shards: {stage.address} is the shard at {known.address}"
                 raise errors.ConfigError(text, field="shards", value=stage.address)
 
-    async def _load(self, member: Member, layers: LayerRange, fingerprint: str) -> None:
+    async def _load(self, member: Shard, layers: LayerRange, fingerprint: str) -> None:
         try:
             await assign(member.address, layers, self._dial, fingerprint=fingerprint)
         except errors.StagecoachError as error:

@@ -1,4 +1,4 @@
-"""One completion's text: from sampled tokens to the pieces a caller gets, and when it is finished. Pure."""
+"""One completion's text: from sampled tokens to the deltas a caller gets, and when it is finished. Pure."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class FinishReason(enum.Enum):
 
 
 @dataclass(slots=True)  # not frozen: one is made for every token, and freezing doubles what that costs
-class Piece:
+class OutputDelta:
     """What one token added. The text may be empty (held back) or that of several tokens."""
 
     index: int
@@ -46,7 +46,7 @@ class Completion:
         self._detokenizer = tokenizer.detokenizer(list(prompt_tokens))
         self._stop_strings = StopStrings(params.stop) if params.stop else None
 
-    def advance(self, sampled: Sampled) -> Piece:
+    def advance(self, sampled: Sampled) -> OutputDelta:
         """Takes the next token. Neither a stop token nor a stop string is part of the text."""
         self.num_tokens += 1
         text = ""
@@ -58,12 +58,12 @@ class Completion:
             if self._stop_strings is not None:
                 text, stopped = self._stop_strings.feed(text)
                 if stopped:
-                    return Piece(self.index, text, sampled.token_id, sampled, FinishReason.STOP)
+                    return OutputDelta(self.index, text, sampled.token_id, sampled, FinishReason.STOP)
             if self.num_tokens >= self._max_tokens:
                 reason = FinishReason.LENGTH
         if reason is not None:
             text += self._finish()
-        return Piece(self.index, text, sampled.token_id, sampled, reason)
+        return OutputDelta(self.index, text, sampled.token_id, sampled, reason)
 
     def _finish(self) -> str:
         """The text that was held back."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
 from stagecoach_router.requests.completion import Completion
-from stagecoach_router.requests.output_stream import Pieces
+from stagecoach_router.requests.output_stream import OutputStream
 from stagecoach_router.requests.request import Request
 from stagecoach_router.sampling.outputs import OutputWant, Sampled
 from stagecoach_router.sampling.step_sampler import Chooser
@@ -18,11 +18,11 @@ MIN_PROGRESS_TOKENS = 2
 
 
 class Generation:
-    """One request on its way, and its pieces."""
+    """One request on its way, and its deltas."""
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.pieces = Pieces(request.params.n)
+        self.deltas = OutputStream(request.params.n)
         self.runs: list[Run] = []
 
     @property
@@ -63,8 +63,8 @@ class Run:
         for sampled in past:
             self.sequence.output_tokens.append(sampled.token_id)
             self.chooser.counts.add(sampled.token_id)
-            piece = self.completion.advance(sampled)
-            self.generation.pieces.put(piece)
-            if piece.finish_reason is not None:
+            delta = self.completion.advance(sampled)
+            self.generation.deltas.put(delta)
+            if delta.finish_reason is not None:
                 return True
         return False

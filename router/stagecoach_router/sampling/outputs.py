@@ -111,7 +111,7 @@ class Sampled(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class NeedsWholeRow:
+class InsufficientCandidates:
     """The candidates do not determine the token; the whole row does."""
 
 

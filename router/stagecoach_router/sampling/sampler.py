@@ -24,16 +24,16 @@ import numpy.typing as npt
 
 from stagecoach.errors import ShardFault
 from stagecoach.sampling import SamplingParams
-from stagecoach_router.sampling.outputs import Candidates, NeedsWholeRow, Sampled, WholeRow
+from stagecoach_router.sampling.outputs import Candidates, InsufficientCandidates, Sampled, WholeRow
 from stagecoach_router.sampling.penalties import TokenCounts, num_lowered, only_lowers, shape_candidates, shape_row
 from stagecoach_router.sampling.randomness import uniform
 
-__all__ = ["NeedsWholeRow", "Sampled", "sample"]
+__all__ = ["InsufficientCandidates", "Sampled", "sample"]
 
 _Float32s = npt.NDArray[np.float32]
 _Float64s = npt.NDArray[np.float64]
 
-_NEEDS_WHOLE_ROW = NeedsWholeRow()
+_INSUFFICIENT_CANDIDATES = InsufficientCandidates()
 
 # Smaller temperatures count as this one: two float32 logits either are equal or differ by so much more that nothing
 # changes, and (largest possible logit) / temperature is still a float64.
@@ -63,8 +63,8 @@ def sample(
     seed: int,
     completion: int,
     position: int,
-) -> Sampled | NeedsWholeRow:
-    """The next token of a sequence, exactly as the parameters say, or NeedsWholeRow.
+) -> Sampled | InsufficientCandidates:
+    """The next token of a sequence, exactly as the parameters say, or InsufficientCandidates.
 
     `seed`, `completion` and `position` choose the random number. From a WholeRow the answer is always a Sampled.
     Raises ShardFault where the logits are not numbers, or contradict each other.
@@ -77,20 +77,20 @@ def sample(
 
 def _sample_candidates(
     output: Candidates, params: SamplingParams, counts: TokenCounts, number: float
-) -> Sampled | NeedsWholeRow:
+) -> Sampled | InsufficientCandidates:
     _check_peak(float(output.logits[0]))
     order: npt.NDArray[np.int64] | None = None
     index: int | None = 0
     if params.shapes_logits:
         order, shaped, num_certain = _order_shaped(output, params, counts)
         if num_certain == 0:
-            return _NEEDS_WHOLE_ROW
+            return _INSUFFICIENT_CANDIDATES
         if not params.greedy:
             index = _draw_from_shaped(shaped, num_certain, output, params, counts, number)
     elif not params.greedy:
         index = _draw_from_candidates(output, params, number)
     if index is None:
-        return _NEEDS_WHOLE_ROW
+        return _INSUFFICIENT_CANDIDATES
     if order is not None:
         index = int(order[index])
     token_id = int(output.token_ids[index])

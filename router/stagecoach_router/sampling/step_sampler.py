@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stagecoach.errors import ShardFault
-from stagecoach_router.sampling.outputs import CandidateRows, NeedsWholeRow, Sampled, WholeRows
+from stagecoach_router.sampling.outputs import CandidateRows, InsufficientCandidates, Sampled, WholeRows
 from stagecoach_router.sampling.penalties import TokenCounts
 from stagecoach_router.sampling.randomness import uniform
 from stagecoach_router.sampling.sampler import MIN_TEMPERATURE, mass_interval, sample
@@ -23,7 +23,7 @@ from stagecoach_router.scheduling.sequence import Sequence
 # Fewer rows are drawn faster one by one.
 MIN_ROWS_TO_DRAW = 4
 
-Choice = Sampled | NeedsWholeRow | ShardFault
+Choice = Sampled | InsufficientCandidates | ShardFault
 
 _Float64s = npt.NDArray[np.float64]
 

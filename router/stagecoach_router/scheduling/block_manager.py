@@ -6,7 +6,7 @@ states: held by one or more sequences, idle (nobody's, but its content is known 
 Layers that need different blocks (sliding-window layers beside global ones, or none at all): one pool and one table
 per group of layers. Held, idle and unused then are per pool; a prefix counts as found up to where every group still
 has what it needs of it (a window group: its last `window` positions); the digests here are of tokens, so all groups
-share them. Only this file and the scheduler's deltas would have to know.
+share them. Only this file and the scheduler's block_table_updates would have to know.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ class Row(NamedTuple):
     incarnation: int
 
 
-class BlockDelta(NamedTuple):
+class BlockTableUpdate(NamedTuple):
     """A slot's block table from entry `first` on is now `block_ids`."""
 
     slot: int
@@ -32,18 +32,18 @@ class Plan:
     """One step. Plans are sent in the order they were made, and every one of them is: the scheduler counts on it."""
 
     rows: tuple[Row, ...]  # at most one for each sequence
-    deltas: tuple[BlockDelta, ...]  # to be applied before the rows run
+    block_table_updates: tuple[BlockTableUpdate, ...]  # to be applied before the rows run
     num_tokens: int
 
 
 class Draft:
     """A plan that is being made. `room`: tokens that still fit; `logit_room`: rows that may still want logits."""
 
-    __slots__ = ("deltas", "logit_room", "room", "rows", "victims")
+    __slots__ = ("block_table_updates", "logit_room", "room", "rows", "victims")
 
     def __init__(self, max_batch_tokens: int, max_logit_rows: int) -> None:
         self.room = max_batch_tokens
         self.logit_room = max_logit_rows
         self.rows: dict[Sequence, Row] = {}
-        self.deltas: list[BlockDelta] = []
+        self.block_table_updates: list[BlockTableUpdate] = []
         self.victims: list[Sequence] | None = None  # who may be preempted, first in order first; made when needed

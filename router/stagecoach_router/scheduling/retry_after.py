@@ -14,7 +14,7 @@ MIN_WINDOW_S = 1.0
 MIN_LEFT = 3
 
 
-class RetryDelay:
+class RetryAfter:
     """Watches, from one refusal to the next, how many have left a line that is full.
 
     Only refusals count, because a line that is not full moves as fast as others come, which says nothing of how fast it

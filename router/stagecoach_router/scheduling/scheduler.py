@@ -22,9 +22,9 @@ from stagecoach_router.scheduling.block_manager import BlockManager
 from stagecoach_router.scheduling.cost_model import StepShape
 from stagecoach_router.scheduling.deadlines import Deadlines
 from stagecoach_router.scheduling.pacing import NO_PROMPTS, Pace, Pacing, Prompts, StageSeconds
-from stagecoach_router.scheduling.plan import BlockDelta, Draft, Plan, Row
+from stagecoach_router.scheduling.plan import BlockTableUpdate, Draft, Plan, Row
 from stagecoach_router.scheduling.sequence import Sequence
-from stagecoach_router.scheduling.waiting_queue import WaitingLine, by_order, by_priority_then_arrival, token_limit
+from stagecoach_router.scheduling.waiting_queue import WaitingQueue, by_order, by_priority_then_arrival, token_limit
 
 # Where decodes fill whole steps, every other step keeps this part of its tokens for prefill.
 MIN_PREFILL_FRACTION = 4
@@ -69,7 +69,7 @@ class Scheduler:
         self.num_preemptions = 0  # for want of blocks; preempt_all does not count
         self._order_key = order_key
         self._fixed_pace = Pace(num_lanes)
-        self._waiting = WaitingLine(blocks, max_waiting)
+        self._waiting = WaitingQueue(blocks, max_waiting)
         self._running: list[Sequence | None] = [None] * max_running  # by slot
         self._free_slots = list(range(max_running - 1, -1, -1))
         # A running sequence is in one of these, or awaits its token.
@@ -158,7 +158,7 @@ class Scheduler:
         self._prefill_is_due = is_full and not num_prefill_rows and bool(self._prefilling or self._waiting)
         if not draft.rows:
             return None
-        plan = Plan(tuple(draft.rows.values()), tuple(draft.deltas), self.max_batch_tokens - draft.room)
+        plan = Plan(tuple(draft.rows.values()), tuple(draft.block_table_updates), self.max_batch_tokens - draft.room)
         self._in_flight.add(plan)
         return plan
 
@@ -387,7 +387,7 @@ class Scheduler:
         self.blocks.commit(sequence, end - 1 if wants_logits else end)
         first = sequence.num_sent_blocks
         if first < len(sequence.block_ids):
-            draft.deltas.append(BlockDelta(slot, first, tuple(sequence.block_ids[first:])))
+            draft.block_table_updates.append(BlockTableUpdate(slot, first, tuple(sequence.block_ids[first:])))
             sequence.num_sent_blocks = len(sequence.block_ids)
         draft.rows[sequence] = Row(sequence, slot, start, num_tokens, wants_logits, sequence.incarnation)
         draft.room -= num_tokens

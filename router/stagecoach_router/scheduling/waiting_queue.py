@@ -9,7 +9,7 @@ from typing import Any
 
 from stagecoach.errors import InvalidArgument, OutOfRange, Overloaded
 from stagecoach_router.scheduling.block_manager import BlockManager
-from stagecoach_router.scheduling.retry_after import RetryDelay
+from stagecoach_router.scheduling.retry_after import RetryAfter
 from stagecoach_router.scheduling.sequence import Sequence
 
 # Of all that wait, prompts and what they had when they were preempted; some 100 bytes each.
@@ -57,7 +57,7 @@ def token_limit(sequence: Sequence, *, context_length: int, capacity: int) -> in
     return limit
 
 
-class WaitingLine:
+class WaitingQueue:
     """Sequences that do not run, in order. Each has its `order` set."""
 
     def __init__(self, blocks: BlockManager, max_waiting: int) -> None:
@@ -66,7 +66,7 @@ class WaitingLine:
         self._line: list[Sequence] = []
         self._num_tokens = 0  # of all that wait
         self._num_left = 0  # so far, those that will be back left out
-        self._retry_delay = RetryDelay()
+        self._retry_delay = RetryAfter()
         # Who found too few blocks, and blocks.num_releases then: no use in trying again before that has risen.
         self._blocked: Sequence | None = None
         self._blocked_at = 0

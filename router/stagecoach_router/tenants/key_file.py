@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from stagecoach.errors import ConfigError
 from stagecoach.security.api_keys import KeyEntry, read_entries
-from stagecoach_router.tenants.tenants import Callers
+from stagecoach_router.tenants.tenants import Tenants
 
 CHECK_INTERVAL_S = 1.0
 # An entry has some 300 of them.
@@ -33,7 +33,7 @@ class KeyFile:
         self._interval_s = interval_s
         # Before the file is read: if it changes in between, the next look finds it changed once more.
         self._identity = _identity(path)
-        self.callers = Callers(_read(path), time.monotonic())
+        self.callers = Tenants(_read(path), time.monotonic())
 
     async def watch(self) -> NoReturn:
         """Looks every `interval_s`, until cancelled."""

@@ -21,7 +21,7 @@ _NO_SHA256 = "0" * 64
 class Visit:
     """A request that was let in. It counts as running until `end`: that of the `with` statement, unless it is kept."""
 
-    def __init__(self, caller: Caller, num_charged: int = 0) -> None:
+    def __init__(self, caller: Tenant, num_charged: int = 0) -> None:
         self._caller = caller
         self._num_charged = num_charged  # tokens
         self._kept = False
@@ -59,7 +59,7 @@ class Visit:
             self.end()
 
 
-class Caller:
+class Tenant:
     """One name of the key file; "" is everyone where there is no file."""
 
     def __init__(self, name: str, grant: Grant, now_s: float) -> None:
@@ -138,12 +138,12 @@ class Caller:
         return len(name.encode()).to_bytes(4, "little") + name.encode() + chosen.encode()
 
 
-class Callers:
+class Tenants:
     """All callers. Without `entries`, everyone is the same one, who may do anything."""
 
     def __init__(self, entries: Sequence[KeyEntry] | None, now_s: float) -> None:
-        self._anyone = Caller("", Grant(), now_s) if entries is None else None
-        self._by_name: dict[str, Caller] = {}
+        self._anyone = Tenant("", Grant(), now_s) if entries is None else None
+        self._by_name: dict[str, Tenant] = {}
         self._by_id: dict[str, KeyEntry] = {}
         if entries is not None:
             self.replace(entries, now_s)
@@ -159,7 +159,7 @@ class Callers:
                 continue  # another key of the same caller, with the same limits
             caller = former.get(entry.name)
             if caller is None:
-                caller = Caller(entry.name, entry.grant, now_s)
+                caller = Tenant(entry.name, entry.grant, now_s)
             else:
                 caller.change(entry.grant, now_s)
             self._by_name[entry.name] = caller
@@ -169,10 +169,10 @@ class Callers:
 
         To be used in a `with` statement. A request of somebody who is no caller any more counts for nobody.
         """
-        caller = self._anyone or self._by_name.get(name) or Caller(name, Grant(), 0.0)
+        caller = self._anyone or self._by_name.get(name) or Tenant(name, Grant(), 0.0)
         return Visit(caller, num_charged)
 
-    def identify(self, metadata: Iterable[tuple[str, str | bytes]] | None) -> Caller:
+    def identify(self, metadata: Iterable[tuple[str, str | bytes]] | None) -> Tenant:
         """Whose call this is, by its `authorization: Bearer KEY`. Raises Unauthenticated, which never quotes a key."""
         if self._anyone is not None:
             return self._anyone

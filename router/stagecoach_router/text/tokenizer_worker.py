@@ -15,7 +15,7 @@ MAX_BYTES = 16 * 2**20
 RETRY_AFTER_S = 2.0
 
 
-class EncodingLine:
+class TokenizerWorker:
     """One text is encoded at a time, so that the event loop keeps a core.
 
     A caller that goes away leaves the line at once; where its text is being encoded, which nothing can stop, its place

@@ -20,7 +20,7 @@ IntArray = npt.NDArray[np.int64]
 
 MAX_SLOTS = 4096
 # In one micro-batch, for each slot of the lease; a router sends one.
-_MAX_DELTAS_PER_SLOT = 4
+_MAX_UPDATES_PER_SLOT = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,7 @@ class Lease:
         self._written = WrittenPositions(num_blocks, block_size, max_slots)
 
     def accept(self, header: pb.MicroBatchHeader) -> Rows:
-        """Checks a micro-batch, applies its block-table deltas, and returns its rows.
+        """Checks a micro-batch, applies its block-table updates, and returns its rows.
 
         Raises StaleEpoch for another epoch or a gap in the steps, InvalidArgument and OutOfRange for rows, slots,
         blocks and positions that are not this lease's. Deltas before the one at fault are then applied; no row is.
@@ -127,9 +127,11 @@ class Lease:
                 limit=self._next_step,
                 value=header.step,
             )
-        _check_below("deltas", len(header.deltas), _MAX_DELTAS_PER_SLOT * len(self._lengths) + 1)
-        for delta in header.deltas:
-            self._apply(delta.slot, delta.first, delta.block_ids)
+        _check_below(
+            "block_table_updates", len(header.block_table_updates), _MAX_UPDATES_PER_SLOT * len(self._lengths) + 1
+        )
+        for update in header.block_table_updates:
+            self._apply(update.slot, update.first, update.block_ids)
         rows = self._rows(header)
         self._next_step += 1
         return rows
@@ -138,12 +140,12 @@ class Lease:
         max_slots, max_blocks = self._tables.shape
         if slot >= max_slots:
             raise OutOfRange(
-                f"slot {slot}: the lease has {max_slots}", field="deltas.slot", limit=max_slots, value=slot
+                f"slot {slot}: the lease has {max_slots}", field="block_table_updates.slot", limit=max_slots, value=slot
             )
         if first > self._lengths[slot] or first + len(block_ids) > max_blocks:
             raise OutOfRange(
                 f"slot {slot}: entries {first}:{first + len(block_ids)}, its table has {self._lengths[slot]}",
-                field="deltas.first",
+                field="block_table_updates.first",
                 limit=max_blocks,
                 value=first + len(block_ids),
             )
@@ -151,7 +153,7 @@ class Lease:
         if ids.size and ids.max() >= self.num_blocks:
             raise OutOfRange(
                 f"block {ids.max()}: the lease has {self.num_blocks}",
-                field="deltas.block_ids",
+                field="block_table_updates.block_ids",
                 limit=self.num_blocks,
                 value=ids.max(),
             )

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from stagecoach.errors import InvalidArgument, Overloaded
-from stagecoach_router.text.tokenizer_worker import EncodingLine
+from stagecoach_router.text.tokenizer_worker import TokenizerWorker
 
 TIMEOUT_S = 10.0
 
@@ -38,7 +38,7 @@ async def begun(work: Work, count: int) -> None:
 
 
 async def test_one_at_a_time_and_in_order() -> None:
-    line, work = EncodingLine(), Work()
+    line, work = TokenizerWorker(), Work()
     tasks = [asyncio.create_task(line.encode(10, work)) for _ in range(5)]
     await begun(work, 1)
     assert line.num_bytes == 50
@@ -48,7 +48,7 @@ async def test_one_at_a_time_and_in_order() -> None:
 
 
 async def test_what_would_make_too_many_bytes_wait_is_refused_at_once() -> None:
-    line, work = EncodingLine(max_bytes=100), Work()
+    line, work = TokenizerWorker(max_bytes=100), Work()
     first = asyncio.create_task(line.encode(80, work))
     await begun(work, 1)
     with pytest.raises(Overloaded) as caught:
@@ -62,11 +62,11 @@ async def test_what_would_make_too_many_bytes_wait_is_refused_at_once() -> None:
 async def test_a_text_above_the_limit_is_taken_where_no_other_waits() -> None:
     work = Work()
     work.may_end.set()
-    assert await EncodingLine(max_bytes=100).encode(1000, work) == "tokens"
+    assert await TokenizerWorker(max_bytes=100).encode(1000, work) == "tokens"
 
 
 async def test_callers_that_go_away_do_not_make_more_than_one_thread_work() -> None:
-    line, work = EncodingLine(max_bytes=100), Work()
+    line, work = TokenizerWorker(max_bytes=100), Work()
     for _ in range(5):
         task = asyncio.create_task(line.encode(10, work))
         await asyncio.sleep(0)
@@ -80,7 +80,7 @@ async def test_callers_that_go_away_do_not_make_more_than_one_thread_work() -> N
 
 
 async def test_an_error_leaves_the_line_as_it_was() -> None:
-    line = EncodingLine()
+    line = TokenizerWorker()
 
     def fail() -> None:
         raise InvalidArgument("no text")

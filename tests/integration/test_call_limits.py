@@ -13,7 +13,7 @@ import pytest
 
 from stagecoach import errors
 from stagecoach_router.frontend.auth_interceptor import HEALTH_CHECK
-from stagecoach_router.frontend.call_limits import MAX_READING, MAX_READING_PER_HOST, Door
+from stagecoach_router.frontend.call_limits import MAX_READING, MAX_READING_PER_HOST, CallLimits
 
 TIMEOUT_S = 20.0
 STREAM, ONCE = "/test.Echo/Stream", "/test.Echo/Once"
@@ -60,7 +60,7 @@ class Echo(grpc.GenericRpcHandler):
 
 
 @asynccontextmanager
-async def serving(door: Door) -> AsyncIterator[tuple[Echo, grpc.aio.Channel]]:
+async def serving(door: CallLimits) -> AsyncIterator[tuple[Echo, grpc.aio.Channel]]:
     echo = Echo()
     server = grpc.aio.server(interceptors=[door])
     server.add_generic_rpc_handlers((echo,))
@@ -108,7 +108,7 @@ async def never() -> AsyncIterator[bytes]:
 
 
 async def test_what_is_let_in_is_answered_as_without_a_door() -> None:
-    async with serving(Door(1)) as (echo, channel):
+    async with serving(CallLimits(1)) as (echo, channel):
         echo.may_answer.set()
         assert await channel.unary_unary(ONCE)(b"a") == b"a"
         assert [answer async for answer in channel.unary_stream(STREAM)(b"b")] == [b"b", b"b"]
@@ -118,7 +118,7 @@ async def test_what_is_let_in_is_answered_as_without_a_door() -> None:
 
 
 async def test_beyond_the_limit_a_call_is_told_when_to_come_back_and_its_request_is_not_received() -> None:
-    async with serving(door := Door(1, lambda: 7.0)) as (echo, channel):
+    async with serving(door := CallLimits(1, lambda: 7.0)) as (echo, channel):
         first = channel.unary_stream(STREAM)(b"first")
         await until(lambda: echo.num_received == 1)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -134,7 +134,7 @@ async def test_beyond_the_limit_a_call_is_told_when_to_come_back_and_its_request
 
 
 async def test_a_request_is_kept_no_longer_than_the_service_wants_it() -> None:
-    async with serving(Door(9)) as (echo, channel):
+    async with serving(CallLimits(9)) as (echo, channel):
         call = channel.unary_stream(STREAM)(b"long" * 1000)
         await until(lambda: echo.num_received == 1)
         await until(lambda: echo.requests[0]() is None)
@@ -142,7 +142,7 @@ async def test_a_request_is_kept_no_longer_than_the_service_wants_it() -> None:
 
 
 async def test_who_sends_no_request_loses_the_call_and_those_behind_are_served() -> None:
-    async with serving(door := Door(2 * MAX_READING, read_timeout_s=0.2)) as (echo, channel):
+    async with serving(door := CallLimits(2 * MAX_READING, read_timeout_s=0.2)) as (echo, channel):
         echo.may_answer.set()
         silent = [channel.stream_stream(STREAM)(never()) for _ in range(MAX_READING_PER_HOST)]
         await until(lambda: door.num_calls == MAX_READING_PER_HOST)
@@ -152,7 +152,7 @@ async def test_who_sends_no_request_loses_the_call_and_those_behind_are_served()
 
 
 async def test_whose_turn_does_not_come_is_told_to_come_again() -> None:
-    door = Door(2 * MAX_READING, lambda: 3.0, read_timeout_s=4.0)
+    door = CallLimits(2 * MAX_READING, lambda: 3.0, read_timeout_s=4.0)
     hosts = [f"127.0.0.{number}" for number in range(2, 2 + MAX_READING // MAX_READING_PER_HOST)]
     async with serving(door) as (echo, channel), AsyncExitStack() as stack:
         relays = [await stack.enter_async_context(coming_from(host, echo.port)) for host in hosts]
@@ -169,7 +169,7 @@ async def test_whose_turn_does_not_come_is_told_to_come_again() -> None:
 
 
 async def test_one_host_cannot_keep_the_others_waiting() -> None:
-    door = Door(2 * MAX_READING, lambda: 3.0, read_timeout_s=2 * TIMEOUT_S)
+    door = CallLimits(2 * MAX_READING, lambda: 3.0, read_timeout_s=2 * TIMEOUT_S)
     async with serving(door) as (echo, channel), coming_from("127.0.0.2", echo.port) as other:
         silent = [channel.stream_stream(STREAM)(never()) for _ in range(MAX_READING)]
         await until(lambda: door.num_calls == MAX_READING)
@@ -179,7 +179,7 @@ async def test_one_host_cannot_keep_the_others_waiting() -> None:
 
 
 async def test_the_host_that_has_its_share_is_told_so() -> None:
-    door = Door(2 * MAX_READING, lambda: 3.0, read_timeout_s=4.0)
+    door = CallLimits(2 * MAX_READING, lambda: 3.0, read_timeout_s=4.0)
     async with serving(door) as (_, channel):
         silent = [channel.stream_stream(STREAM)(never()) for _ in range(MAX_READING_PER_HOST)]
         await until(lambda: door.num_calls == MAX_READING_PER_HOST)
@@ -194,7 +194,7 @@ async def test_the_host_that_has_its_share_is_told_so() -> None:
 
 
 async def test_a_call_without_a_request_is_refused() -> None:
-    async with serving(Door(1)) as (_, channel):
+    async with serving(CallLimits(1)) as (_, channel):
 
         async def nothing() -> AsyncIterator[bytes]:
             for data in ():
@@ -205,7 +205,7 @@ async def test_a_call_without_a_request_is_refused() -> None:
 
 
 async def test_a_caller_that_goes_away_leaves_its_place() -> None:
-    async with serving(door := Door(1)) as (echo, channel):
+    async with serving(door := CallLimits(1)) as (echo, channel):
         call = channel.unary_stream(STREAM)(b"a")
         await until(lambda: echo.num_received == 1)
         call.cancel()

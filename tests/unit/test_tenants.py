@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from stagecoach.errors import PermissionDenied, RateLimited, Unauthenticated
 from stagecoach.security.api_keys import Grant, KeyEntry, new_entry, new_key
 from stagecoach_router.tenants import tenants as module
-from stagecoach_router.tenants.tenants import Caller, Callers
+from stagecoach_router.tenants.tenants import Tenant, Tenants
 
 KEY, OTHER_KEY = new_key(), new_key()
 ENTRIES = (new_entry(KEY, "ann", Grant()), new_entry(OTHER_KEY, "bob", Grant()))
@@ -20,7 +20,7 @@ def bearer(key):
 
 
 def test_a_key_says_whose_it_is():
-    callers = Callers(ENTRIES, 0.0)
+    callers = Tenants(ENTRIES, 0.0)
     assert callers.identify(bearer(KEY)).name == "ann"
     assert callers.identify(bearer(OTHER_KEY)).name == "bob"
     assert callers.identify([("authorization", f"bearer  {KEY} ")]).name == "ann"
@@ -46,20 +46,20 @@ def test_a_key_says_whose_it_is():
 )
 def test_who_brings_no_known_key_is_nobody(metadata):
     with pytest.raises(Unauthenticated) as caught:
-        Callers(ENTRIES, 0.0).identify(metadata)
+        Tenants(ENTRIES, 0.0).identify(metadata)
     assert not caught.value.retryable
     facts = f"{caught.value} {caught.value.value} {caught.value.limit}"
     assert all(part not in facts for part in (KEY, *KEY.split("_", 2)[1:]))
 
 
 def test_without_a_file_everyone_is_let_in_and_with_an_empty_one_nobody():
-    anyone = Callers(None, 0.0).identify([])
+    anyone = Tenants(None, 0.0).identify([])
     anyone.check_model("m")
     anyone.check_priority(2**31 - 1)
     with anyone.admit(0.0) as visit:
         visit.charge_up_to(10**9, 0.0)
     with pytest.raises(Unauthenticated):
-        Callers((), 0.0).identify(bearer(KEY))
+        Tenants((), 0.0).identify(bearer(KEY))
 
 
 def test_secrets_are_compared_in_constant_time_whether_the_id_is_known_or_not(monkeypatch):
@@ -71,7 +71,7 @@ def test_secrets_are_compared_in_constant_time_whether_the_id_is_known_or_not(mo
         return real(one, other)
 
     monkeypatch.setattr(module.hmac, "compare_digest", compare)
-    callers = Callers(ENTRIES, 0.0)
+    callers = Tenants(ENTRIES, 0.0)
     callers.identify(bearer(KEY))
     for key in (new_key(), "short"):
         with pytest.raises(Unauthenticated):
@@ -80,7 +80,7 @@ def test_secrets_are_compared_in_constant_time_whether_the_id_is_known_or_not(mo
 
 
 def test_a_caller_may_use_its_models_only():
-    caller = Caller("ann", Grant(models=("small", "large")), 0.0)
+    caller = Tenant("ann", Grant(models=("small", "large")), 0.0)
     caller.check_model("large")
     assert not caller.may_use("huge")
     with pytest.raises(PermissionDenied) as caught:
@@ -89,7 +89,7 @@ def test_a_caller_may_use_its_models_only():
 
 
 def test_a_caller_may_ask_for_its_highest_priority_and_below():
-    caller = Caller("ann", Grant(max_priority=1), 0.0)
+    caller = Tenant("ann", Grant(max_priority=1), 0.0)
     caller.check_priority(1)
     caller.check_priority(-7)
     with pytest.raises(PermissionDenied) as caught:
@@ -98,7 +98,7 @@ def test_a_caller_may_ask_for_its_highest_priority_and_below():
 
 
 def test_requests_of_a_minute():
-    caller = Caller("ann", Grant(requests_per_minute=2), 100.0)
+    caller = Tenant("ann", Grant(requests_per_minute=2), 100.0)
     for _ in range(2):
         with caller.admit(100.0):
             pass
@@ -111,7 +111,7 @@ def test_requests_of_a_minute():
 
 
 def test_tokens_are_charged_as_they_come_and_shut_the_door_when_they_are_used_up():
-    caller = Caller("ann", Grant(tokens_per_minute=60), 0.0)
+    caller = Tenant("ann", Grant(tokens_per_minute=60), 0.0)
     with caller.admit(0.0) as visit:
         visit.charge_up_to(50, 0.0)
         with caller.admit(0.0):  # ten are left
@@ -127,7 +127,7 @@ def test_tokens_are_charged_as_they_come_and_shut_the_door_when_they_are_used_up
 
 
 def test_a_refused_request_costs_nothing():
-    caller = Caller("ann", Grant(requests_per_minute=1, tokens_per_minute=60), 0.0)
+    caller = Tenant("ann", Grant(requests_per_minute=1, tokens_per_minute=60), 0.0)
     with caller.admit(0.0) as visit:
         visit.charge_up_to(180, 0.0)
     for _ in range(5):
@@ -139,7 +139,7 @@ def test_a_refused_request_costs_nothing():
 
 
 def test_requests_at_a_time_also_when_one_fails():
-    caller = Caller("ann", Grant(max_concurrent=2), 0.0)
+    caller = Tenant("ann", Grant(max_concurrent=2), 0.0)
     with caller.admit(0.0):
         with pytest.raises(ZeroDivisionError), caller.admit(0.0):
             raise ZeroDivisionError
@@ -150,7 +150,7 @@ def test_requests_at_a_time_also_when_one_fails():
 
 
 def test_a_request_that_runs_on_counts_until_it_ends():
-    caller = Caller("ann", Grant(max_concurrent=1), 0.0)
+    caller = Tenant("ann", Grant(max_concurrent=1), 0.0)
     with caller.admit(0.0) as visit:
         visit.keep()
     with pytest.raises(RateLimited):
@@ -163,7 +163,7 @@ def test_a_request_that_runs_on_counts_until_it_ends():
 
 
 def test_what_a_former_process_let_in_counts_as_running_and_its_tokens_are_not_charged_again():
-    callers = Callers((new_entry(KEY, "ann", Grant(max_concurrent=1, tokens_per_minute=60)),), 0.0)
+    callers = Tenants((new_entry(KEY, "ann", Grant(max_concurrent=1, tokens_per_minute=60)),), 0.0)
     ann = callers.identify(bearer(KEY))
     with callers.resume("ann", 50) as visit, callers.resume("ann", 50):  # more than may run now
         visit.charge_up_to(70, 0.0)
@@ -177,10 +177,10 @@ def test_what_a_former_process_let_in_counts_as_running_and_its_tokens_are_not_c
 
 
 def test_who_is_no_caller_any_more_is_counted_for_nobody():
-    callers = Callers(ENTRIES, 0.0)
+    callers = Tenants(ENTRIES, 0.0)
     with callers.resume("gone", 5) as visit:
         visit.charge_up_to(10, 0.0)
-    with Callers(None, 0.0).resume("ann", 5):
+    with Tenants(None, 0.0).resume("ann", 5):
         pass
     with pytest.raises(Unauthenticated):
         callers.identify(bearer(new_key()))
@@ -195,7 +195,7 @@ grants = st.builds(
 
 @given(grants, st.lists(st.tuples(st.floats(0, 30), st.integers(0, 300)), max_size=40))
 def test_who_comes_back_when_told_to_is_let_in(grant, steps):
-    caller, now_s = Caller("ann", grant, 0.0), 0.0
+    caller, now_s = Tenant("ann", grant, 0.0), 0.0
     for elapsed_s, num_tokens in steps:
         now_s += elapsed_s
         try:
@@ -209,7 +209,7 @@ def test_who_comes_back_when_told_to_is_let_in(grant, steps):
 
 
 def test_a_changed_file_keeps_what_was_used():
-    callers = Callers((new_entry(KEY, "ann", Grant(requests_per_minute=1, max_concurrent=1)),), 0.0)
+    callers = Tenants((new_entry(KEY, "ann", Grant(requests_per_minute=1, max_concurrent=1)),), 0.0)
     ann = callers.identify(bearer(KEY))
     with ann.admit(0.0):
         callers.replace((new_entry(KEY, "ann", Grant(requests_per_minute=1, max_concurrent=2)),), 0.0)
@@ -223,7 +223,7 @@ def test_a_changed_file_keeps_what_was_used():
 
 def test_a_new_key_of_a_name_and_the_old_one_are_one_caller_until_the_old_one_is_gone():
     old, new = ENTRIES[0], new_entry(OTHER_KEY, "ann", Grant())
-    callers = Callers((old,), 0.0)
+    callers = Tenants((old,), 0.0)
     ann = callers.identify(bearer(KEY))
     callers.replace((old, new), 0.0)
     assert callers.identify(bearer(KEY)) is callers.identify(bearer(OTHER_KEY)) is ann
@@ -235,7 +235,7 @@ def test_a_new_key_of_a_name_and_the_old_one_are_one_caller_until_the_old_one_is
 
 def test_an_id_with_another_secret_is_not_enough():
     entry = ENTRIES[0]
-    callers = Callers((KeyEntry(entry.name, entry.id, "0" * 64, Grant()),), 0.0)
+    callers = Tenants((KeyEntry(entry.name, entry.id, "0" * 64, Grant()),), 0.0)
     with pytest.raises(Unauthenticated):
         callers.identify(bearer(KEY))
 
@@ -246,14 +246,14 @@ salts = st.text(max_size=8)
 
 @given(names, salts, names, salts)
 def test_no_choice_of_one_caller_spells_anothers_salt(name, chosen, other_name, other_chosen):
-    one = Caller(name, Grant(), 0.0).cache_salt(chosen)
-    other = Caller(other_name, Grant(), 0.0).cache_salt(other_chosen)
+    one = Tenant(name, Grant(), 0.0).cache_salt(chosen)
+    other = Tenant(other_name, Grant(), 0.0).cache_salt(other_chosen)
     assert (one == other) == ((name, chosen) == (other_name, other_chosen))
 
 
 def test_names_that_share_the_cache_have_one_salt_which_is_also_that_of_a_router_without_keys():
-    ann, bob = (Caller(name, Grant(shares_cache=True), 0.0) for name in ("ann", "bob"))
-    anyone = Callers(None, 0.0).identify([])
+    ann, bob = (Tenant(name, Grant(shares_cache=True), 0.0) for name in ("ann", "bob"))
+    anyone = Tenants(None, 0.0).identify([])
     assert ann.cache_salt("") == bob.cache_salt("") == anyone.cache_salt("") == b""
     assert ann.cache_salt("x") == bob.cache_salt("x") != b""
-    assert Caller("ann", Grant(), 0.0).cache_salt("") != b""
+    assert Tenant("ann", Grant(), 0.0).cache_salt("") != b""

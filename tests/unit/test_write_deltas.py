@@ -1,4 +1,4 @@
-"""What a response holds that carries several pieces: all of it, in order, one completion to a response."""
+"""What a response holds that carries several deltas: all of it, in order, one completion to a response."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 from stagecoach.sampling import SamplingParams
 from stagecoach.v1 import inference_pb2 as pb
-from stagecoach_router.frontend.grpc_service import write_pieces
-from stagecoach_router.requests.completion import Piece
+from stagecoach_router.frontend.grpc_service import write_deltas
+from stagecoach_router.requests.completion import OutputDelta
 from stagecoach_router.requests.request import Request
 from stagecoach_router.requests.request_state import Generation
 from stagecoach_router.sampling.outputs import Sampled
@@ -18,31 +18,31 @@ class Tokens:
         return f"<{token_id}>"
 
 
-def piece(index: int, token_id: int, *, logprobs: bool = False) -> Piece:
+def delta(index: int, token_id: int, *, logprobs: bool = False) -> OutputDelta:
     sampled = Sampled(token_id, -0.5 if logprobs else None, ((token_id, -0.5), (9, -1.0)) if logprobs else ())
-    return Piece(index, f"t{token_id} ", token_id, sampled, None)
+    return OutputDelta(index, f"t{token_id} ", token_id, sampled, None)
 
 
-def write(*pieces: Piece) -> list[pb.GenerateResponse]:
+def write(*deltas: OutputDelta) -> list[pb.GenerateResponse]:
     generation = Generation(Request("r", (1,), SamplingParams(max_tokens=9)))
     tokenizer: Any = Tokens()
-    return write_pieces(pieces, generation, tokenizer)
+    return write_deltas(deltas, generation, tokenizer)
 
 
 def test_pieces_that_waited_share_a_response() -> None:
-    [response] = write(piece(0, 1), piece(0, 2), piece(0, 3))
+    [response] = write(delta(0, 1), delta(0, 2), delta(0, 3))
     assert (response.request_id, response.index, response.text) == ("r", 0, "t1 t2 t3 ")
     assert list(response.token_ids) == [1, 2, 3]
     assert response.finish_reason == pb.FINISH_REASON_UNSPECIFIED
 
 
 def test_each_completion_has_its_own_response() -> None:
-    responses = write(piece(1, 1), piece(0, 2), piece(1, 3))
+    responses = write(delta(1, 1), delta(0, 2), delta(1, 3))
     assert [(response.index, list(response.token_ids)) for response in responses] == [(1, [1, 3]), (0, [2])]
 
 
 def test_every_token_keeps_its_log_probabilities() -> None:
-    [together] = write(piece(0, 1, logprobs=True), piece(0, 2, logprobs=True))
-    apart = [write(piece(0, token_id, logprobs=True))[0] for token_id in (1, 2)]
+    [together] = write(delta(0, 1, logprobs=True), delta(0, 2, logprobs=True))
+    apart = [write(delta(0, token_id, logprobs=True))[0] for token_id in (1, 2)]
     assert list(together.logprobs) == [position for response in apart for position in response.logprobs]
     assert len(together.logprobs) == 2

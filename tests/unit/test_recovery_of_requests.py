@@ -12,12 +12,12 @@ from stagecoach.sampling import SamplingParams
 from stagecoach.security.api_keys import Grant, new_entry, new_key
 from stagecoach.v1.model_pb2 import ModelDescription
 from stagecoach_router.durability.journal_store import JournaledRequest
-from stagecoach_router.durability.recovery import take_over
-from stagecoach_router.durability.request_registry import AcceptedRequests
+from stagecoach_router.durability.recovery import recover_requests
+from stagecoach_router.durability.request_registry import RequestRegistry
 from stagecoach_router.engine.engine import Generation
 from stagecoach_router.requests.request import Request
 from stagecoach_router.sampling.outputs import Sampled
-from stagecoach_router.tenants.tenants import Callers
+from stagecoach_router.tenants.tenants import Tenants
 
 MODEL = ModelDescription(fingerprint="f00d", vocab_size=20, context_length=32)
 LINGER_S = 60.0
@@ -55,25 +55,25 @@ class FakeEngine:
         pass
 
 
-def accepted_requests() -> AcceptedRequests:
+def accepted_requests() -> RequestRegistry:
     engine: Any = FakeEngine()
-    return AcceptedRequests(engine, max_linger_s=LINGER_S)
+    return RequestRegistry(engine, max_linger_s=LINGER_S)
 
 
-def callers(**limits: Any) -> Callers:
-    return Callers((new_entry(new_key(), "ann", Grant(**limits)),), 0.0)
+def callers(**limits: Any) -> Tenants:
+    return Tenants((new_entry(new_key(), "ann", Grant(**limits)),), 0.0)
 
 
 async def test_a_request_counts_for_its_caller_until_it_ends() -> None:
     known, requests = callers(max_concurrent=1), accepted_requests()
     journal: Any = FakeJournal(left("ann", "r"))
-    await take_over(journal, requests, known, MODEL, LINGER_S)
+    await recover_requests(journal, requests, known, MODEL, LINGER_S)
     ann = known._by_name["ann"]
     with pytest.raises(RateLimited):
         ann.admit(0.0)
     accepted = requests.find(("ann", "r"), b"digest")
     assert accepted is not None
-    accepted.generation.pieces.fail(Cancelled("gone"))
+    accepted.generation.deltas.fail(Cancelled("gone"))
     assert ann.num_running == 0
     assert requests.num_running == 0
 
@@ -88,7 +88,7 @@ async def test_a_request_that_cannot_go_on_is_forgotten_and_counts_for_nobody(ca
     ]
     journal: Any = FakeJournal(*bad, left("ann", "good"))
     with caplog.at_level(logging.INFO):
-        await take_over(journal, requests, known, MODEL, LINGER_S)
+        await recover_requests(journal, requests, known, MODEL, LINGER_S)
     assert journal.forgotten == ["full", "words", "long", "past"]
     assert known._by_name["ann"].num_running == requests.num_running == 1
     assert "5 requests of the journal, 1 of them go on" in caplog.text
@@ -98,7 +98,7 @@ async def test_a_request_that_cannot_go_on_is_forgotten_and_counts_for_nobody(ca
 async def test_a_caller_that_is_gone_gets_its_request_done_all_the_same() -> None:
     known, requests = callers(), accepted_requests()
     journal: Any = FakeJournal(left("bob", "r"))
-    await take_over(journal, requests, known, MODEL, LINGER_S)
+    await recover_requests(journal, requests, known, MODEL, LINGER_S)
     assert requests.num_running == 1
     assert known._by_name["ann"].num_running == 0
     requests.close()

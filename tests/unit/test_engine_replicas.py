@@ -23,7 +23,7 @@ async def two(**settings):
 
 
 def tokens_of(generation):
-    return [piece.token_id for piece in generation.pieces.read_from(0)]
+    return [delta.token_id for delta in generation.deltas.read_from(0)]
 
 
 async def test_requests_spread_over_the_pipelines():
@@ -38,7 +38,7 @@ async def test_a_known_prefix_decides_between_pipelines_that_are_about_as_busy()
     for _ in range(3):
         generation = cluster.engine.submit(request("the same", num_prompt=40))
         pipelines[0].answer_all()
-        assert generation.pieces.ended
+        assert generation.deltas.ended
     assert [replica.scheduler.blocks.num_hit_tokens for replica in replicas] == [64, 0]
 
 
@@ -133,7 +133,7 @@ async def test_a_moved_request_keeps_its_deadline():
     assert [replica.scheduler.next_deadline_s for replica in (replicas[home], replicas[1 - home])] == [None, 1e12]
     cluster.engine.set_deadline(generation, 0.0)
     with pytest.raises(DeadlineExceeded):
-        generation.pieces.read_from(0)
+        generation.deltas.read_from(0)
     await_no_timer(cluster)
 
 
@@ -159,7 +159,7 @@ async def test_what_was_under_way_at_two_losses_in_a_row_does_not_break_a_third_
         pipelines[2].answer()
         pipelines[2].break_down()
     with pytest.raises(ShardFault, match="lost 4 times"):
-        poison.pieces.read_from(0)
+        poison.deltas.read_from(0)
 
 
 async def test_a_suspect_moves_when_its_own_pipeline_does_not_come_back(monkeypatch):
@@ -170,7 +170,7 @@ async def test_a_suspect_moves_when_its_own_pipeline_does_not_come_back(monkeypa
     pipelines[0].break_down()
     pipelines[1].break_down()
     assert [replica.num_sequences for replica in replicas] == [0, 1, 0]
-    monkeypatch.setattr(engine, "SUSPECT_PATIENCE_S", 0.0)
+    monkeypatch.setattr(engine, "POISON_PATIENCE_S", 0.0)
     cluster.engine.replica_changed(replicas[1])  # as after an attempt that failed
     assert [replica.num_sequences for replica in replicas] == [0, 0, 1]
     pipelines[2].answer_all()
@@ -187,8 +187,8 @@ async def test_a_token_of_the_replay_alone_is_no_progress():
         pipeline.answer()  # its prefill; the decode is under way now
         pipeline.break_down()
         await replica.open()
-        pipeline.answer()  # the canary
-    assert isinstance(poison.pieces.error, ShardFault)
+        pipeline.answer()  # the probe
+    assert isinstance(poison.deltas.error, ShardFault)
 
 
 async def test_two_tokens_after_a_replay_are_progress():
@@ -263,7 +263,7 @@ async def test_what_finished_in_a_former_process_has_no_place_in_line():
     await cluster.open(answered=True)
     for pipeline in pipelines:
         pipeline.answer_all()
-    assert [each.pieces.ended for each in [resumed, *others]] == [True] * 4
+    assert [each.deltas.ended for each in [resumed, *others]] == [True] * 4
 
 
 async def test_a_new_request_waits_for_the_pipeline_that_was_lost_last():

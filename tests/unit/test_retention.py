@@ -1,11 +1,11 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stagecoach_router.durability.retention import Remembered
+from stagecoach_router.durability.retention import Retention
 
 
 def test_what_is_too_old_is_forgotten() -> None:
-    remembered = Remembered[str](max_age_s=10.0)
+    remembered = Retention[str](max_age_s=10.0)
     assert remembered.add("a", 5, 100.0) == []
     assert remembered.add("b", 5, 106.0) == []
     assert remembered.forget_old(110.0) == []
@@ -14,14 +14,14 @@ def test_what_is_too_old_is_forgotten() -> None:
 
 
 def test_the_earliest_make_room_for_the_latest() -> None:
-    by_count = Remembered[str](max_requests=2)
+    by_count = Retention[str](max_requests=2)
     assert [by_count.add(key, 1, 0.0) for key in "abc"] == [[], [], ["a"]]
-    by_tokens = Remembered[str](max_tokens=10)
+    by_tokens = Retention[str](max_tokens=10)
     assert [by_tokens.add(key, 4, 0.0) for key in "abc"] == [[], [], ["a"]]
 
 
 def test_the_latest_is_kept_whatever_it_costs() -> None:
-    remembered = Remembered[str](max_tokens=10)
+    remembered = Retention[str](max_tokens=10)
     remembered.add("a", 1, 0.0)
     assert remembered.add("b", 1000, 0.0) == ["a"]
     assert len(remembered) == 1
@@ -29,7 +29,7 @@ def test_the_latest_is_kept_whatever_it_costs() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 30), st.floats(0, 5))))
 def test_tokens_add_up_and_stay_within_the_limits(events: list[tuple[int, int, float]]) -> None:
-    remembered = Remembered[int](max_age_s=7.0, max_requests=4, max_tokens=60)
+    remembered = Retention[int](max_age_s=7.0, max_requests=4, max_tokens=60)
     known: dict[int, int] = {}
     now_s = 0.0
     for key, num_tokens, later_s in events:

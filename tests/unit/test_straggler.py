@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from stagecoach_router.engine.straggler import STEPS_BETWEEN_REFERENCES, Slowness
+from stagecoach_router.engine.straggler import STEPS_BETWEEN_REFERENCES, StragglerDetector
 from stagecoach_router.scheduling.cost_model import StepShape
 from stagecoach_router.scheduling.pacing import Pacing, StageSeconds
 
@@ -20,7 +20,7 @@ class Scene:
 
     def __init__(self) -> None:
         self.pacing = Pacing(2)
-        self.slowness = Slowness(self.pacing, WINDOW_S)
+        self.straggler = StragglerDetector(self.pacing, WINDOW_S)
         self.factors = [1.0, 1.0]
         self.now_s = 0.0
         self.dice = random.Random(0)
@@ -38,7 +38,7 @@ class Scene:
             took_s = sum(stage.compute_s for stage in stages) + 0.001
             self.now_s += took_s
             self.pacing.observe(shape, stages, took_s)
-            slow = self.slowness.observe(shape, stages, self.now_s)
+            slow = self.straggler.observe(shape, stages, self.now_s)
             if slow is not None:
                 return slow
         return None
@@ -91,7 +91,7 @@ def test_what_was_always_slow_is_not_slow():
 
 
 def test_after_the_pipeline_was_lost_nothing_is_compared_with_what_was(measured):
-    measured.slowness.forget()
+    measured.straggler.forget()
     measured.pacing.reset()
     measured.factors[0] = 10.0
     assert measured.run(120.0) is None
@@ -112,13 +112,13 @@ def test_one_stall_is_no_slow_stage_however_long(measured, stall_s, num_steps_be
         compute_s = stall_s if number == num_steps_before else FIXED_S[0] + 4 * ROW_S
         measured.now_s += compute_s + FIXED_S[1]
         stages = [StageSeconds(0.0, compute_s), StageSeconds(0.0, FIXED_S[1])]
-        assert measured.slowness.observe(shape, stages, measured.now_s) is None
+        assert measured.straggler.observe(shape, stages, measured.now_s) is None
 
 
 def lone_stream(num_steps, *, position_s, slow_from):
     """The step at which a stage is found slow, of one stream whose steps attend to one position more each time."""
     pacing = Pacing(2)
-    slowness = Slowness(pacing, WINDOW_S)
+    straggler = StragglerDetector(pacing, WINDOW_S)
     now_s = 0.0
     for step in range(1, num_steps):
         shape = StepShape(num_decodes=1, decode_context=step)
@@ -128,7 +128,7 @@ def lone_stream(num_steps, *, position_s, slow_from):
         took_s = seconds + 0.013
         now_s += took_s
         pacing.observe(shape, stages, took_s)
-        if slowness.observe(shape, stages, now_s) is not None:
+        if straggler.observe(shape, stages, now_s) is not None:
             return step
     return None
 

@@ -1,4 +1,4 @@
-"""The pieces of one request reach its readers in order, all that wait at a time, and then the end or the error."""
+"""The deltas of one request reach its readers in order, all that wait at a time, and then the end or the error."""
 
 from __future__ import annotations
 
@@ -7,56 +7,56 @@ import asyncio
 import pytest
 
 from stagecoach.errors import StagecoachError, Unavailable
-from stagecoach_router.requests.completion import FinishReason, Piece
-from stagecoach_router.requests.output_stream import MAX_PIECES_READ, PieceReader, Pieces
+from stagecoach_router.requests.completion import FinishReason, OutputDelta
+from stagecoach_router.requests.output_stream import MAX_DELTAS_READ, OutputReader, OutputStream
 from stagecoach_router.sampling.outputs import Sampled
 
 
-def piece(token_id: int, index: int = 0, *, last: bool = False) -> Piece:
-    return Piece(index, "x", token_id, Sampled(token_id, None, ()), FinishReason.LENGTH if last else None)
+def delta(token_id: int, index: int = 0, *, last: bool = False) -> OutputDelta:
+    return OutputDelta(index, "x", token_id, Sampled(token_id, None, ()), FinishReason.LENGTH if last else None)
 
 
-async def read(reader: PieceReader) -> list[int]:
+async def read(reader: OutputReader) -> list[int]:
     return [each.token_id for each in await reader.read()]
 
 
 async def test_what_waits_is_read_at_once_and_in_order() -> None:
-    pieces = Pieces()
-    reader = pieces.reader()
+    deltas = OutputStream()
+    reader = deltas.reader()
     for token_id in range(3):
-        pieces.put(piece(token_id))
-    assert len(pieces) == 3
+        deltas.put(delta(token_id))
+    assert len(deltas) == 3
     assert await read(reader) == [0, 1, 2]
-    assert len(pieces) == 0
+    assert len(deltas) == 0
 
 
 async def test_a_reader_that_waits_is_woken_by_each_piece() -> None:
-    pieces = Pieces()
-    reader = pieces.reader()
+    deltas = OutputStream()
+    reader = deltas.reader()
     for token_id in range(3):
         reading = asyncio.create_task(read(reader))
         await asyncio.sleep(0)
         assert not reading.done()
-        pieces.put(piece(token_id))
+        deltas.put(delta(token_id))
         assert await reading == [token_id]
 
 
 async def test_after_the_last_piece_of_every_completion_comes_the_end() -> None:
-    pieces = Pieces(2)
-    reader = pieces.reader()
-    pieces.put(piece(1, 0, last=True))
+    deltas = OutputStream(2)
+    reader = deltas.reader()
+    deltas.put(delta(1, 0, last=True))
     assert await read(reader) == [1]
-    assert not pieces.ended
-    pieces.put(piece(2, 1, last=True))
-    assert pieces.ended
+    assert not deltas.ended
+    deltas.put(delta(2, 1, last=True))
+    assert deltas.ended
     assert [await read(reader) for _ in range(3)] == [[2], [], []]
 
 
 async def test_an_error_comes_after_what_was_put_before_it() -> None:
-    pieces = Pieces()
-    reader = pieces.reader()
-    pieces.put(piece(1))
-    pieces.fail(Unavailable("lost"))
+    deltas = OutputStream()
+    reader = deltas.reader()
+    deltas.put(delta(1))
+    deltas.fail(Unavailable("lost"))
     assert len(await reader.read()) == 1
     for _ in range(2):
         with pytest.raises(Unavailable, match="lost"):
@@ -64,55 +64,55 @@ async def test_an_error_comes_after_what_was_put_before_it() -> None:
 
 
 async def test_an_error_wakes_a_reader_that_waits() -> None:
-    pieces = Pieces()
-    reading = asyncio.create_task(pieces.reader().read())
+    deltas = OutputStream()
+    reading = asyncio.create_task(deltas.reader().read())
     await asyncio.sleep(0)
-    pieces.fail(Unavailable("lost"))
+    deltas.fail(Unavailable("lost"))
     with pytest.raises(Unavailable):
         await reading
 
 
 async def test_a_reader_that_was_cancelled_loses_nothing() -> None:
-    pieces = Pieces()
-    reader = pieces.reader()
+    deltas = OutputStream()
+    reader = deltas.reader()
     reading = asyncio.create_task(reader.read())
     await asyncio.sleep(0)
     reading.cancel()
-    pieces.put(piece(7))
+    deltas.put(delta(7))
     with pytest.raises(asyncio.CancelledError):
         await reading
     assert await read(reader) == [7]
 
 
 async def test_a_second_reader_begins_where_it_says_in_each_completion() -> None:
-    pieces = Pieces(2)
-    first = pieces.reader()
+    deltas = OutputStream(2)
+    first = deltas.reader()
     for token_id in range(10):
-        pieces.put(piece(token_id, token_id % 2))
+        deltas.put(delta(token_id, token_id % 2))
     assert await read(first) == list(range(10))
-    second = pieces.reader([3, 4])
+    second = deltas.reader([3, 4])
     assert await read(second) == [6, 8, 9]
-    pieces.put(piece(10))
+    deltas.put(delta(10))
     assert await read(first) == await read(second) == [10]
 
 
 async def test_a_reader_that_is_ahead_of_what_there_is_waits_for_the_next_one() -> None:
-    pieces = Pieces()
-    reader = pieces.reader([2])
-    pieces.put(piece(0))
+    deltas = OutputStream()
+    reader = deltas.reader([2])
+    deltas.put(delta(0))
     reading = asyncio.create_task(read(reader))
     await asyncio.sleep(0)
-    pieces.put(piece(1))
+    deltas.put(delta(1))
     await asyncio.sleep(0)
     assert not reading.done()
-    pieces.put(piece(2))
+    deltas.put(delta(2))
     assert await reading == [2]
 
 
 async def test_a_reader_that_has_everything_gets_the_end_or_the_error() -> None:
-    finished, failed = Pieces(), Pieces()
-    finished.put(piece(0, last=True))
-    failed.put(piece(0))
+    finished, failed = OutputStream(), OutputStream()
+    finished.put(delta(0, last=True))
+    failed.put(delta(0))
     failed.fail(Unavailable("lost"))
     assert await read(finished.reader([1])) == []
     with pytest.raises(Unavailable, match="lost"):
@@ -120,59 +120,59 @@ async def test_a_reader_that_has_everything_gets_the_end_or_the_error() -> None:
 
 
 async def test_nothing_waits_where_nobody_reads_or_one_of_two_keeps_up() -> None:
-    pieces = Pieces()
-    pieces.put(piece(0))
-    assert len(pieces) == 0
-    slow, quick = pieces.reader(), pieces.reader()
-    assert len(pieces) == 1
+    deltas = OutputStream()
+    deltas.put(delta(0))
+    assert len(deltas) == 0
+    slow, quick = deltas.reader(), deltas.reader()
+    assert len(deltas) == 1
     await quick.read()
-    assert len(pieces) == 0
+    assert len(deltas) == 0
     for reader in (slow, quick):
         reader.close()
-    assert pieces.num_readers == 0
+    assert deltas.num_readers == 0
 
 
 async def test_what_is_tapped_is_read_when_it_is_shown_and_not_before() -> None:
-    pieces = Pieces()
-    tapped: list[Piece] = []
+    deltas = OutputStream()
+    tapped: list[OutputDelta] = []
     ends: list[StagecoachError | None] = []
-    pieces.tap, pieces.on_end = tapped.append, ends.append
-    reader = pieces.reader()
-    pieces.put(piece(1))
-    pieces.put(piece(2, last=True))
+    deltas.tap, deltas.on_end = tapped.append, ends.append
+    reader = deltas.reader()
+    deltas.put(delta(1))
+    deltas.put(delta(2, last=True))
     reading = asyncio.create_task(read(reader))
     await asyncio.sleep(0)
     assert not reading.done()
-    pieces.show(1)
+    deltas.show(1)
     assert await reading == [1]
-    assert not pieces.ended
-    pieces.show(1)
+    assert not deltas.ended
+    deltas.show(1)
     assert await read(reader) == [2]
     assert [each.token_id for each in tapped] == [1, 2]
     assert ends == [None]
 
 
 async def test_the_end_is_told_once() -> None:
-    pieces = Pieces()
+    deltas = OutputStream()
     ends: list[StagecoachError | None] = []
-    pieces.on_end = ends.append
+    deltas.on_end = ends.append
     error = Unavailable("lost")
-    pieces.fail(error)
-    pieces.fail(Unavailable("again"))
-    pieces.show(1)
+    deltas.fail(error)
+    deltas.fail(Unavailable("again"))
+    deltas.show(1)
     assert ends == [error]
 
 
 async def test_a_late_reader_gets_no_more_at_a_time_than_fits_a_message() -> None:
-    pieces = Pieces()
-    total = 3 * MAX_PIECES_READ + 7
+    deltas = OutputStream()
+    total = 3 * MAX_DELTAS_READ + 7
     for number in range(total):
-        pieces.put(piece(number, last=number == total - 1))
-    for skipped in (0, 5, 2 * MAX_PIECES_READ, 2 * MAX_PIECES_READ + 5, total):
-        reader = pieces.reader([skipped])
-        taken: list[Piece] = []
+        deltas.put(delta(number, last=number == total - 1))
+    for skipped in (0, 5, 2 * MAX_DELTAS_READ, 2 * MAX_DELTAS_READ + 5, total):
+        reader = deltas.reader([skipped])
+        taken: list[OutputDelta] = []
         while batch := await reader.read():
-            assert len(batch) <= MAX_PIECES_READ
+            assert len(batch) <= MAX_DELTAS_READ
             taken += batch
         assert [one.token_id for one in taken] == list(range(skipped, total))
         reader.close()
