@@ -1,12 +1,12 @@
 """A request id is its caller's own: with another API key it names another request, or none."""
 
 import pytest
-from tests.integration.test_callers_cluster import generate, keyed_cluster
 
 from stagecoach import errors
 from stagecoach.security.api_keys import Grant
 from stagecoach.v1 import inference_pb2 as pb
 from tests.held_stage import held_stages
+from tests.integration.test_tenants_cluster import generate, keyed_cluster
 
 
 async def test_one_callers_ids_mean_nothing_to_another(tiny_model, tmp_path, monkeypatch):
