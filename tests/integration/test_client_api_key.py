@@ -8,7 +8,8 @@ import pytest
 
 import stagecoach_client as sdk
 from stagecoach_cli import run
-from stagecoach_client import AsyncClient, Client
+from stagecoach_client import Client
+from tests.integration.either_client import KINDS, Kind
 from tests.integration.fake_router import FakeRouter, serving
 
 KEY = "sc_0123456789abcdef_a-secret"
@@ -34,24 +35,16 @@ def sent(router: FakeRouter) -> set[str | None]:
     return {metadata.get("authorization") for metadata in router.metadata}
 
 
-def test_every_call_carries_the_key(router: FakeRouter, target: str) -> None:
-    with Client(target, api_key=KEY) as client:
-        client.generate("x")
-        list(client.generate("x", stream=True))
-        client.tokenize("x")
-        client.models()
-        client.status()
-    assert len(router.metadata) == 5
-    assert sent(router) == {f"Bearer {KEY}"}
-
-
-async def test_every_call_of_the_async_client_carries_the_key(router: FakeRouter, target: str) -> None:
-    async with AsyncClient(target, api_key=KEY) as client:
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+async def test_every_call_carries_the_key(router: FakeRouter, target: str, kind: Kind) -> None:
+    async with kind.connect(target, api_key=KEY) as client:
         await client.generate("x")
+        async for _ in await client.generate("x", stream=True):
+            pass
         await client.tokenize("x")
         await client.models()
         await client.status()
-    assert len(router.metadata) == 4
+    assert len(router.metadata) == 5
     assert sent(router) == {f"Bearer {KEY}"}
 
 
