@@ -6,7 +6,7 @@ that were begun on it have ended. So buffers are reused without our counting who
 free once its frame has been written, a later step's input never lands in one that is still being copied.
 
 Only the compute thread waits for the device, in `to_host`, once a step. The event loop gets host memory that is
-complete, and never waits. None of this has been measured, nor run on a device.
+complete, and never waits.
 """
 
 from __future__ import annotations
