@@ -22,7 +22,6 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from benchmarks import plots, report
-from stagecoach.errors import ConfigError
 from stagecoach_cli.load import Load, LoadResult, run_load
 from stagecoach_client import AsyncClient
 from stagecoach_local.local_cluster import LocalCluster
@@ -91,7 +90,7 @@ def argument_parser(description: str | None) -> argparse.ArgumentParser:
 
 def compare(arguments: argparse.Namespace, benchmark: str, peers: Mapping[str, Engine]) -> None:
     """Runs all sides in turn, prints and writes what came out."""
-    concurrencies = _concurrencies(arguments.concurrency)
+    concurrencies = report.whole_numbers(arguments.concurrency, "concurrency")
     with ExitStack() as stack:
         engines: dict[str, Engine] = {OURS: stack.enter_context(Stagecoach(arguments.model, arguments.stages))}
         for name, peer in peers.items():
@@ -175,13 +174,3 @@ def _range(summary: object) -> str:
     if not isinstance(summary, dict):
         return ""
     return f"{summary['median']:.2f} ({summary['min']:.2f} to {summary['max']:.2f})"
-
-
-def _concurrencies(text: str) -> list[int]:
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ConfigError(f"concurrency: {text!r} is not a list of numbers", field="concurrency") from error
-    if min(numbers) < 1:
-        raise ConfigError("concurrency: at least 1", field="concurrency", limit=1, value=min(numbers))
-    return numbers

@@ -41,7 +41,6 @@ MAX_FD_GROWTH = 16
 HASTY_FRACTION, HASTY_S = 0.1, 1.0
 SAMPLE_INTERVAL_S = 0.25
 IDLE_TIMEOUT_S = 10.0
-SMOKE_SECONDS, SMOKE_CAPACITY_SECONDS = 5.0, 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,13 +162,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--capacity-seconds", type=float, default=20.0, help="of load at capacity (default 20)")
     parser.add_argument("--factor", type=float, default=10.0, help="times capacity (default 10)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--smoke", action="store_true", help="seconds only; latency and slow growth are not judged")
+    parser.add_argument(
+        "--smoke", action="store_true", help="for runs of seconds: judges neither latency nor slow growth"
+    )
     arguments = report.parse(parser, argv)
     for name in ("seconds", "capacity_seconds", "factor"):
         if not 0 < getattr(arguments, name) < float("inf"):
             raise InvalidArgument(f"{name} must be above 0", field=name, value=getattr(arguments, name))
-    if arguments.smoke:
-        arguments.seconds, arguments.capacity_seconds = SMOKE_SECONDS, SMOKE_CAPACITY_SECONDS
     num_shards = int(arguments.stages) if arguments.stages.isdigit() else arguments.stages.count(",") + 1
     inner = StagecoachCommands(
         arguments.model, num_shards=num_shards, threads_per_shard=1, kv_cache_memory=f"{KV_CACHE_MIB}M"

@@ -26,7 +26,7 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from benchmarks import plots, report
 from benchmarks.timed_request import only_model, random_tokens, timed_request
-from stagecoach.errors import ConfigError, DeadlineExceeded, InternalError
+from stagecoach.errors import DeadlineExceeded, InternalError
 from stagecoach_client import AsyncClient, Model
 from stagecoach_local.layer_split import read_shape, split_layers
 from tests.soak.cluster import Cluster, Deployment, running
@@ -92,14 +92,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--contexts", default="128,512,1024,2048,4096", help="tokens, of each stream")
     parser.add_argument("--streams", default="1,8", help="at a time")
+    parser.add_argument("--kill", type=int, choices=range(NUM_STAGES), help="this stage only (default each)")
     arguments = report.parse(parser, argv)
-    contexts, streams = _numbers(arguments.contexts, "contexts"), _numbers(arguments.streams, "streams")
+    contexts = report.whole_numbers(arguments.contexts, "contexts")
+    streams = report.whole_numbers(arguments.streams, "streams")
     layers = [str(part) for part in split_layers(NUM_STAGES, read_shape(arguments.model))]
     rescue = RESCUES[arguments.rescue]
     deployment = Deployment(
         arguments.model, [*layers * (1 + rescue.extra_pipelines), *["auto"] * rescue.spares], SHARD_FLAGS
     )
-    results = asyncio.run(measure(deployment, rescue, contexts, streams, arguments.rounds))
+    stages = range(NUM_STAGES) if arguments.kill is None else [arguments.kill]
+    cases = [Measured(*case, rounds=[]) for case in itertools.product(contexts, streams, stages)]
+    asyncio.run(measure(deployment, rescue, cases, arguments.rounds))
     print(f"a killed stage, with {arguments.rescue}; seconds, medians of {arguments.rounds} rounds")
     names = [field.name for field in fields(Pause)]
     rows = [
@@ -107,20 +111,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{case.context_tokens} tokens, {case.num_streams} streams, stage {case.killed_stage}",
             *("-" if (value := case.median(name)) is None else value for name in names),
         )
-        for case in results
+        for case in cases
     ]
     report.print_table(("context", *(name.removesuffix("_s") for name in names)), rows)
     settings = {"model": arguments.model, "with": arguments.rescue, "contexts": contexts, "streams": streams}
-    report.write(arguments, "recovery", settings=settings, results=results)
+    report.write(arguments, "recovery", settings=settings, results=cases)
     if arguments.plot:
-        _plot(arguments, results, streams)
+        _plot(arguments, cases, streams)
 
 
-async def measure(
-    deployment: Deployment, rescue: Rescue, contexts: Sequence[int], streams: Sequence[int], num_rounds: int
-) -> list[Measured]:
+async def measure(deployment: Deployment, rescue: Rescue, cases: Sequence[Measured], num_rounds: int) -> None:
     """Every case in each round, on one cluster that is whole before each of them; a round to warm up is left out."""
-    cases = [Measured(*case, rounds=[]) for case in itertools.product(contexts, streams, range(NUM_STAGES))]
+    contexts = [case.context_tokens for case in cases]
     async with running(deployment) as cluster, AsyncClient(cluster.address, max_retries=0) as client:
         model = await only_model(client, max(contexts) + MIN_ROOM_TOKENS)
         await _whole_again(cluster, client, rescue)
@@ -128,7 +130,6 @@ async def measure(
         for _ in range(num_rounds):
             for case in cases:
                 case.rounds.append(await _kill_one(cluster, client, model, rescue, case))
-    return cases
 
 
 async def _kill_one(cluster: Cluster, client: AsyncClient, model: Model, rescue: Rescue, case: Measured) -> Pause:
@@ -281,11 +282,11 @@ async def _stop(streams: Sequence[_Stream]) -> None:
     await asyncio.gather(*(stream.task for stream in streams), return_exceptions=True)
 
 
-def _plot(arguments: argparse.Namespace, results: Sequence[Measured], streams: Sequence[int]) -> None:
+def _plot(arguments: argparse.Namespace, measured: Sequence[Measured], streams: Sequence[int]) -> None:
     series = {}
     for count, name in itertools.product(streams, ("pause_s", "replay_s")):
         points = []
-        for context, cases in itertools.groupby(results, key=lambda case: case.context_tokens):
+        for context, cases in itertools.groupby(measured, key=lambda case: case.context_tokens):
             values = [case.median(name) for case in cases if case.num_streams == count]
             points.append((float(context), statistics.fmean(value for value in values if value is not None)))
         series[f"{name.removesuffix('_s')}, {count} streams"] = points
@@ -296,18 +297,6 @@ def _plot(arguments: argparse.Namespace, results: Sequence[Measured], streams: S
         x_label="tokens of context",
         y_label="seconds",
     )
-
-
-def _numbers(text: str, field: str) -> list[int]:
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < 1:
-        raise ConfigError(
-            f"{field}: whole numbers from 1 on, separated by commas; got {text!r}", field=field, value=text
-        )
-    return numbers
 
 
 if __name__ == "__main__":

@@ -100,6 +100,18 @@ def check_program(path: Path, field: str, what: str) -> Path:
     return path
 
 
+def whole_numbers(text: str, field: str) -> list[int]:
+    """The numbers of a list that is separated by commas. Raises ConfigError unless all of them are 1 or more."""
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        message = f"{field}: whole numbers from 1 on, separated by commas; got {text!r}"
+        raise ConfigError(message, field=field, limit=1, value=text)
+    return numbers
+
+
 def summarize(rounds: Sequence[float]) -> dict[str, object]:
     """The median of a figure's rounds, their range, and all of them in order."""
     return {"median": statistics.median(rounds), "min": min(rounds), "max": max(rounds), "rounds": list(rounds)}

@@ -1,10 +1,10 @@
 """How many tokens a second one router gives to many streams, with shards that answer at once; and what that costs it.
 
 Starts a stub shard, a router and callers, each a process of its own, and reads the router's processor time from the
-system: tokens per second of processor time are what one core of the router is worth, wherever the others run. Parts are
-measured in another run, with clocks around them. Steps by rows and context length are sent one at a time (one lane), so
-that a step is all streams' next token. The candidates of the stub fit within their log-sum-exp, so nothing has to be
-computed again for want of candidates. Linux only.
+system: tokens per second of processor time are what one core of the router is worth, wherever the others run. How much
+of it each part takes is measured in another run, under a profiler. Steps by rows and context length are sent
+one at a time (one lane), so that a step is all streams' next token. The candidates of the stub fit within their
+log-sum-exp, so nothing has to be computed again for want of candidates. Linux only.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +35,6 @@ SAMPLING: dict[str, dict[str, Any]] = {
     "penalties": {"temperature": 0.8, "repetition_penalty": 1.1},
 }
 PROMPT_TOKENS = 128
-CONTEXTS = (128, 1024, 4096)
-ROWS = (1, 4, 16, 64, 256)
 # Of one request; after it the stream sends another one.
 OUTPUT_TOKENS = 3500
 SETTLE_S = 0.5
@@ -169,30 +168,44 @@ def throughput(model: Path, sampling: str, num_streams: int, window_s: float, ro
 
 
 def parts(model: Path, sampling: str, num_streams: int, window_s: float) -> dict[str, float]:
-    """Microseconds of processor time per token by part; "gRPC and event loop" is what the clocks do not see."""
-    with tempfile.TemporaryDirectory() as folder:
+    """Microseconds of processor time per token by part; "gRPC and event loop" is what the profiler does not see."""
+    with tempfile.TemporaryDirectory() as folder, _one_core_left_free() as core:
         path = Path(folder) / "parts.json"
-        commands = StubCommands(model, 2, num_streams, ("benchmarks.timed_router", str(path)))
+        commands = StubCommands(model, 2, num_streams, ("benchmarks.profiled_router", str(path), str(core)))
         with streams(commands, num_streams, PROMPT_TOKENS, SAMPLING[sampling]) as (callers, pid):
-            before, tokens_before = _clocks(path, pid), callers.counts()["num_tokens"]
+            before, tokens_before = _profile(path, pid), callers.counts()["num_tokens"]
             time.sleep(window_s)
-            after, tokens_after = _clocks(path, pid), callers.counts()["num_tokens"]
+            after, tokens_after = _profile(path, pid), callers.counts()["num_tokens"]
     scale = 1e6 / max(1, tokens_after - tokens_before)
-    taken = {name: (after["parts_s"][name] - before["parts_s"][name]) * scale for name in after["parts_s"]}
-    total = (after["cpu_s"] - before["cpu_s"]) * scale
-    return {**taken, "gRPC and event loop": total - sum(taken.values()), "total": total}
+    seconds = Counter(after["parts_s"])
+    seconds.subtract(before["parts_s"])
+    total_s = after["cpu_s"] - before["cpu_s"]
+    seconds["gRPC and event loop"] = total_s - seconds.total()
+    return {**{part: scale * taken_s for part, taken_s in (+seconds).most_common()}, "total": scale * total_s}
 
 
-def _clocks(path: Path, pid: int) -> dict[str, Any]:
+@contextlib.contextmanager
+def _one_core_left_free() -> Iterator[int]:
+    """A core that this process and those it starts do not use, unless there is only one."""
+    cores = os.sched_getaffinity(0)
+    core = max(cores)
+    os.sched_setaffinity(0, cores - {core} or cores)
+    try:
+        yield core
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+def _profile(path: Path, pid: int) -> dict[str, Any]:
     path.unlink(missing_ok=True)
     os.kill(pid, signal.SIGUSR1)
     deadline = time.monotonic() + START_TIMEOUT_S
     while not path.exists():
         if time.monotonic() > deadline:
-            raise Unavailable("the router does not tell its clocks", field="parts")
+            raise Unavailable("the router does not tell its profile", field="parts")
         time.sleep(POLL_INTERVAL_S)
-    clocks: dict[str, Any] = json.loads(path.read_text())
-    return clocks
+    profile: dict[str, Any] = json.loads(path.read_text())
+    return profile
 
 
 def steps(model: Path, num_rows: int, context: int, window_s: float, rounds: int) -> dict[str, float]:
@@ -208,21 +221,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = report.argument_parser(__doc__, rounds=3, model=True)
     parser.add_argument("--streams", type=int, default=256, help="at a time (default 256)")
     parser.add_argument("--window-s", type=float, default=3.0, help="seconds of one round (default 3)")
-    parser.add_argument("--quick", action="store_true", help="throughput of greedy streams only")
+    parser.add_argument("--sampling", default=",".join(SAMPLING), help="ways of it to measure (default all)")
+    parser.add_argument("--rows", default="1,4,16,64,256", help="of the steps")
+    parser.add_argument("--contexts", default="128,1024,4096", help="of the steps, in tokens")
+    parser.add_argument("--quick", action="store_true", help="throughput only, neither parts nor steps")
     arguments = report.parse(parser, argv)
     if not 1 <= arguments.streams <= 4096 or not 0 < arguments.window_s <= 600:
         raise ConfigError("streams: 1 to 4096; window-s: above 0, at most 600", field="streams")
     if sys.platform != "linux":
         raise ConfigError("processor time is read from /proc: this benchmark needs Linux", field="platform")
+    kinds = arguments.sampling.split(",")
+    if not set(kinds) <= set(SAMPLING):
+        raise ConfigError(f"sampling: of {', '.join(SAMPLING)}; got {arguments.sampling!r}", field="sampling")
+    rows, contexts = report.whole_numbers(arguments.rows, "rows"), report.whole_numbers(arguments.contexts, "contexts")
     model, window_s, rounds = arguments.model, arguments.window_s, arguments.rounds
-    kinds = ["greedy"] if arguments.quick else list(SAMPLING)
     rates = {kind: throughput(model, kind, arguments.streams, window_s, rounds) for kind in kinds}
     _print_rates(rates)
     results: dict[str, object] = {"throughput": rates}
     if not arguments.quick:
-        costs = {kind: parts(model, kind, arguments.streams, window_s) for kind in ("greedy", "top-p")}
+        costs = {kind: parts(model, kind, arguments.streams, window_s) for kind in kinds}
         _print_parts(costs)
-        sweep = [steps(model, rows, context, window_s / 2, rounds) for context in CONTEXTS for rows in ROWS]
+        sweep = [steps(model, num_rows, context, window_s / 2, rounds) for context in contexts for num_rows in rows]
         report.print_table(
             ("rows", "context", "router us/step", "router us/row", "wall us/step"),
             [[s["rows"], s["context"], s["router_us"], s["router_us"] / s["rows"], s["wall_us"]] for s in sweep],
@@ -250,7 +269,7 @@ def _print_parts(costs: dict[str, dict[str, float]]) -> None:
     kinds = list(costs)
     print()
     report.print_table(
-        ("us/token", *kinds), [[part, *(costs[kind][part] for kind in kinds)] for part in costs[kinds[0]]]
+        ("us/token", *kinds), [[part, *(costs[kind].get(part, 0.0) for kind in kinds)] for part in costs[kinds[0]]]
     )
     print()
 
@@ -263,7 +282,7 @@ def _draw(path: Path, sweep: Sequence[dict[str, float]]) -> None:
             f"context {context:,}": [
                 (step["rows"], step["router_us"] / 1000) for step in sweep if step["context"] == context
             ]
-            for context in CONTEXTS
+            for context in dict.fromkeys(step["context"] for step in sweep)
         },
         x_label="rows",
         y_label="ms",

@@ -15,7 +15,7 @@ def main() -> None:
         concurrency, prompt_tokens, output_tokens = map(int, line.split())
         seconds = []
         for num_tokens in (1, output_tokens):
-            token_ids = torch.randint(100, 40000, (concurrency, prompt_tokens))
+            token_ids = torch.randint(model.config.vocab_size, (concurrency, prompt_tokens))
             begin = time.perf_counter()
             with torch.inference_mode():
                 model.generate(
