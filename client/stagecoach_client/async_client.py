@@ -1,4 +1,4 @@
-"""The client for asyncio."""
+"""The client for asyncio, whose calls are awaited."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ from stagecoach_client.tls import Tls
 
 
 class AsyncClient:
-    """Calls a router from one event loop; otherwise as Client, which see for the arguments.
+    """Calls a router from one event loop. Its arguments, and what it promises, are those of Client.
 
-    It may be made outside of the loop: it connects with its first call.
+    It may be made before the loop runs: it connects with its first call. Close it with `aclose`, or use it in an
+    `async with` statement.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class AsyncClient:
         self._stub: Any = None
         self._peer = peer_name(target, channel)
         self._closed = asyncio.Event()
-        self._streams: weakref.WeakSet[AsyncGenerationStream] = weakref.WeakSet()  # to end them with us
+        self._streams: weakref.WeakSet[AsyncGenerationStream] = weakref.WeakSet()  # so that they can be closed with it
 
     @overload
     async def generate(
@@ -71,21 +72,17 @@ class AsyncClient:
     async def generate(
         self, prompt: str | None = None, *, stream: bool = False, **options: Unpack[GenerateOptions]
     ) -> Generation | AsyncGenerationStream:
-        """As Client.generate; `async for chunk in await client.generate(..., stream=True)`.
+        """Takes and returns what Client.generate does; with `stream`, chunks are read with `async for`.
 
-        When `stream`, it returns as soon as the request is on its way. Cancelling the task that waits for the answer
-        cancels the request on the server.
+        A stream is returned as soon as its request is on its way: `async for chunk in await client.generate(...)`.
+        Cancelling the task that waits for the answer cancels the request on the server.
         """
         call = generate_call(prompt, options)
         stub = self._connected()
         chunks = AsyncGenerationStream(
-            lambda timeout_s: stub.Generate(
-                call.request, timeout=timeout_s, wait_for_ready=False, metadata=self._settings.metadata
-            ),
+            lambda timeout_s: stub.Generate(call.request, **self._settings.call_options(timeout_s)),
             lambda: stub.Cancel(
-                CancelRequest(request_id=call.request.request_id),
-                timeout=CANCEL_TIMEOUT_S,
-                metadata=self._settings.metadata,
+                CancelRequest(request_id=call.request.request_id), **self._settings.call_options(CANCEL_TIMEOUT_S)
             ),
             call,
             self._settings.generate_attempts(call.timeout_s),
@@ -110,15 +107,15 @@ class AsyncClient:
         return read_tokenization(await self._read("Tokenize", request, timeout_s))
 
     async def models(self, *, timeout_s: float | None = None) -> tuple[Model, ...]:
-        """What is served."""
+        """The models that the router serves."""
         return read_models(await self._read("ListModels", ListModelsRequest(), timeout_s))
 
     async def status(self, *, timeout_s: float | None = None) -> ClusterStatus:
-        """How the router and its pipelines are."""
+        """How the router and its pipelines are, and what they have done since they started."""
         return read_status(await self._read("GetClusterStatus", GetClusterStatusRequest(), timeout_s))
 
     async def aclose(self) -> None:
-        """Ends the calls that run or wait for their next attempt, and the connection."""
+        """Ends all calls, also those that wait for their next attempt, and the connection."""
         self._closed.set()
         for stream in list(self._streams):
             await stream.aclose()
@@ -134,7 +131,7 @@ class AsyncClient:
         await self.aclose()
 
     def _connected(self) -> Any:
-        """The stub. A channel of grpc.aio belongs to the loop it is made in, so it is made here and not earlier."""
+        """The stub, made with the first call: a channel of grpc.aio belongs to the loop that it is made in."""
         if self._closed.is_set():
             raise RuntimeError("this client has been closed")
         if self._stub is None:
@@ -148,9 +145,7 @@ class AsyncClient:
         stub = self._connected()
         while True:
             try:
-                return await getattr(stub, method)(
-                    request, timeout=attempts.remaining_s(), wait_for_ready=False, metadata=self._settings.metadata
-                )
+                return await getattr(stub, method)(request, **self._settings.call_options(attempts.remaining_s()))
             except grpc.RpcError as failure:
                 error = from_rpc_error(failure, self._peer)
                 delay_s = attempts.delay_s(error)
@@ -160,6 +155,7 @@ class AsyncClient:
                 task = asyncio.current_task()
                 if task is not None and task.cancelling():
                     raise
+                # Nobody has cancelled the task, so it was the call that was cancelled, with its channel.
                 raise Cancelled("the client was closed during the call") from None
             await wait_for_event(self._closed, delay_s)
             if self._closed.is_set():

@@ -1,4 +1,4 @@
-"""The client for ordinary, blocking code."""
+"""The client for ordinary code, whose calls block."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from stagecoach.v1.inference_pb2 import CancelRequest, GetClusterStatusRequest, 
 from stagecoach.v1.inference_pb2_grpc import InferenceStub
 from stagecoach_client.requests import GenerateOptions, Messages, generate_call, tokenize_request
 from stagecoach_client.results import Generation, Tokenization, read_tokenization
-from stagecoach_client.retry import Attempts
 from stagecoach_client.settings import (
     CANCEL_TIMEOUT_S,
     DEFAULT_MAX_RETRIES,
@@ -31,22 +30,25 @@ from stagecoach_client.tls import Tls
 
 
 class Client:
-    """Calls a router. May be shared between threads; close it, or use it in a `with` statement.
+    """Calls a router. It may be shared between threads. Close it, or use it in a `with` statement.
 
-    `target` is HOST:PORT. `timeout_s` is the deadline of a generation, its retries included; calls that only read take
-    at most 30 s. An address where nobody answers is Unavailable after `connect_timeout_s`, and the waits between the
-    attempts, 1.5 s with the default. A call is retried, at most `max_retries` times, if nothing has come back and the
-    server was not there or had no room; it has the same request id, so that nothing is computed twice. With the
-    default, a cluster that is starting gets some 15 s. A stream that breaks later goes on where it was, without a gap
-    or a repeat, where the router still knows the request or has it in its journal, and is back within 30 s; one whose
-    connection ends before its first token waits as long for the router. With `max_retries` 0 neither is tried.
+    `target` is the router's address, HOST:PORT.
 
-    `tls` says what a router is that speaks TLS; without it nothing is encrypted.
+    `timeout_s` is the deadline of a generation, its retries included. Calls that only read take at most 30 s. An
+    address where nobody answers is reported as Unavailable, after `connect_timeout_s` and the waits between the
+    attempts (1.5 s with the default).
 
-    `api_key` is sent with every call, to a router that wants one; None: what is in STAGECOACH_API_KEY, if anything.
+    `max_retries` is how often a call is tried again if the server was not there or had no room, and nothing has come
+    back yet. Each attempt has the same request id, so nothing is computed twice. With the default, a cluster that is
+    starting gets about 15 s. A stream that breaks later goes on where it was, without a gap or a repeat, as long as the
+    router still knows the request or has it in its journal, and is back within 30 s. A stream whose connection ends
+    before its first token waits for the router as long. With 0, a failure is always the answer.
 
-    A `channel` that is passed in (to add interceptors, or to test) is used as it is, and stays the caller's to
-    close; without a `target`, errors name no address.
+    `api_key` is sent with every call, for a router that wants one; None takes it from STAGECOACH_API_KEY, if that is
+    set. `tls` says how to recognise a router that speaks TLS; without it nothing is encrypted.
+
+    A `channel` that is passed in (to add interceptors, or to test) is used as it is, and it is the caller who closes
+    it. Unless a `target` is given beside it, errors name no address.
     """
 
     def __init__(
@@ -68,7 +70,7 @@ class Client:
         self._peer = peer_name(target, channel)
         self._closed = threading.Event()
         self._lock = threading.Lock()
-        self._streams: weakref.WeakSet[GenerationStream] = weakref.WeakSet()  # to end them with us
+        self._streams: weakref.WeakSet[GenerationStream] = weakref.WeakSet()  # so that they can be closed with it
 
     @overload
     def generate(
@@ -87,31 +89,32 @@ class Client:
     ) -> Generation | GenerationStream:
         """Generates from exactly one of `prompt`, `token_ids` and `messages` (a conversation of roles and contents).
 
-        Sampling: temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias,
-        seed, max_tokens, stop (a string or several), stop_token_ids, ignore_eos, logprobs, n; their meaning, limits and
-        defaults are SamplingParams'. Besides them: model ("" for the only one), request_id (a random one where empty;
-        one that was sent before attaches to that request), priority (larger runs first), cache_salt (requests of
-        different salts share no K/V, so that their times say nothing about each other), linger_s (how long the request
-        runs on when its connection breaks, so that the stream can go on; closing it ends it all the same) and timeout_s
-        (the client's where None). None is as good as not given.
+        Returns the whole Generation or, with `stream`, an iterator of Chunks. Raises InvalidArgument before anything is
+        sent, and the errors of the server; with `stream`, those are raised where the chunks are read.
 
-        Returns the whole Generation, or, when `stream`, an iterator of Chunks. Raises InvalidArgument before anything
-        is sent, and the errors of the server: when `stream`, where the chunks are read.
+        The sampling options are temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty,
+        frequency_penalty, logit_bias, seed, max_tokens, stop (a string or several), stop_token_ids, ignore_eos,
+        logprobs and n. Their meaning, limits and defaults are those of stagecoach.sampling.SamplingParams.
+
+        The others are, where None is the same as leaving an option out:
+
+        - model: its name; not needed where the router has only one.
+        - request_id: a random one by default. The id of an earlier request attaches to that request.
+        - priority: requests with a larger one run first.
+        - cache_salt: requests with different salts share no K/V, so that their times say nothing about each other.
+        - linger_s: how long the request runs on after its connection broke, so that the stream can go on. Closing the
+          stream ends the request all the same.
+        - timeout_s: instead of the client's.
         """
         self._check_open()
         call = generate_call(prompt, options)
-        attempts = self._settings.generate_attempts(call.timeout_s)
         chunks = GenerationStream(
-            lambda timeout_s: self._stub.Generate(
-                call.request, timeout=timeout_s, wait_for_ready=False, metadata=self._settings.metadata
-            ),
+            lambda timeout_s: self._stub.Generate(call.request, **self._settings.call_options(timeout_s)),
             lambda: self._stub.Cancel.future(
-                CancelRequest(request_id=call.request.request_id),
-                timeout=CANCEL_TIMEOUT_S,
-                metadata=self._settings.metadata,
+                CancelRequest(request_id=call.request.request_id), **self._settings.call_options(CANCEL_TIMEOUT_S)
             ),
             call,
-            attempts,
+            self._settings.generate_attempts(call.timeout_s),
             self._peer,
         )
         with self._lock:
@@ -134,15 +137,15 @@ class Client:
         return read_tokenization(self._read(self._stub.Tokenize, request, timeout_s))
 
     def models(self, *, timeout_s: float | None = None) -> tuple[Model, ...]:
-        """What is served."""
+        """The models that the router serves."""
         return read_models(self._read(self._stub.ListModels, ListModelsRequest(), timeout_s))
 
     def status(self, *, timeout_s: float | None = None) -> ClusterStatus:
-        """How the router and its pipelines are."""
+        """How the router and its pipelines are, and what they have done since they started."""
         return read_status(self._read(self._stub.GetClusterStatus, GetClusterStatusRequest(), timeout_s))
 
     def close(self) -> None:
-        """Ends the calls that run or wait for their next attempt, and the connection."""
+        """Ends all calls, also those that wait for their next attempt, and the connection."""
         self._closed.set()
         with self._lock:
             streams = list(self._streams)
@@ -161,12 +164,10 @@ class Client:
 
     def _read(self, method: Any, request: Any, timeout_s: float | None) -> Any:
         self._check_open()
-        attempts: Attempts = self._settings.read_attempts(timeout_s)
+        attempts = self._settings.read_attempts(timeout_s)
         while True:
             try:
-                return method(
-                    request, timeout=attempts.remaining_s(), wait_for_ready=False, metadata=self._settings.metadata
-                )
+                return method(request, **self._settings.call_options(attempts.remaining_s()))
             except grpc.RpcError as failure:
                 error = from_rpc_error(failure, self._peer)
                 delay_s = attempts.delay_s(error)

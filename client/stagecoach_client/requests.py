@@ -1,4 +1,4 @@
-"""From what a caller writes to what goes over the wire. Pure; everything that can be checked here, is."""
+"""From a caller's arguments to the message that is sent. Pure. What can be checked without the server is checked."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ MIN_PRIORITY, MAX_PRIORITY = -(2**31), 2**31 - 1
 class Message(TypedDict):
     """One message of a conversation."""
 
-    role: str  # system, user, assistant: what the checkpoint's chat template knows
+    role: str  # one that the checkpoint's chat template knows, as a rule system, user or assistant
     content: str
 
 
-# Plain dicts of strings do as well.
+# A conversation. Plain dicts of strings do as well.
 Messages = Sequence[Message] | Sequence[Mapping[str, str]]
 
 
 class GenerateOptions(TypedDict, total=False):
-    """What `generate` takes besides `prompt` and `stream`. None is the same as leaving it out.
+    """What `generate` takes besides `prompt` and `stream`. None is the same as leaving an option out.
 
-    The sampling fields are those of stagecoach.sampling.
+    Client.generate says what each of them does.
     """
 
     token_ids: Sequence[int] | None
@@ -91,7 +91,7 @@ def generate_call(prompt: str | None, options: GenerateOptions) -> GenerateCall:
 
 
 def tokenize_request(prompt: str | None, messages: Messages | None, model: str) -> TokenizeRequest:
-    """Checks the arguments of `tokenize`; raises InvalidArgument."""
+    """Checks the arguments of `tokenize`. Raises InvalidArgument with the field and the limit."""
     request = TokenizeRequest(model=_string("model", model))
     _set_input(request, prompt, None, messages)
     _check_size(request)
@@ -99,7 +99,7 @@ def tokenize_request(prompt: str | None, messages: Messages | None, model: str) 
 
 
 def check_timeout(timeout_s: float | None, field: str = "timeout_s") -> float | None:
-    """`timeout_s` as it came, if it is None or a positive number."""
+    """Returns `timeout_s` as it came. Raises InvalidArgument unless it is None or a positive number."""
     if timeout_s is None:
         return None
     number = isinstance(timeout_s, int | float) and not isinstance(timeout_s, bool)
@@ -110,7 +110,7 @@ def check_timeout(timeout_s: float | None, field: str = "timeout_s") -> float | 
 
 
 def sampling_params(options: Mapping[str, Any]) -> SamplingParams:
-    """The sampling fields among `options`; `stop` may be one string. Raises InvalidArgument."""
+    """The sampling parameters among `options`; `stop` may be a single string. Raises InvalidArgument."""
     chosen = {name: options[name] for name in SAMPLING_FIELDS if name in options}
     for name in ("stop", "stop_token_ids"):
         if name in chosen:
@@ -123,7 +123,7 @@ def sampling_params(options: Mapping[str, Any]) -> SamplingParams:
 
 
 def sampling_to_proto(params: SamplingParams) -> SamplingParamsProto:
-    """The parameters as a message."""
+    """The sampling parameters as a message."""
     return SamplingParamsProto(
         temperature=params.temperature,
         top_k=params.top_k,
@@ -171,7 +171,7 @@ def _chat(messages: Messages) -> ChatMessages:
     for index, message in enumerate(messages):
         where = f"messages[{index}]"
         if not isinstance(message, Mapping) or message.keys() != {"role", "content"} or not message["role"]:
-            text = f"{where} must have a role and a content and nothing else"  # not quoted: it is somebody's prompt
+            text = f"{where} must have a role and a content and nothing else"  # not quoted: it is a prompt
             raise InvalidArgument(text, field=where, limit="role, content")
         role, content = _string(f"{where}.role", message["role"]), _string(f"{where}.content", message["content"])
         chat.messages.append(ChatMessage(role=role, content=content))
@@ -206,7 +206,7 @@ def _tuple(name: str, value: object) -> tuple[Any, ...]:
     if isinstance(value, str) and name == "stop":
         return (value,)
     if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__iter__"):
-        text = f"{name} must be a list; got {type(value).__name__}"  # its value may be somebody's prompt
+        text = f"{name} must be a list; got {type(value).__name__}"  # not quoted: it may be a prompt
         raise InvalidArgument(text, field=name, value=type(value).__name__)
     return tuple(value)
 

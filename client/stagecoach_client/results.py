@@ -1,4 +1,4 @@
-"""What a generation gives back, and how it is read off the wire. Pure."""
+"""What a generation returns, and how it is read off the wire. Pure."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Literal
 from stagecoach.errors import InternalError
 from stagecoach.v1 import inference_pb2 as pb
 
-# stop: an end-of-sequence token, a stop token or a stop string. length: max_tokens, or the context is full.
-# other: a reason that this version of the SDK does not know.
+# stop: an end-of-sequence token, a stop token or a stop string came. length: max_tokens was reached, or the context is
+# full. other: a reason that this version of the SDK does not know.
 FinishReason = Literal["stop", "length", "other"]
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens that were read and written."""
+    """How many tokens were read and written."""
 
     prompt_tokens: int
-    cached_tokens: int  # of the prompt's, those whose K/V was in the prefix cache
+    cached_tokens: int  # prompt tokens whose K/V was in the prefix cache
     completion_tokens: int
 
 
@@ -28,7 +28,7 @@ class TokenLogprob:
     """A token and the natural logarithm of its probability."""
 
     token_id: int
-    text: str  # the token by itself; may hold U+FFFD where it is part of a character
+    text: str  # the token by itself; has U+FFFD where the token is only a part of a character
     logprob: float
 
 
@@ -42,7 +42,7 @@ class PositionLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One more piece of one completion: `token_ids` may be one token, several or, while text is held back, none."""
+    """The next part of one completion. It may have one token, several, or none where only text was left to come."""
 
     index: int
     text: str
@@ -65,7 +65,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """The whole answer to one request. `usage` counts the prompt once, and the tokens of all completions."""
+    """The whole answer to one request. Its `usage` counts the prompt once, and the tokens of all completions."""
 
     completions: tuple[Completion, ...]
     usage: Usage
@@ -79,7 +79,7 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Tokenization:
-    """A prompt's tokens, and how many the model takes."""
+    """A prompt's tokens, and how many tokens fit the model's context."""
 
     token_ids: tuple[int, ...]
     context_length: int
@@ -95,10 +95,10 @@ class _CompletionParts:
 
 
 class GenerationBuilder:
-    """Reads one request's responses, and puts the chunks together again.
+    """Reads one request's responses, and puts the chunks together to the whole answer.
 
-    Raises InternalError for a server that breaks the contract: a completion nobody asked for, or one that goes on
-    after its end, or never ends.
+    Raises InternalError for a server that breaks the contract: for a completion that nobody asked for, and for one that
+    goes on after its end or never ends.
     """
 
     def __init__(self, num_completions: int) -> None:
@@ -107,18 +107,18 @@ class GenerationBuilder:
 
     @property
     def num_tokens(self) -> list[int]:
-        """How many tokens of each completion have come."""
+        """How many tokens have come, one number for each completion."""
         return [len(parts.token_ids) for parts in self._parts]
 
     def add(self, response: pb.GenerateResponse) -> Chunk:
-        """The response as a chunk."""
+        """Takes one response, and returns it as a chunk."""
         self.request_id = self.request_id or response.request_id
         chunk = read_chunk(response)
         if chunk.index >= len(self._parts):
-            raise self._broken(f"a piece of completion {chunk.index}, and n is {len(self._parts)}")
+            raise self._broken(f"a part of completion {chunk.index}, and n is {len(self._parts)}")
         parts = self._parts[chunk.index]
         if parts.finish_reason is not None:
-            raise self._broken(f"a piece of completion {chunk.index} after its end")
+            raise self._broken(f"a part of completion {chunk.index} after its end")
         parts.texts.append(chunk.text)
         parts.token_ids += chunk.token_ids
         parts.logprobs += chunk.logprobs
@@ -126,7 +126,7 @@ class GenerationBuilder:
         return chunk
 
     def build(self) -> Generation:
-        """The whole, once the responses have ended."""
+        """The whole answer, to be called when the responses have ended."""
         completions, usages = [], []
         for index, parts in enumerate(self._parts):
             if parts.finish_reason is None:
@@ -145,7 +145,7 @@ class GenerationBuilder:
 
 
 def read_chunk(response: pb.GenerateResponse) -> Chunk:
-    """A response as a chunk."""
+    """A GenerateResponse as a chunk."""
     return Chunk(
         index=response.index,
         text=response.text,
@@ -183,6 +183,7 @@ def _usage(usage: pb.Usage) -> Usage:
 def _sum(usages: Sequence[Usage]) -> Usage:
     return Usage(
         prompt_tokens=max(usage.prompt_tokens for usage in usages),
-        cached_tokens=min(usage.cached_tokens for usage in usages),  # later completions find the first one's prefill
+        # The first completion's count is the least: the later ones also find what the first one has computed.
+        cached_tokens=min(usage.cached_tokens for usage in usages),
         completion_tokens=sum(usage.completion_tokens for usage in usages),
     )

@@ -1,4 +1,4 @@
-"""Whether a failed call is sent again, and when. Pure but for the clock and the dice, which come in."""
+"""Whether a failed call is made again, and after how long. Pure: the clock and the random numbers are passed in."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from stagecoach.errors import Overloaded, StagecoachError, Unavailable
 
 FIRST_DELAY_S = 0.1
 MAX_DELAY_S = 2.0
-# The longest wait that a server's hint can lead to; one that asks for more is reported to the caller instead.
+# The longest wait that a server may ask for. One that asks for more is reported to the caller instead.
 MAX_RETRY_AFTER_S = 10.0
-# For a stream that broke: how long it is tried to go on with it. A router that restarts is back by then.
+# How long a stream that broke is tried to go on with. A router that restarts is back by then.
 MAX_BREAK_S = 30.0
 FIRST_REATTACH_DELAY_S = 0.05
 MAX_REATTACH_DELAY_S = 1.0
 _SHORTEST_TIMEOUT_S = 0.001
-# What gRPC says of a call whose connection ended under it, and of one that never had a connection.
+# What gRPC says of a call whose connection ended under it, and of one that never had a connection. Its text is all that
+# tells them apart: both have the same status and no metadata.
 _CONNECTION_ENDED = re.compile(r"Socket closed|Connection reset|Broken pipe|GOAWAY|Cancelling all calls|ping timeout")
 _NOT_CONNECTED = re.compile(r"failed to connect", re.IGNORECASE)
 
 
 def connection_ended(details: str) -> bool:
-    """Whether a call, by the `details` of its UNAVAILABLE, had reached a server before it failed.
+    """Whether a call that failed with UNAVAILABLE and these `details` had reached a server before.
 
-    Where that is not clear it had not: then the call is tried again for a shorter time.
+    In doubt it had not. Then the call is tried again, only for a shorter time.
     """
     return _CONNECTION_ENDED.search(details) is not None and _NOT_CONNECTED.search(details) is None
 
@@ -34,11 +35,13 @@ def connection_ended(details: str) -> bool:
 class Attempts:
     """The attempts of one call: they share its deadline, and there are at most `max_retries` after the first.
 
-    Retried are Unavailable, and Overloaded with a hint when to come back, as long as the server has not begun. Delays
-    double, from the server's hint where there is one, with jitter, so that callers who failed together do not return
-    together. A stream that breaks later is gone on with (`reattach_delay_s`), for `max_break_s` at a time and as often
-    as it breaks with something new in between. While it is broken, Overloaded is no answer either: the request may be
-    running, and everyone who lost the same server comes at once.
+    As long as the server has not begun, Unavailable is retried, and so is Overloaded if it says when to come back
+    (`delay_s`). Delays double, from what the server asked for if it did, with jitter, so that callers who failed
+    together do not come back together.
+
+    A stream that breaks later is gone on with (`reattach_delay_s`): for `max_break_s` at a time, and as often as
+    something new has come since the last break. While a stream is broken, Overloaded is retried even without a hint:
+    the request may be running, and everyone who lost the same server comes back at once.
     """
 
     def __init__(
@@ -56,15 +59,15 @@ class Attempts:
         self._max_retries = max_retries
         self._num_retries = 0
         self._max_break_s = max_break_s
-        self._broke_at: float | None = None  # None: it is not broken
+        self._broke_at: float | None = None  # by the clock; None while the stream is not broken
         self._num_reattaches = 0
 
     def remaining_s(self) -> float:
-        """What is left of the call's time, for the next attempt."""
+        """The deadline of the next attempt: what is left of the call's time."""
         return max(_SHORTEST_TIMEOUT_S, self._deadline - self._clock())
 
     def delay_s(self, error: StagecoachError) -> float | None:
-        """How long to wait before the next attempt, or None when `error` is the answer."""
+        """How long to wait before the next attempt, or None if `error` is the answer."""
         hint_s = error.retry_after_s
         if self._num_retries >= self._max_retries or hint_s > MAX_RETRY_AFTER_S:
             return None
@@ -83,12 +86,12 @@ class Attempts:
         return delay_s
 
     def has_progressed(self) -> None:
-        """Something new came: the next break is another one."""
+        """To be called when something new has come: the next break then has its whole time again."""
         self._broke_at = None
         self._num_reattaches = 0
 
     def reattach_delay_s(self, error: StagecoachError) -> float | None:
-        """How long to wait before the stream is gone on with, or None when `error` is its end."""
+        """How long to wait before the broken stream is tried again, or None if `error` is its end."""
         now = self._clock()
         is_first = self._broke_at is None
         if self._broke_at is None:
@@ -104,5 +107,5 @@ class Attempts:
         return delay_s
 
     def _after(self, hint_s: float) -> float:
-        """Not before the server said, and not everyone at once."""
+        """A delay that is not shorter than the server asked for, and not the same for everyone."""
         return max(0.0, hint_s) * (1.0 + 0.25 * self._dice())

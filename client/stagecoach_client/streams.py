@@ -1,4 +1,4 @@
-"""A generation while it runs: an iterator of chunks, which ends the call on the server when it is closed."""
+"""A generation while it runs: an iterator of chunks that goes on after a break, and ends its request when closed."""
 
 from __future__ import annotations
 
@@ -26,30 +26,34 @@ from stagecoach_client.requests import GenerateCall
 from stagecoach_client.results import Chunk, Generation, GenerationBuilder
 from stagecoach_client.retry import Attempts, connection_ended
 
-# Begins the call with so many seconds to its deadline, and returns gRPC's call object.
+# Begins the call, given the seconds to its deadline, and returns gRPC's call object.
 Begin = Callable[[float], Any]
-# Asks the server to end a request at once, though it would linger; returns gRPC's call object.
+# Asks the server to end the request at once although it would linger, and returns gRPC's call object.
 End = Callable[[], Any]
 
 
 class _Stream:
-    """What the two streams share: what has come, how it ended, and whether a failure can be retried."""
+    """What the two streams share: what has come, how it ended, and what becomes of a call that failed.
+
+    The subclasses read from `_call`, hand over each response (`_accept`), the end (`_finish`) and each failure
+    (`_retry_delay_s`), and wait as long as they are told before they begin the call again (`_begin_again`).
+    """
 
     def __init__(self, begin: Begin, end: End, call: GenerateCall, attempts: Attempts, peer: str) -> None:
         self._begin = begin
         self._end = end
-        self._ending: Any = None  # what `end` returned
+        self._ending: Any = None  # the call that `end` returned
         self._peer = peer
         self._attempts = attempts
         self._builder = GenerationBuilder(call.num_completions)
         self._request = call.request
-        # So that the request can be gone on with, and sending it twice is harmless.
+        # With an id the stream can go on after a break, and sending the request twice is harmless.
         self._request.request_id = self._request.request_id or uuid.uuid4().hex
-        self._received = False
-        self._begun = False  # the server had the request, and may have begun
-        self._broken: StagecoachError | None = None  # why the call that brought the last chunk ended
+        self._received = False  # a response has come
+        self._begun = False  # the server has had the request, and may have begun with it
+        self._broken: StagecoachError | None = None  # why the stream broke, until something new comes
         self._ended = False
-        self._error: StagecoachError | None = None
+        self._error: StagecoachError | None = None  # how the stream ended, unless it ended well
         self._call = begin(attempts.remaining_s())
 
     @property
@@ -66,14 +70,15 @@ class _Stream:
             self._ended = True
             self._error = Cancelled("the stream was closed before its end")
             if self._request.linger_s:
-                # Where the channel or its event loop is closed, nobody can be told.
+                # When the channel or its event loop is closed already, nobody can be told.
                 with contextlib.suppress(ValueError, RuntimeError, grpc.aio.UsageError):
                     self._ending = self._end()
             self._call.cancel()
 
     def _accept(self, response: GenerateResponse) -> Chunk:
         self._received = self._begun = True
-        if response.token_ids or response.finish_reason:  # without them the next call would bring the same again
+        # Only these are progress: the next call would bring the same again if the stream broke without them.
+        if response.token_ids or response.finish_reason:
             self._broken = None
             self._attempts.has_progressed()
         try:
@@ -92,13 +97,13 @@ class _Stream:
             raise
 
     def _retry_delay_s(self, failure: grpc.RpcError) -> float:
-        """How long to wait before the call is made again; raises the typed error when it is not to be."""
+        """How long to wait before the call is made again. Raises the typed error if it is not made again."""
         error = from_rpc_error(failure, self._peer)
-        if self._error is not None:  # it was closed meanwhile, which is why it failed, or might as well be
+        if self._error is not None:  # the stream was closed meanwhile: then it no longer matters why the call failed
             raise self._error from failure
         self._begun = self._begun or _ended_with_its_connection(error, failure)
         if self._begun:
-            # A server that knows nothing of the request says so; why the stream broke says more.
+            # A server that does not know the request has no more to say. Why the stream broke tells the caller more.
             is_unknown = self._received and self._broken is not None and isinstance(error, FailedPrecondition)
             self._broken = self._broken or error
             error = self._broken if is_unknown else error
@@ -112,7 +117,7 @@ class _Stream:
         return delay_s
 
     def _begin_again(self) -> None:
-        if self._error is not None:  # it was closed in the meantime
+        if self._error is not None:  # the stream was closed during the wait
             raise self._error
         if self._received:
             self._request.from_tokens[:] = self._builder.num_tokens
@@ -125,22 +130,22 @@ class _Stream:
 
 
 def _ended_with_its_connection(error: StagecoachError, failure: grpc.RpcError) -> bool:
-    """Whether gRPC, and not the server, ended a call that had reached the server."""
+    """Whether it was gRPC that ended the call, because of its connection, after the call had reached the server."""
     is_bare = from_trailing_metadata(getattr(failure, "trailing_metadata", lambda: ())()) is None
     return is_bare and type(error) is Unavailable and connection_ended(error.message)
 
 
 async def wait_for_event(event: asyncio.Event, timeout_s: float) -> None:
-    """Returns when the event is set, after `timeout_s` at the latest."""
+    """Returns as soon as the event is set, and after `timeout_s` in any case."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(timeout_s):
             await event.wait()
 
 
 class GenerationStream(_Stream, Iterator[Chunk]):
-    """The chunks of a generation as they come. Errors of the server are raised where its chunks are awaited.
+    """The chunks of a generation as they come. Errors of the server are raised where the chunks are read.
 
-    Use it in a `with` statement, or call `close`, to leave before the end: that cancels the request on the server.
+    To leave before the end, use it in a `with` statement or call `close`: that cancels the request on the server.
     """
 
     def __init__(self, begin: Begin, end: End, call: GenerateCall, attempts: Attempts, peer: str) -> None:
@@ -161,13 +166,13 @@ class GenerationStream(_Stream, Iterator[Chunk]):
         raise StopIteration
 
     def collect(self) -> Generation:
-        """Reads to the end; returns everything, the chunks that were read before included."""
+        """Reads to the end, and returns the whole answer, including the chunks that were read before."""
         for _ in self:
             pass
         return self._result()
 
     def close(self) -> None:
-        """Ends the request, if it has not ended. May be called from another thread, and more than once."""
+        """Ends the request if it has not ended. It may be called from any thread, and more than once."""
         self._cancel()
         self._closed.set()
         if self._ending is not None:
@@ -184,10 +189,10 @@ class GenerationStream(_Stream, Iterator[Chunk]):
 
 
 class AsyncGenerationStream(_Stream, AsyncIterator[Chunk]):
-    """The chunks of a generation as they come. Errors of the server are raised where its chunks are awaited.
+    """The chunks of a generation as they come. Errors of the server are raised where the chunks are read.
 
-    Use it in an `async with` statement, or call `aclose`, to leave before the end: that cancels the request on the
-    server, and so does cancelling the task that waits for a chunk.
+    To leave before the end, use it in an `async with` statement or call `aclose`: that cancels the request on the
+    server. So does cancelling the task that waits for a chunk.
     """
 
     def __init__(self, begin: Begin, end: End, call: GenerateCall, attempts: Attempts, peer: str) -> None:
@@ -202,12 +207,12 @@ class AsyncGenerationStream(_Stream, AsyncIterator[Chunk]):
             task = asyncio.current_task()
             if self._error is None or (task is not None and task.cancelling()):
                 raise
-            raise self._error from None  # not this task was cancelled, but the call: someone closed it
+            raise self._error from None  # nobody cancelled this task: the call was cancelled, by closing the stream
 
     async def _next(self) -> Chunk:
         while not self._ended:
             try:
-                # Not call.read(): it says "end" as soon as the status is there, without looking for messages.
+                # call.read() would not do: it says "end" as soon as the status is there, even if messages are left.
                 response = await anext(aiter(self._call))
             except StopAsyncIteration:
                 self._finish()
@@ -219,13 +224,13 @@ class AsyncGenerationStream(_Stream, AsyncIterator[Chunk]):
         raise StopAsyncIteration
 
     async def collect(self) -> Generation:
-        """Reads to the end; returns everything, the chunks that were read before included."""
+        """Reads to the end, and returns the whole answer, including the chunks that were read before."""
         async for _ in self:
             pass
         return self._result()
 
     async def aclose(self) -> None:
-        """Ends the request, if it has not ended. May be called more than once."""
+        """Ends the request if it has not ended. It may be called more than once."""
         self._cancel()
         self._closed.set()
         if self._ending is not None:

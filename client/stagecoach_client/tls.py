@@ -1,4 +1,4 @@
-"""How a client reaches a router that speaks TLS."""
+"""The certificates with which a client reaches a router that speaks TLS."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ FilePath = str | os.PathLike[str]
 
 @dataclass(frozen=True, slots=True)
 class Tls:
-    """The PEM files of a connection, which are read when a client is made.
+    """Which PEM files a connection uses. They are read when a client is made.
 
-    `ca`: the authority of the router's certificate; None: those that gRPC brings, which are the web's. `cert` and
-    `key`: who we are, for a router that asks (`--tls-client-ca`). `server_name`: what the router's certificate must be
-    for; "": the host of the address. Raises ConfigError for files that cannot be used.
+    `ca` is the authority that has signed the router's certificate; None trusts those of the web, which gRPC brings.
+    `cert` and `key` say who the caller is, to a router that asks for it (`--tls-client-ca`). `server_name` is the name
+    that the router's certificate must be for; "" takes the host of the address. Raises ConfigError for files that
+    cannot be used.
     """
 
     ca: FilePath | None = None
@@ -35,7 +36,7 @@ class Tls:
             raise ConfigError(f"{field}: a certificate and its key go together", field=field)
 
     def credentials(self) -> grpc.ChannelCredentials:
-        """For a channel to the router."""
+        """What a channel to the router is opened with."""
         ca = None if self.ca is None else read_file(Path(self.ca), "tls_ca")
         if ca is not None:
             check_ca(ca, str(self.ca))
@@ -47,5 +48,5 @@ class Tls:
         return grpc.ssl_channel_credentials(ca, *pair)
 
     def channel_options(self) -> list[tuple[str, Any]]:
-        """For the same channel."""
+        """The options that such a channel needs besides."""
         return name_override(self.server_name)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from google.protobuf.message import Message
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -8,7 +9,7 @@ from stagecoach.errors import InternalError
 from stagecoach.v1 import inference_pb2 as pb
 from stagecoach.v1 import model_pb2
 from stagecoach_client.results import Chunk, GenerationBuilder, PositionLogprobs, TokenLogprob, Usage, read_chunk
-from stagecoach_client.status import SpareStatus, busy_fraction, read_status
+from stagecoach_client.status import SpareStatus, read_status
 
 
 def piece(index: int = 0, text: str = "", finish: int = 0, tokens: list[int] | None = None) -> pb.GenerateResponse:
@@ -122,6 +123,34 @@ def test_an_unknown_dtype_does_not_break_the_status() -> None:
     assert read_status(response).pipelines[0].stages[0].dtype == "unknown"
 
 
-def test_busy_fraction() -> None:
-    assert busy_fraction(3.0, 1.0) == 0.75
-    assert busy_fraction(0.0, 0.0) is None
+def test_a_stage_is_busy_for_the_part_of_its_time_in_which_it_computed() -> None:
+    stages = [pb.StageStatus(compute_s=3.0, wait_s=1.0), pb.StageStatus()]
+    status = read_status(pb.GetClusterStatusResponse(pipelines=[pb.PipelineStatus(stages=stages)]))
+    assert [stage.busy_fraction for stage in status.pipelines[0].stages] == [0.75, None]
+
+
+def numbered(message: Message) -> dict[str, int | str]:
+    """Gives each number and text of the message a value of its own, and returns the values by name."""
+    values: dict[str, int | str] = {}
+    for number, field in enumerate(message.DESCRIPTOR.fields, start=1):
+        if field.message_type is None and field.enum_type is None and field.type != field.TYPE_BOOL:
+            values[field.name] = f"text {number}" if field.type == field.TYPE_STRING else number
+            setattr(message, field.name, values[field.name])
+    return values
+
+
+def test_every_figure_of_a_status_is_read_into_the_field_of_its_name() -> None:
+    response = pb.GetClusterStatusResponse()
+    of_router = numbered(response)
+    of_pipeline = numbered(response.pipelines.add())
+    of_stage = numbered(response.pipelines[0].stages.add())
+    of_model = numbered(response.pipelines[0].model)
+    status = read_status(response)
+    pipeline = status.pipelines[0]
+    for read, sent in (
+        (status, of_router),
+        (pipeline, of_pipeline),
+        (pipeline.stages[0], of_stage),
+        (pipeline.model, of_model),
+    ):
+        assert {name: getattr(read, name) for name in sent} == sent
