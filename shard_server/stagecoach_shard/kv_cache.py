@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stagecoach.topology import LayerRange
-from stagecoach_shard.models.config import ModelConfig
+from stagecoach_shard.checkpoints.model_config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,11 @@ import secrets
 import threading
 from typing import NoReturn
 
+import torch
+
 from stagecoach.errors import InternalError
 from stagecoach.process import lifecycle
+from stagecoach.process.settings import parse_size
 from stagecoach.rpc.channel import MAX_SHARD_MESSAGE_BYTES, Dial
 from stagecoach.rpc.health import Health
 from stagecoach.rpc.shard_rpc import SERVICE_NAME, shard_handlers
@@ -18,9 +21,10 @@ from stagecoach.security import tls
 from stagecoach.topology import LayerRange
 from stagecoach_shard.leases.assignment import STOP_COMPUTING_TIMEOUT_S, Assignment
 from stagecoach_shard.leases.served_stage import ServedStage, StepLimits
+from stagecoach_shard.models.families import open_checkpoint
 from stagecoach_shard.rpc.access import AllowedNames, Gate
 from stagecoach_shard.rpc.service import ShardService
-from stagecoach_shard.runtime.loading import Loader
+from stagecoach_shard.runtime.loading import Loader, find_device
 from stagecoach_shard.settings import ShardSettings
 
 STOP_GRACE_S = 1.0
@@ -51,13 +55,13 @@ async def serve(settings: ShardSettings, stop: asyncio.Event) -> None:
     health = Health(server, SERVICE_NAME)
     await server.start()
     abandoned = threading.Event()
-    opening = asyncio.create_task(asyncio.to_thread(Loader.open, settings, abandoned))
+    opening = asyncio.create_task(asyncio.to_thread(_open_loader, settings, abandoned))
     stopped = asyncio.create_task(stop.wait())
     assignment: Assignment | None = None
     try:
         await asyncio.wait([opening, stopped], return_when=asyncio.FIRST_COMPLETED)
         if opening.done():
-            assignment, gate.service = _service(opening.result(), dial, health)
+            assignment, gate.service = _service(opening.result(), settings, dial, health)
             await _live(assignment, layers, port, health, settings.drain_timeout_s, stopped)
     finally:
         logger.info("stopping")
@@ -73,8 +77,30 @@ async def serve(settings: ShardSettings, stop: asyncio.Event) -> None:
         _exit_at_once(1)  # a thread that hangs in a kernel cannot be ended
 
 
-def _service(loader: Loader, dial: Dial, health: Health) -> tuple[Assignment, ShardService]:
-    settings = loader.settings
+def _open_loader(settings: ShardSettings, abandoned: threading.Event) -> Loader:
+    """Opens the checkpoint, which takes a while on a slow disk, and finds what cannot work with any layers.
+
+    Raises CheckpointError, ConfigError, and InvalidArgument for a size that is none.
+    """
+    if settings.kv_cache_memory is not None:
+        parse_size(settings.kv_cache_memory, "kv-cache-memory")
+    loader = Loader(
+        device=find_device(settings.device),
+        dtype=getattr(torch, settings.dtype),
+        checkpoint=open_checkpoint(settings.model),
+        kernels=settings.kernels,
+        num_threads=settings.threads,
+        block_size=settings.block_size,
+        kv_cache_memory=settings.kv_cache_memory,
+        kv_cache_fraction=settings.kv_cache_fraction,
+        abandoned=abandoned,
+    )
+    if settings.layer_range() is None:  # now, as a router that assigns layers waits for them
+        loader.check_kernels()
+    return loader
+
+
+def _service(loader: Loader, settings: ShardSettings, dial: Dial, health: Health) -> tuple[Assignment, ShardService]:
     limits = StepLimits(settings.block_size, settings.max_batch_tokens, settings.max_queued_steps)
     assignment = Assignment(
         loader.load,

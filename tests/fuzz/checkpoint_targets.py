@@ -14,9 +14,11 @@ from gguf import GGMLQuantizationType
 from stagecoach_gguf import import_gguf
 from stagecoach_gguf.architecture import Architecture
 from stagecoach_gguf.gguf_file import GGUFFile
-from stagecoach_shard.checkpoints.checkpoint import Checkpoint, read_json_object
+from stagecoach_shard.checkpoints.checkpoint import read_json_object
+from stagecoach_shard.checkpoints.raw_config import RawConfig
 from stagecoach_shard.checkpoints.tensor_table import INDEX_FILE, SINGLE_FILE
-from stagecoach_shard.models.config import ModelConfig
+from stagecoach_shard.models.families import open_checkpoint, read_config
+from stagecoach_shard.models.rope import inverse_frequencies
 from tests.fuzz.engine import Target
 from tests.gguf_model import GGUFModel
 
@@ -70,7 +72,7 @@ def safetensors(scratch: Path) -> Target:
             indexed.write_bytes(data[1:])
         else:
             single.write_bytes(data[1:])
-        checkpoint = Checkpoint.open(scratch)
+        checkpoint = open_checkpoint(scratch)
         with checkpoint.reader(torch.float32, torch.device("cpu")) as reader:
             for entry in list(checkpoint.tensors.values())[:8]:
                 if entry.num_bytes <= _MAX_READ_BYTES:
@@ -113,10 +115,10 @@ def config_json(scratch: Path) -> Target:
 
     def check(data: bytes) -> None:
         path.write_bytes(data)
-        config = ModelConfig.parse(read_json_object(path))
-        assert len(config.traits.windows) == config.num_layers
+        config = read_config(RawConfig(read_json_object(path)))
+        assert len(config.windows) == config.num_layers
         if config.head_dim <= 1 << 16:
-            config.rope.inverse_frequencies(config.head_dim)
+            inverse_frequencies(config.rope, config.head_dim)
         for layer in range(config.num_layers):
             assert all(size > 0 for size in config.cache_shape(layer, num_blocks=2, block_size=16))
 

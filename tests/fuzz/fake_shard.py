@@ -107,7 +107,7 @@ class CheckingRunner:
         return True
 
     def submit(self, step: StageInput, on_done: Any) -> None:
-        rows = step.rows
+        rows = step.batch
         assert rows.total_tokens <= MAX_BATCH_TOKENS
         assert int((rows.starts + rows.num_tokens).max()) <= CONTEXT_LENGTH
         blocks = rows.block_tables

@@ -17,8 +17,9 @@ from stagecoach.v1 import inference_pb2, model_pb2
 from stagecoach.v1 import shard_pb2 as pb
 from stagecoach_router.frontend.grpc_service import read_params
 from stagecoach_router.pipelines.shard_description import check_description
+from stagecoach_shard.checkpoints.raw_config import RawConfig
 from stagecoach_shard.checkpoints.tensor_table import read_header
-from stagecoach_shard.models.config import ModelConfig
+from stagecoach_shard.models.families import read_config
 from tests.fuzz import lease_model
 from tests.fuzz.checkpoint_targets import CONFIG
 from tests.fuzz.lease_target import header
@@ -142,10 +143,10 @@ _values = st.one_of(_numbers, st.booleans(), st.lists(st.sampled_from(["full_att
 @settings(max_examples=300)
 def test_a_configuration_has_sane_sizes_or_is_refused(changes: dict[str, Any]) -> None:
     try:
-        config = ModelConfig.parse(CONFIG | changes)
+        config = read_config(RawConfig(CONFIG | changes))
     except errors.CheckpointError:
         return
-    assert len(config.traits.windows) == config.num_layers <= 4096
+    assert len(config.windows) == config.num_layers <= 4096
     assert max(config.hidden_size, config.vocab_size, config.context_length, config.head_dim) < 2**31
 
 

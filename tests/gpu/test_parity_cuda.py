@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stagecoach_shard.checkpoints.checkpoint import Checkpoint
+from stagecoach_shard.models.families import open_checkpoint
 from tests.unit.parity_schedules import SCHEDULES, TOLERANCE, Known
 from tests.unit.stage_chain import Running, StageChain
 from tests.unit.tiny_models import MODELS, random_tokens, reference_logits, save_tiny_model
@@ -37,7 +37,7 @@ def test_prompts_of_more_than_a_tile_whole_and_in_chunks(name: str, tmp_path: Pa
     model = save_tiny_model(tmp_path, MODELS[name])
     token_ids = random_tokens(150, seed=1)
     expected = reference_logits(model, token_ids)
-    checkpoint = Checkpoint.open(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
     for split in SPLITS:
         for chunk in (150, 41):
             chain = StageChain(checkpoint, split, device=CUDA)
@@ -55,7 +55,7 @@ def test_half_precision_stays_about_as_close_to_float32_as_transformers_does(
     token_ids = random_tokens(60, seed=4)
     expected = reference_logits(model, token_ids)
     theirs = reference_logits(model.to(dtype), token_ids).float()
-    chain = StageChain(Checkpoint.open(tmp_path), [0, 2, 4], dtype=dtype, device=CUDA)
+    chain = StageChain(open_checkpoint(tmp_path), [0, 2, 4], dtype=dtype, device=CUDA)
     running = Running(token_ids, blocks=list(range(15)))
     chain.step((running, 57))
     while running.position < 60:
@@ -66,7 +66,7 @@ def test_half_precision_stays_about_as_close_to_float32_as_transformers_does(
 
 def test_decodes_run_in_a_kernel_that_serves_every_length(tmp_path: Path) -> None:
     save_tiny_model(tmp_path, MODELS["qwen3"])
-    chain = StageChain(Checkpoint.open(tmp_path), [0, 4], dtype=torch.bfloat16, device=CUDA)
+    chain = StageChain(open_checkpoint(tmp_path), [0, 4], dtype=torch.bfloat16, device=CUDA)
     running = Running(random_tokens(12, seed=4), blocks=list(range(15)))
     chain.step((running, 10))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:

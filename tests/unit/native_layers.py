@@ -23,9 +23,11 @@ from stagecoach_shard.attention.batch import Batch
 from stagecoach_shard.attention.interface import Attention, AttentionShape, AttentionStep
 from stagecoach_shard.attention.sdpa import SdpaAttention
 from stagecoach_shard.checkpoints.checkpoint import TensorReader
+from stagecoach_shard.checkpoints.model_config import ModelConfig
+from stagecoach_shard.checkpoints.raw_config import RawConfig
 from stagecoach_shard.kv_cache import KVCache
-from stagecoach_shard.models.config import ModelConfig
 from stagecoach_shard.models.decoder import TorchLayers
+from stagecoach_shard.models.families import read_config
 from stagecoach_shard.models.layers import Layers
 from stagecoach_shard.native import library
 from stagecoach_shard.native.layers import NativeLayers
@@ -99,7 +101,7 @@ def family(name: str, **changes: Any) -> ModelConfig:
         "vocab_size": 97,
         "max_position_embeddings": 4096,
     }
-    return ModelConfig.parse({**common, **FAMILIES[name], **changes})
+    return read_config(RawConfig({**common, **FAMILIES[name], **changes}))
 
 
 def compiler() -> str:
@@ -238,7 +240,6 @@ def make_batch(rows: Sequence[tuple[int, int, Sequence[int]]], *, block_size: in
         num_tokens=np.array([count for _, count, _ in rows]),
         block_tables=tables,
         block_size=block_size,
-        device=CPU,
     )
 
 

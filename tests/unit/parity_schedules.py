@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stagecoach_shard.checkpoints.checkpoint import Checkpoint
+from stagecoach_shard.models.families import open_checkpoint
 from tests.unit.stage_chain import CPU, Running, StageChain
 from tests.unit.tiny_models import MODELS, random_tokens, reference_logits, save_tiny_model
 
@@ -34,7 +35,7 @@ class Known:
         # All begin with the same twelve tokens, three whole blocks, for prefixes to be shared.
         shared = random_tokens(12, seed=9)
         token_ids = [(shared + random_tokens(40, seed=10 + index))[:length] for index, length in enumerate(LENGTHS)]
-        return cls(Checkpoint.open(folder), token_ids, [reference_logits(model, ids) for ids in token_ids])
+        return cls(open_checkpoint(folder), token_ids, [reference_logits(model, ids) for ids in token_ids])
 
     def chain(self, split: Sequence[int], device: torch.device = CPU) -> StageChain:
         """Stages with the boundaries `split`, all their K/V poisoned."""

@@ -76,7 +76,6 @@ class StageChain:
             num_tokens=np.array([count for _, count in rows]),
             block_tables=tables,
             block_size=self.block_size,
-            device=self.device,
         )
         hidden_states = torch.tensor(token_ids)
         for stage, cache in zip(self.stages, self.caches, strict=True):

@@ -28,7 +28,6 @@ def _batch(rows: list[tuple[int, int]], block_size: int) -> tuple[Batch, int]:
         num_tokens=np.array([count for _, count in rows]),
         block_tables=tables,
         block_size=block_size,
-        device=CPU,
     )
     return batch, sum(needed)
 

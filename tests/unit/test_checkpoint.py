@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from stagecoach.errors import CheckpointError
-from stagecoach_shard.checkpoints.checkpoint import Checkpoint
 from stagecoach_shard.checkpoints.tensor_table import read_header
+from stagecoach_shard.models.families import open_checkpoint
 from tests.unit.tiny_models import MODELS, save_tiny_model
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -51,12 +51,12 @@ def edit_json(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
 
 def refused(folder: Path) -> CheckpointError:
     with pytest.raises(CheckpointError) as caught:
-        Checkpoint.open(folder)
+        open_checkpoint(folder)
     return caught.value
 
 
 def test_it_is_named_after_its_folder_and_reads_no_tensor(folder: Path) -> None:
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = open_checkpoint(folder)
     assert checkpoint.name == "tiny"
     assert checkpoint.config.num_layers == 4
     assert checkpoint.names_read == []
@@ -67,14 +67,14 @@ def test_it_lists_the_tokenizer_files_that_are_there(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text("")
     (folder / "merges.txt").write_text("")
     names = {"tokenizer.json", "chat_template.jinja", "config.json", "generation_config.json"}
-    files = Checkpoint.open(folder).tokenizer_files()
+    files = open_checkpoint(folder).tokenizer_files()
     assert files == {name: folder / name for name in names}
 
 
 def test_one_file_or_several_are_the_same_model(folder: Path) -> None:
-    single = Checkpoint.open(folder)
+    single = open_checkpoint(folder)
     split_over_files(folder)
-    several = Checkpoint.open(folder)
+    several = open_checkpoint(folder)
     assert several.fingerprint == single.fingerprint
     assert several.tensors.keys() == single.tensors.keys()
 

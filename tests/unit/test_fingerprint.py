@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stagecoach_shard.checkpoints.checkpoint import Checkpoint
+from stagecoach_shard.models.families import open_checkpoint
 from tests.unit.tiny_models import MODELS, save_tiny_model
 
 SINGLE = "model.safetensors"
@@ -23,7 +23,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def _fingerprint(folder: Path) -> str:
-    return Checkpoint.open(folder).fingerprint
+    return open_checkpoint(folder).fingerprint
 
 
 def _edit_config(folder: Path, **change: object) -> None:

@@ -5,21 +5,24 @@ from __future__ import annotations
 import torch
 
 from stagecoach.topology import LayerRange
+from stagecoach_shard.checkpoints.raw_config import RawConfig
 from stagecoach_shard.kv_cache import KVCache
-from stagecoach_shard.models.config import ModelConfig
+from stagecoach_shard.models.families import read_config
 
-CONFIG = ModelConfig.parse(
-    {
-        "model_type": "qwen3",
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 24,
-        "vocab_size": 100,
-        "max_position_embeddings": 2048,
-    }
+CONFIG = read_config(
+    RawConfig(
+        {
+            "model_type": "qwen3",
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 24,
+            "vocab_size": 100,
+            "max_position_embeddings": 2048,
+        }
+    )
 )
 LAYERS = LayerRange(1, 4)
 

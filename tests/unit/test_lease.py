@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from stagecoach.errors import InvalidArgument, KVCacheFull, OutOfRange, StaleEpoch
 from stagecoach.v1 import shard_pb2 as pb
-from stagecoach_shard.leases.lease import BlockRanges, Lease
+from stagecoach_shard.leases.block_ranges import BlockRanges
+from stagecoach_shard.leases.lease import Lease
 
 
 def make_lease(**changes):
@@ -81,6 +82,16 @@ def test_what_is_not_the_leases_is_out_of_range(bad, field):
 def test_rows_that_make_no_sense_are_invalid(rows):
     with pytest.raises(InvalidArgument):
         make_lease().accept(header(rows=rows))
+
+
+@pytest.mark.parametrize(
+    "lengths", [{"row_starts": []}, {"row_num_tokens": [1]}, {"row_slots": [0, 1, 2]}, {"row_starts": [0, 0, 0]}]
+)
+def test_rows_whose_parts_are_not_of_one_number_are_invalid(lengths):
+    facts = {"row_slots": [0, 1], "row_starts": [0, 0], "row_num_tokens": [1, 1]} | lengths
+    with pytest.raises(InvalidArgument) as caught:
+        make_lease().accept(pb.MicroBatchHeader(epoch=5, step=1, **facts))
+    assert caught.value.field == "row_slots"
 
 
 @pytest.mark.parametrize("changes", [{"epoch": 4}, {"epoch": 6}, {"step": 2}, {"step": 0}])

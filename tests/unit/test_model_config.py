@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from stagecoach.errors import CheckpointError
-from stagecoach_shard.checkpoints.checkpoint import Checkpoint
-from stagecoach_shard.models.config import ModelConfig
+from stagecoach_shard.checkpoints.raw_config import RawConfig
+from stagecoach_shard.models.families import open_checkpoint, read_config
 from tests.unit.stage_chain import Running, StageChain
 from tests.unit.tiny_models import MODELS, random_tokens, reference_logits, save_tiny_model
 
@@ -38,14 +38,14 @@ LLAMA3_ROPE = {
 
 
 def test_a_plain_configuration_is_read() -> None:
-    config = ModelConfig.parse({**LLAMA, "rope_theta": 5e5, "tie_word_embeddings": True})
+    config = read_config(RawConfig({**LLAMA, "rope_theta": 5e5, "tie_word_embeddings": True}))
     assert (config.family, config.num_layers, config.head_dim, config.num_kv_heads) == ("llama", 4, 16, 2)
     assert (config.context_length, config.rope.theta, config.tie_word_embeddings) == (2048, 5e5, True)
 
 
 def test_what_transformers_leaves_to_defaults_may_be_absent_or_null() -> None:
     fields = {**LLAMA, "num_key_value_heads": None, "rms_norm_eps": None, "rope_scaling": None, "head_dim": None}
-    config = ModelConfig.parse(fields)
+    config = read_config(RawConfig(fields))
     assert (config.num_kv_heads, config.rms_norm_eps, config.rope.theta, config.head_dim) == (4, 1e-6, 10000.0, 16)
 
 
@@ -89,7 +89,7 @@ def test_what_transformers_leaves_to_defaults_may_be_absent_or_null() -> None:
 )
 def test_what_would_be_computed_wrongly_is_refused_by_name(change: dict[str, Any], field: str) -> None:
     with pytest.raises(CheckpointError) as caught:
-        ModelConfig.parse({**LLAMA, **change})
+        read_config(RawConfig({**LLAMA, **change}))
     assert caught.value.field == field
     assert field.rsplit(".", 1)[-1] in caught.value.message
 
@@ -109,7 +109,7 @@ def test_what_would_be_computed_wrongly_is_refused_by_name(change: dict[str, Any
 )
 def test_families_refuse_what_they_have_not(family: str, change: dict[str, Any], field: str) -> None:
     with pytest.raises(CheckpointError) as caught:
-        ModelConfig.parse({**LLAMA, "model_type": family, **change})
+        read_config(RawConfig({**LLAMA, "model_type": family, **change}))
     assert caught.value.field == field
 
 
@@ -134,11 +134,11 @@ def test_families_refuse_what_they_have_not(family: str, change: dict[str, Any],
     ],
 )
 def test_windows_follow_the_family(family: str, change: dict[str, Any], windows: tuple[int | None, ...]) -> None:
-    assert ModelConfig.parse({**LLAMA, "model_type": family, **change}).traits.windows == windows
+    assert read_config(RawConfig({**LLAMA, "model_type": family, **change})).windows == windows
 
 
 def test_qwen3_heads_have_their_own_size() -> None:
-    assert ModelConfig.parse({**LLAMA, "model_type": "qwen3"}).head_dim == 128
+    assert read_config(RawConfig({**LLAMA, "model_type": "qwen3"})).head_dim == 128
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-rope-llama3", "llama-rope-linear", "llama-rope-dynamic"])
@@ -154,5 +154,5 @@ def test_the_keys_of_transformers_4_mean_the_same(name: str, tmp_path: Path) -> 
     path.write_text(json.dumps(fields))
     token_ids = random_tokens(90, seed=5)
     running = Running(token_ids, list(range(23)))
-    StageChain(Checkpoint.open(tmp_path), [0, 4]).step((running, 90))
+    StageChain(open_checkpoint(tmp_path), [0, 4]).step((running, 90))
     torch.testing.assert_close(running.stacked(), reference_logits(model, token_ids), atol=1e-4, rtol=0)

@@ -12,6 +12,7 @@ from stagecoach.errors import ConfigError
 from stagecoach.topology import LayerRange
 from stagecoach_shard.attention.sdpa import SdpaAttention
 from stagecoach_shard.checkpoints.checkpoint import Checkpoint
+from stagecoach_shard.models.families import open_checkpoint
 from stagecoach_shard.native import library
 from stagecoach_shard.native.layers import MAX_HEAD_DIM, Kernels, native_library
 from stagecoach_shard.runtime.stage import Stage
@@ -34,7 +35,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """Four layers, tied, with heads of 64."""
     folder = tmp_path_factory.mktemp("model")
     save_tiny_model(folder, {"model_type": "llama", "head_dim": 64, "tie_word_embeddings": True})
-    return Checkpoint.open(folder)
+    return open_checkpoint(folder)
 
 
 def load(checkpoint: Checkpoint, kernels: Kernels, dtype: torch.dtype = torch.bfloat16) -> Stage:

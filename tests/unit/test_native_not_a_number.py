@@ -11,8 +11,8 @@ import torch
 
 from stagecoach.topology import LayerRange
 from stagecoach_shard.attention.batch import Batch
-from stagecoach_shard.checkpoints.checkpoint import Checkpoint
 from stagecoach_shard.kv_cache import KVCache
+from stagecoach_shard.models.families import open_checkpoint
 from stagecoach_shard.runtime.stage import Stage
 from tests.unit.native_layers import (
     BUILDS,
@@ -132,7 +132,7 @@ def stage_of(tmp_path: Path) -> Callable[[], Stage]:
     def load() -> Stage:
         compiler()
         save_tiny_model(tmp_path, {"model_type": "llama", "head_dim": 64})
-        return Stage.load(Checkpoint.open(tmp_path), LayerRange(0, 4), dtype=torch.bfloat16, device=CPU)
+        return Stage.load(open_checkpoint(tmp_path), LayerRange(0, 4), dtype=torch.bfloat16, device=CPU)
 
     return load
 

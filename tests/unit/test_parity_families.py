@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stagecoach_shard.checkpoints.checkpoint import Checkpoint
+from stagecoach_shard.models.families import open_checkpoint
 from tests.unit.stage_chain import Running, StageChain
 from tests.unit.tiny_models import MODELS, random_tokens, reference_logits, save_tiny_model
 
@@ -22,7 +22,7 @@ def test_logits_equal_those_of_transformers_for_every_split_whole_and_in_chunks(
     token_ids = random_tokens(150, seed=1)
     expected = reference_logits(model, token_ids)
     assert expected.std() > 0.5, "the model says the same of every token: a comparison would prove nothing"
-    checkpoint = Checkpoint.open(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
     for split in SPLITS:
         for chunk in (150, 41):
             chain = StageChain(checkpoint, split)
@@ -37,7 +37,7 @@ def test_logits_equal_those_of_transformers_for_every_split_whole_and_in_chunks(
 def test_decoding_token_by_token_equals_transformers(name: str, tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path, MODELS[name])
     token_ids = random_tokens(30, seed=2)
-    chain = StageChain(Checkpoint.open(tmp_path), [0, 2, 4])
+    chain = StageChain(open_checkpoint(tmp_path), [0, 2, 4])
     running = Running(token_ids, blocks=[9, 3, 50, 4, 8, 1, 2, 60])
     chain.step((running, 6))
     while running.position < len(token_ids):
@@ -50,7 +50,7 @@ def test_a_dynamic_rotation_is_the_same_up_to_the_last_position_of_the_context(t
     model = save_tiny_model(tmp_path, settings)
     token_ids = random_tokens(40, seed=3)
     running = Running(token_ids, blocks=list(range(10)))
-    chain = StageChain(Checkpoint.open(tmp_path), [0, 4])
+    chain = StageChain(open_checkpoint(tmp_path), [0, 4])
     for count in (17, 22, 1):
         chain.step((running, count))
     torch.testing.assert_close(running.stacked(), reference_logits(model, token_ids), atol=TOLERANCE, rtol=0)
@@ -61,7 +61,7 @@ def test_bfloat16_stays_close_to_float32(tmp_path: Path) -> None:
     token_ids = random_tokens(60, seed=4)
     expected = reference_logits(model, token_ids)
     theirs = reference_logits(model.to(torch.bfloat16), token_ids).float()
-    chain = StageChain(Checkpoint.open(tmp_path), [0, 2, 4], dtype=torch.bfloat16)
+    chain = StageChain(open_checkpoint(tmp_path), [0, 2, 4], dtype=torch.bfloat16)
     running = Running(token_ids, blocks=list(range(15)))
     chain.step((running, 60))
     ours = (running.stacked().float() - expected).square().mean()

@@ -12,8 +12,9 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from stagecoach_shard.models.raw_config import RawConfig
-from stagecoach_shard.models.rope import RopeConfig, Rotation
+from stagecoach_shard.checkpoints.model_config import RopeConfig
+from stagecoach_shard.checkpoints.raw_config import RawConfig
+from stagecoach_shard.models.rope import Rotation, inverse_frequencies, read_rope
 
 
 def _theirs(parameters: dict[str, Any], head_dim: int, context_length: int) -> torch.Tensor:
@@ -51,7 +52,7 @@ def test_frequencies_equal_those_of_transformers(
             "high_freq_factor": low + gap,
             "original_max_position_embeddings": original,
         }
-    ours = RopeConfig.parse(RawConfig({"rope_parameters": parameters}), 32_768).inverse_frequencies(head_dim)
+    ours = inverse_frequencies(read_rope(RawConfig({"rope_parameters": parameters}), 32_768), head_dim)
     torch.testing.assert_close(ours, _theirs(parameters, head_dim, 32_768), rtol=2e-6, atol=0)
 
 
@@ -59,20 +60,20 @@ def test_the_original_context_is_the_outer_field_then_the_inner_then_the_context
     parameters = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     inner = {**parameters, "original_max_position_embeddings": 100}
     outer = {"rope_scaling": inner, "original_max_position_embeddings": 50}
-    assert RopeConfig.parse(RawConfig(outer), 200).original_context_length == 50
-    assert RopeConfig.parse(RawConfig({"rope_scaling": inner}), 200).original_context_length == 100
-    assert RopeConfig.parse(RawConfig({"rope_scaling": parameters}), 200).original_context_length == 200
+    assert read_rope(RawConfig(outer), 200).original_context_length == 50
+    assert read_rope(RawConfig({"rope_scaling": inner}), 200).original_context_length == 100
+    assert read_rope(RawConfig({"rope_scaling": parameters}), 200).original_context_length == 200
 
 
 def test_the_parameters_own_theta_goes_before_the_outer_one() -> None:
     raw = RawConfig({"rope_theta": 7.0, "rope_parameters": {"rope_type": "default", "rope_theta": 9.0}})
-    assert RopeConfig.parse(raw, 64).theta == 9.0
-    assert RopeConfig.parse(RawConfig({"rope_theta": 7.0}), 64).theta == 7.0
+    assert read_rope(raw, 64).theta == 9.0
+    assert read_rope(RawConfig({"rope_theta": 7.0}), 64).theta == 7.0
 
 
 @pytest.mark.parametrize("head_dim", [4, 64])
 def test_heads_are_turned_as_transformers_turns_them(head_dim: int) -> None:
-    frequencies = RopeConfig("default", 10_000.0).inverse_frequencies(head_dim)
+    frequencies = inverse_frequencies(RopeConfig("default", 10_000.0), head_dim)
     positions = torch.tensor([0, 5, 1000])
     heads = torch.randn(3, 2, head_dim, generator=torch.Generator().manual_seed(0))
     angles = positions[:, None].float() * frequencies

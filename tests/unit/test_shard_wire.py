@@ -17,9 +17,9 @@ from stagecoach.rpc.framing import PAYLOAD_ALIGNMENT, FrameCounter, read_frame
 from stagecoach.topology import LayerRange
 from stagecoach.v1 import shard_pb2 as pb
 from stagecoach_shard.attention.batch import Batch
-from stagecoach_shard.checkpoints.checkpoint import Checkpoint
 from stagecoach_shard.kv_cache import KVCache
 from stagecoach_shard.leases import wire
+from stagecoach_shard.models.families import open_checkpoint
 from stagecoach_shard.runtime.stage import Stage
 from stagecoach_shard.runtime.stage_runner import Output, StepTimes
 from tests.unit.stage_chain import CPU
@@ -96,7 +96,7 @@ def test_a_stage_computes_the_same_from_any_address(
 ) -> None:
     folder: Path = tmp_path_factory.mktemp("llama")
     save_tiny_model(folder, MODELS["llama"])
-    checkpoint, layers = Checkpoint.open(folder), LayerRange(1, 3)
+    checkpoint, layers = open_checkpoint(folder), LayerRange(1, 3)
     stage = Stage.load(checkpoint, layers, dtype=dtype, device=CPU)
     hidden_size = checkpoint.config.hidden_size
     states = torch.randn(5, hidden_size, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -105,7 +105,6 @@ def test_a_stage_computes_the_same_from_any_address(
         num_tokens=np.array([4, 1]),
         block_tables=np.array([[0], [1]], dtype=np.int32),
         block_size=4,
-        device=CPU,
     )
 
     def run(inputs: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from stagecoach.errors import CheckpointError, TopologyError
 from stagecoach.topology import LayerRange
 from stagecoach_shard.checkpoints.checkpoint import Checkpoint
+from stagecoach_shard.models.families import open_checkpoint
 from stagecoach_shard.runtime.stage import Stage
 from tests.unit.stage_chain import CPU, Running, StageChain
 from tests.unit.test_checkpoint import split_over_files
@@ -36,7 +37,7 @@ LAYER_TENSORS = (
 
 
 def _load(folder: Path, layers: LayerRange, **options: Any) -> tuple[Checkpoint, Stage]:
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = open_checkpoint(folder)
     return checkpoint, Stage.load(checkpoint, layers, dtype=torch.float32, device=CPU, **options)
 
 
@@ -118,7 +119,7 @@ def test_a_head_beside_a_tied_embedding_is_used_as_transformers_uses_it(tmp_path
     reloaded = type(model).from_pretrained(tmp_path, dtype=torch.float32)
     token_ids = random_tokens(9, seed=0)
     running = Running(token_ids, [0, 1, 2])
-    StageChain(Checkpoint.open(tmp_path), boundaries).step((running, 9))
+    StageChain(open_checkpoint(tmp_path), boundaries).step((running, 9))
     torch.testing.assert_close(running.stacked(), reference_logits(reloaded, token_ids), atol=1e-4, rtol=0)
 
 
@@ -127,7 +128,7 @@ def test_a_tied_embedding_may_be_stored_under_the_head_s_name(tmp_path: Path) ->
     _edit_tensors(tmp_path, **{HEAD: load_file(tmp_path / SINGLE)[EMBEDDING], EMBEDDING: None})
     token_ids = random_tokens(9, seed=0)
     running = Running(token_ids, [0, 1, 2])
-    StageChain(Checkpoint.open(tmp_path), [0, 2, 4]).step((running, 9))
+    StageChain(open_checkpoint(tmp_path), [0, 2, 4]).step((running, 9))
     torch.testing.assert_close(running.stacked(), reference_logits(model, token_ids), atol=1e-4, rtol=0)
 
 
@@ -135,7 +136,7 @@ def test_it_keeps_nothing_of_a_file_that_changes_afterwards(tmp_path: Path) -> N
     model = save_tiny_model(tmp_path, MODELS["llama"])
     token_ids = random_tokens(9, seed=0)
     expected = reference_logits(model, token_ids)
-    chain = StageChain(Checkpoint.open(tmp_path), [0, 4])
+    chain = StageChain(open_checkpoint(tmp_path), [0, 4])
     path = tmp_path / SINGLE
     path.write_bytes(b"\0" * path.stat().st_size)  # in place, so that a map of it would change too
     running = Running(token_ids, [0, 1, 2])
@@ -150,13 +151,14 @@ from pathlib import Path
 import psutil, torch
 from stagecoach.topology import LayerRange
 from stagecoach_shard.checkpoints.checkpoint import Checkpoint
+from stagecoach_shard.models.families import open_checkpoint
 from stagecoach_shard.models.linear import Linear
 from stagecoach_shard.runtime.stage import Stage
 
 torch.set_num_threads(1)
 Linear(torch.zeros(64, 64, dtype=torch.bfloat16))  # the first one measures this CPU, and so pulls in libraries
 resident = lambda: psutil.Process().memory_info().rss
-checkpoint = Checkpoint.open(Path(sys.argv[1]))
+checkpoint = open_checkpoint(Path(sys.argv[1]))
 before, seen = resident(), []
 stage = Stage.load(
     checkpoint,

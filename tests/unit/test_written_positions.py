@@ -5,6 +5,7 @@ import pytest
 
 from stagecoach.errors import OutOfRange
 from stagecoach.v1 import shard_pb2 as pb
+from stagecoach_shard.attention.batch import Batch
 from stagecoach_shard.leases.lease import Lease
 from stagecoach_shard.leases.written_positions import WrittenPositions
 
@@ -28,7 +29,7 @@ def header(step, rows, deltas=()):
         row_slots=[row[0] for row in rows],
         row_starts=[row[1] for row in rows],
         row_num_tokens=[row[2] for row in rows],
-        deltas=[pb.BlockTableUpdate(slot=slot, first=first, block_ids=ids) for slot, first, ids in deltas],
+        block_table_updates=[pb.BlockTableUpdate(slot=slot, first=first, block_ids=ids) for slot, first, ids in deltas],
     )
 
 
@@ -76,17 +77,22 @@ def test_a_refused_step_writes_nothing():
 
 
 def test_a_decode_looks_at_nothing_before_it(monkeypatch):
-    written = WrittenPositions(num_blocks=4, block_size=4, max_slots=2)
-    tables = np.array([[0, 1, 2]], dtype=np.int32)
-    slots, ends = np.array([0]), np.array([9])
-    assert written.write(slots, np.array([0]), ends, tables) is None
+    written = WrittenPositions(first_block=100, num_blocks=4, block_size=4, max_slots=2)
+
+    def row(start, num_tokens):
+        tables = np.array([[100, 101, 102]], dtype=np.int32)
+        starts, counts = np.array([start]), np.array([num_tokens])
+        return Batch.build(starts=starts, num_tokens=counts, block_tables=tables, block_size=4)
+
+    slots = np.array([0])
+    assert written.write(slots, row(0, 9)) is None
     monkeypatch.setattr(WrittenPositions, "_first_unwritten", lambda *_: pytest.fail("looked"))
     for position in range(9, 12):
-        assert written.write(slots, np.array([position]), np.array([position + 1]), tables) is None
+        assert written.write(slots, row(position, 1)) is None
 
 
 def test_more_deltas_than_slots_can_need_are_refused_before_any_is_applied():
     lease = make_lease()
     with pytest.raises(OutOfRange) as caught:
         lease.accept(header(1, [(0, 0, 1)], [(0, 0, [0])] * 13))
-    assert caught.value.field == "deltas"
+    assert caught.value.field == "block_table_updates"

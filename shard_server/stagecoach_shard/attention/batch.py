@@ -1,10 +1,11 @@
-"""One micro-batch's rows, checked once and laid out as what the layers need.
+"""One micro-batch's rows, laid out as the layers need them. A lease makes it of what it has checked; it is trusted.
 
 Everything that decides a shape stays on the host in numpy, so that nothing in a step waits for a device to answer.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,27 +13,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stagecoach.errors import InvalidArgument
-
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows lie one after the other: row i's tokens take positions starts[i] .. starts[i] + num_tokens[i] - 1."""
+    """Rows lie one after the other: row i's tokens take positions starts[i] .. starts[i] + num_tokens[i] - 1.
+
+    Arrays are contiguous. Tensors are on the CPU until `to` moves them.
+    """
 
     starts: NDArray[np.int64]  # [num_rows]
     num_tokens: NDArray[np.int64]  # [num_rows], at least 1 each
     ends: NDArray[np.int64]  # [num_rows], starts + num_tokens
     first_tokens: NDArray[np.int64]  # [num_rows], where each row begins among the micro-batch's tokens
-    block_tables: NDArray[np.int32]  # [num_rows, >= blocks needed]; entries past a row's need mean nothing
-    block_size: int
+    # [num_rows, >= blocks needed]: block ids in the shard's cache; entries past a row's need mean nothing.
+    block_tables: NDArray[np.int32]
+    block_size: int  # positions in a block
     total_tokens: int
-    max_block: int  # the largest block id that is used
-    device: torch.device
     positions: Tensor  # int64 [total_tokens]
     cache_slots: Tensor  # int64 [total_tokens]: block id * block_size + offset, where each token's K/V goes
-    begun_blocks: (
-        Tensor | None
-    )  # int64: blocks whose first position is written and whose last is not; None: there are none
+    # int64: the blocks whose first position is written and whose last is not; None: there are none.
+    begun_blocks: Tensor | None
 
     @classmethod
     def build(
@@ -42,16 +42,14 @@ class Batch:
         num_tokens: NDArray[np.int64],
         block_tables: NDArray[np.int32],
         block_size: int,
-        device: torch.device,
     ) -> Batch:
         """`starts`, `num_tokens` int64 [num_rows]; `block_tables` int32 [num_rows, blocks], ids in this shard's cache.
 
-        Raises InvalidArgument, with the field, for rows that do not fit together or into their block tables.
+        There is at least one row, each has at least one token, and its table at least the blocks for its positions.
         """
-        starts = np.asarray(starts, dtype=np.int64)
-        num_tokens = np.asarray(num_tokens, dtype=np.int64)
+        assert block_tables.dtype == np.int32
+        assert block_tables.flags.c_contiguous
         ends = starts + num_tokens
-        _check(starts, num_tokens, ends, block_tables, block_size)
         total_tokens = int(num_tokens.sum())
         first_tokens = np.cumsum(num_tokens) - num_tokens
         row_of_token = np.repeat(np.arange(len(starts)), num_tokens)
@@ -68,53 +66,23 @@ class Batch:
             block_tables=block_tables,
             block_size=block_size,
             total_tokens=total_tokens,
-            max_block=_max_used(block_tables, last_blocks),
-            device=device,
-            positions=torch.from_numpy(positions).to(device),
-            cache_slots=torch.from_numpy(blocks * block_size + positions % block_size).to(device),
-            begun_blocks=torch.from_numpy(begun_blocks).to(device) if len(begun_blocks) else None,
+            positions=torch.from_numpy(positions),
+            cache_slots=torch.from_numpy(blocks * block_size + positions % block_size),
+            begun_blocks=torch.from_numpy(begun_blocks) if len(begun_blocks) else None,
         )
 
     @property
-    def max_position(self) -> int:
-        """The largest position of any token."""
-        return int(self.ends.max()) - 1
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.positions.device
 
-
-def _check(
-    starts: NDArray[np.int64],
-    num_tokens: NDArray[np.int64],
-    ends: NDArray[np.int64],
-    block_tables: NDArray[np.int32],
-    block_size: int,
-) -> None:
-    if starts.ndim != 1 or starts.shape != num_tokens.shape or len(starts) == 0:
-        raise InvalidArgument(
-            f"a micro-batch needs rows, each with a start and a token count; got {starts.shape} and {num_tokens.shape}",
-            field="row_num_tokens",
+    def to(self, device: torch.device) -> Batch:
+        """The same with its tensors on `device`; this one where they are there already."""
+        if device == self.device:
+            return self
+        return dataclasses.replace(
+            self,
+            positions=self.positions.to(device),
+            cache_slots=self.cache_slots.to(device),
+            begun_blocks=None if self.begun_blocks is None else self.begun_blocks.to(device),
         )
-    if block_tables.ndim != 2 or len(block_tables) != len(starts):
-        raise InvalidArgument(
-            f"block tables must be [{len(starts)} rows, blocks]; got {list(block_tables.shape)}", field="block_tables"
-        )
-    if starts.min() < 0:
-        raise InvalidArgument("a row starts before position 0", field="row_starts", limit=0, value=starts.min())
-    if num_tokens.min() < 1:
-        raise InvalidArgument("a row has no tokens", field="row_num_tokens", limit=1, value=num_tokens.min())
-    room = block_tables.shape[1] * block_size
-    if ends.max() > room:
-        raise InvalidArgument(
-            f"a row ends at position {ends.max()}; its block table reaches {room}",
-            field="block_tables",
-            limit=room,
-            value=ends.max(),
-        )
-
-
-def _max_used(block_tables: NDArray[np.int32], last_blocks: NDArray[np.int64]) -> int:
-    used = np.arange(block_tables.shape[1]) <= last_blocks[:, None]
-    if (block_tables[used] < 0).any():
-        raise InvalidArgument(
-            "a row needs a block that its table does not have", field="block_tables", limit=0, value=-1
-        )
-    return int(block_tables[used].max())

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from stagecoach.errors import CheckpointError
 from stagecoach_shard.checkpoints.fingerprint import fingerprint
+from stagecoach_shard.checkpoints.model_config import ModelConfig
+from stagecoach_shard.checkpoints.raw_config import RawConfig
 from stagecoach_shard.checkpoints.tensor_table import TensorEntry, read_tensor_table
-from stagecoach_shard.models.config import ModelConfig
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -49,14 +50,15 @@ class Checkpoint:
     names_read: list[str] = field(default_factory=list)  # tensors whose data was read, in order
 
     @classmethod
-    def open(cls, path: Path) -> Checkpoint:
+    def open(cls, path: Path, read_config: Callable[[RawConfig], ModelConfig]) -> Checkpoint:
         """Reads config.json, the tensor files' headers and samples of their bytes.
 
-        Raises CheckpointError, `field` naming the file, the config field or the tensor at fault.
+        `read_config` is told config.json's fields, and knows the families of models. Raises CheckpointError, `field`
+        naming the file, the config field or the tensor at fault.
         """
         if not path.is_dir():
             raise CheckpointError(f"{path} is not a folder", field="path", value=path)
-        config = ModelConfig.parse(read_json_object(path / "config.json"))
+        config = read_config(RawConfig(read_json_object(path / "config.json")))
         tensors = read_tensor_table(path)
         for name in tensors:
             layer = _LAYER.match(name)
@@ -161,7 +163,7 @@ class TensorReader:
         return tensor
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, object]:
     """The JSON object in a file of the checkpoint. Raises CheckpointError with the file's name."""
     try:
         num_bytes = path.stat().st_size

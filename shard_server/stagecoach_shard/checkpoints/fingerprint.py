@@ -17,8 +17,8 @@ from contextlib import ExitStack
 from dataclasses import asdict
 
 from stagecoach.errors import CheckpointError
+from stagecoach_shard.checkpoints.model_config import ModelConfig
 from stagecoach_shard.checkpoints.tensor_table import TensorEntry
-from stagecoach_shard.models.config import ModelConfig
 
 _WINDOW_BYTES = 4096
 _WINDOWS_A_TENSOR = 8

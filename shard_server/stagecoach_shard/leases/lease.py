@@ -7,72 +7,17 @@ the wire is checked here before it is used.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from stagecoach.errors import InvalidArgument, KVCacheFull, OutOfRange, StaleEpoch
+from stagecoach.errors import InvalidArgument, OutOfRange, StaleEpoch
 from stagecoach.v1 import shard_pb2 as pb
+from stagecoach_shard.attention.batch import Batch
 from stagecoach_shard.leases.written_positions import WrittenPositions
-
-IntArray = npt.NDArray[np.int64]
 
 MAX_SLOTS = 4096
 # In one micro-batch, for each slot of the lease; a router sends one.
 _MAX_UPDATES_PER_SLOT = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """A micro-batch's rows with the blocks they use.
-
-    starts, num_tokens: [num_rows]; block_tables: int32 [num_rows, most blocks of a row], ids in the shard's cache.
-    """
-
-    starts: IntArray
-    num_tokens: IntArray
-    block_tables: npt.NDArray[np.int32]
-
-    @property
-    def total_tokens(self) -> int:
-        return int(self.num_tokens.sum())
-
-
-class BlockRanges:
-    """Hands out contiguous ranges of a shard's blocks, first fit."""
-
-    def __init__(self, num_blocks: int) -> None:
-        self.num_blocks = num_blocks
-        self._used: dict[int, int] = {}  # first block -> number of blocks
-
-    @property
-    def num_free(self) -> int:
-        """The most blocks that a lease can have now: the largest range that is free."""
-        return self.num_free_without(None)
-
-    def num_free_without(self, former: int | None) -> int:
-        """The same, once the range that begins at `former` has been given back."""
-        used = sorted((first, num) for first, num in self._used.items() if first != former)
-        starts = [0, *(first + num for first, num in used)]
-        ends = [*(first for first, _ in used), self.num_blocks]
-        return max(end - start for start, end in zip(starts, ends, strict=True))
-
-    def allocate(self, num_blocks: int) -> int:
-        """The first block of a range of `num_blocks`. Raises KVCacheFull."""
-        first = 0
-        for used_first in sorted(self._used):
-            if used_first - first >= num_blocks:
-                break
-            first = used_first + self._used[used_first]
-        if num_blocks < 1 or first + num_blocks > self.num_blocks:
-            raise KVCacheFull(needed_blocks=num_blocks, free_blocks=self.num_free)
-        self._used[first] = num_blocks
-        return first
-
-    def free(self, first: int) -> None:
-        """Gives back the range that begins at `first`."""
-        del self._used[first]
 
 
 class Lease:
@@ -102,12 +47,12 @@ class Lease:
         self._context_length = context_length
         self._max_batch_tokens = max_batch_tokens
         self._next_step = 1
-        # The lease's own block ids; a slot's table is as long as `_lengths` says.
-        self._tables = np.zeros((max_slots, -(-context_length // block_size)), dtype=np.int32)
+        # Block ids in the shard's cache. A slot's table is as long as `_lengths` says; what is past that means nothing.
+        self._tables = np.full((max_slots, -(-context_length // block_size)), first_block, dtype=np.int32)
         self._lengths = np.zeros(max_slots, dtype=np.int64)
-        self._written = WrittenPositions(num_blocks, block_size, max_slots)
+        self._written = WrittenPositions(first_block, num_blocks, block_size, max_slots)
 
-    def accept(self, header: pb.MicroBatchHeader) -> Rows:
+    def accept(self, header: pb.MicroBatchHeader) -> Batch:
         """Checks a micro-batch, applies its block-table updates, and returns its rows.
 
         Raises StaleEpoch for another epoch or a gap in the steps, InvalidArgument and OutOfRange for rows, slots,
@@ -132,9 +77,9 @@ class Lease:
         )
         for update in header.block_table_updates:
             self._apply(update.slot, update.first, update.block_ids)
-        rows = self._rows(header)
+        batch = self._batch(header)
         self._next_step += 1
-        return rows
+        return batch
 
     def _apply(self, slot: int, first: int, block_ids: Sequence[int]) -> None:
         max_slots, max_blocks = self._tables.shape
@@ -157,11 +102,11 @@ class Lease:
                 limit=self.num_blocks,
                 value=ids.max(),
             )
-        self._tables[slot, first : first + len(block_ids)] = ids
+        self._tables[slot, first : first + len(block_ids)] = ids + self.first_block
         self._lengths[slot] = first + len(block_ids)
         self._written.table_changed(slot, first)
 
-    def _rows(self, header: pb.MicroBatchHeader) -> Rows:
+    def _batch(self, header: pb.MicroBatchHeader) -> Batch:
         num_rows = len(header.row_slots)
         if not num_rows or len(header.row_starts) != num_rows or len(header.row_num_tokens) != num_rows:
             raise InvalidArgument(
@@ -169,17 +114,17 @@ class Lease:
                 field="row_slots",
             )
         _check_below("row_slots", num_rows, len(self._lengths) + 1)  # no slot twice, so no more rows than slots
-        slots = np.array(header.row_slots, dtype=np.int64)
-        starts = np.array(header.row_starts, dtype=np.int64)
-        num_tokens = np.array(header.row_num_tokens, dtype=np.int64)
-        _check_below("row_slots", slots, len(self._lengths))
-        if len(np.unique(slots)) != num_rows:
+        slots = np.fromiter(header.row_slots, dtype=np.int64, count=num_rows)
+        starts = np.fromiter(header.row_starts, dtype=np.int64, count=num_rows)
+        num_tokens = np.fromiter(header.row_num_tokens, dtype=np.int64, count=num_rows)
+        _check_below("row_slots", int(slots.max()), len(self._lengths))
+        if len(set(header.row_slots)) != num_rows:
             raise InvalidArgument("row_slots: a slot is named twice", field="row_slots")
         if num_tokens.min() < 1:
             raise InvalidArgument("row_num_tokens: a row has no tokens", field="row_num_tokens", limit=1, value=0)
-        _check_below("row_num_tokens", num_tokens.sum(), self._max_batch_tokens + 1)
+        _check_below("row_num_tokens", int(num_tokens.sum()), self._max_batch_tokens + 1)
         ends = starts + num_tokens
-        _check_below("row_starts", ends, self._context_length + 1)
+        _check_below("row_starts", int(ends.max()), self._context_length + 1)
         needed = -(-ends // self._block_size)
         short = needed > self._lengths[slots]
         if short.any():
@@ -191,8 +136,13 @@ class Lease:
                 limit=self._lengths[slots[row]],
                 value=needed[row],
             )
-        tables = self._tables[slots, : int(needed.max())]
-        gap = self._written.write(slots, starts, ends, tables)
+        batch = Batch.build(
+            starts=starts,
+            num_tokens=num_tokens,
+            block_tables=self._tables[slots, : int(needed.max())],
+            block_size=self._block_size,
+        )
+        gap = self._written.write(slots, batch)
         if gap is not None:
             row, position = gap
             raise OutOfRange(
@@ -201,10 +151,9 @@ class Lease:
                 limit=position,
                 value=starts[row],
             )
-        return Rows(starts, num_tokens, tables + np.int32(self.first_block))
+        return batch
 
 
-def _check_below(field: str, values: IntArray | np.int64 | int, limit: int) -> None:
-    highest = int(np.max(values))
+def _check_below(field: str, highest: int, limit: int) -> None:
     if highest >= limit:
         raise OutOfRange(f"{field}: {highest} is not below {limit}", field=field, limit=limit, value=highest)

@@ -15,7 +15,8 @@ from stagecoach.rpc.framing import FrameCounter, write_frame
 from stagecoach.topology import LayerRange
 from stagecoach.v1 import shard_pb2
 from stagecoach_shard.checkpoints.checkpoint import Checkpoint
-from stagecoach_shard.leases.lease import BlockRanges, Lease
+from stagecoach_shard.leases.block_ranges import BlockRanges
+from stagecoach_shard.leases.lease import Lease
 from stagecoach_shard.leases.session import LeaseSession, check_open
 from stagecoach_shard.runtime.stage_runner import StageRunner
 

@@ -1,4 +1,4 @@
-"""Which positions of a lease's blocks it has written itself. Pure.
+"""Which positions of a lease's blocks it has written itself.
 
 A lease gets blocks that others had before it, with their K/V still in them. A row attends to every position before its
 first one, so a row may only begin where all of those were written under this lease: by an earlier step, or by another
@@ -11,16 +11,19 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from stagecoach_shard.attention.batch import Batch
+
 IntArray = npt.NDArray[np.int64]
 
 
 class WrittenPositions:
-    """One byte for each position of `num_blocks` blocks; block ids are the lease's own, from 0.
+    """One byte for each position of the lease's blocks, which are `num_blocks` of the shard's from `first_block` on.
 
     Of each slot it keeps up to where its table is known to be written, so that a decode looks at nothing before it.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, max_slots: int) -> None:
+    def __init__(self, first_block: int, num_blocks: int, block_size: int, max_slots: int) -> None:
+        self._first_block = first_block
         self._block_size = block_size
         self._written = np.zeros((num_blocks, block_size), dtype=np.bool_)
         self._readable = np.zeros(max_slots, dtype=np.int64)
@@ -29,41 +32,28 @@ class WrittenPositions:
         """From entry `first` on the slot's table names other blocks than it did."""
         self._readable[slot] = min(self._readable[slot], first * self._block_size)
 
-    def write(
-        self, slots: IntArray, starts: IntArray, ends: IntArray, tables: npt.NDArray[np.int32]
-    ) -> tuple[int, int] | None:
-        """Enters a step's rows, all or none.
+    def write(self, slots: IntArray, batch: Batch) -> tuple[int, int] | None:
+        """Enters a step's rows, all or none; `slots` [num_rows] are theirs.
 
-        slots, starts, ends: [num_rows]; tables: [num_rows, at least the blocks that the rows need]. Returns None, or
-        for a row that begins behind a position which was not written its index and that position; nothing is entered
-        then.
+        Returns None, or for a row that begins behind a position which was not written its index and that position;
+        nothing is entered then.
         """
-        places = self._places(starts, ends, tables)
+        places = batch.cache_slots.numpy() - self._first_block * self._block_size
         written = self._written.reshape(-1)
         fresh = places[~written[places]]
         written[fresh] = True
-        for row in np.flatnonzero(starts > self._readable[slots]):
-            slot, start = slots[row], int(starts[row])
-            readable = self._first_unwritten(tables[row], int(self._readable[slot]), start)
+        for row in np.flatnonzero(batch.starts > self._readable[slots]):
+            slot, start = slots[row], int(batch.starts[row])
+            readable = self._first_unwritten(batch.block_tables[row], int(self._readable[slot]), start)
             if readable < start:
                 written[fresh] = False
                 return int(row), readable
-        self._readable[slots] = np.maximum(self._readable[slots], ends)
+        self._readable[slots] = np.maximum(self._readable[slots], batch.ends)
         return None
-
-    def _places(self, starts: IntArray, ends: IntArray, tables: npt.NDArray[np.int32]) -> IntArray:
-        """Where in the blocks, seen as one line, the rows' own positions lie: [total tokens]."""
-        num_tokens = ends - starts
-        rows = np.repeat(np.arange(len(starts)), num_tokens)
-        firsts = np.cumsum(num_tokens) - num_tokens
-        positions = np.arange(len(rows)) + (starts - firsts)[rows]
-        blocks = tables[rows, positions // self._block_size].astype(np.int64)
-        places: IntArray = blocks * self._block_size + positions % self._block_size
-        return places
 
     def _first_unwritten(self, table: npt.NDArray[np.int32], first: int, end: int) -> int:
         """The first position of [first, end) that was not written; `end` where all were."""
         first_block = first // self._block_size
-        blocks = self._written[table[first_block : -(-end // self._block_size)]].reshape(-1)
+        blocks = self._written[table[first_block : -(-end // self._block_size)] - self._first_block].reshape(-1)
         gaps = np.flatnonzero(~blocks[first - first_block * self._block_size : end - first_block * self._block_size])
         return first + int(gaps[0]) if len(gaps) else end

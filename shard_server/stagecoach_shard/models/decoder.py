@@ -1,4 +1,4 @@
-"""The decoder layer that Llama, Mistral, Qwen2 and Qwen3 share; what differs between them is in the config's traits."""
+"""The decoder layer that Llama, Mistral, Qwen2 and Qwen3 share; what differs between them is in the config."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from stagecoach_shard.attention.interface import Attention, AttentionShape, Atte
 from stagecoach_shard.attention.batch import Batch
 from stagecoach_shard.checkpoints.checkpoint import TensorReader
 from stagecoach_shard.kv_cache import KVCache
-from stagecoach_shard.models.config import ModelConfig
+from stagecoach_shard.checkpoints.model_config import ModelConfig
 from stagecoach_shard.models.layer_weights import LayerWeights, stacked_head_norm
 from stagecoach_shard.models.linear import Linear
 from stagecoach_shard.models.rms_norm import RMSNorm
-from stagecoach_shard.models.rope import Rotation
+from stagecoach_shard.models.rope import Rotation, inverse_frequencies
 
 
 class TorchLayers:
@@ -34,7 +34,7 @@ class TorchLayers:
         """Reads `layers`. Raises CheckpointError as LayerWeights does."""
         self._dtype = dtype
         self._attention = attention
-        self._inverse_frequencies = config.rope.inverse_frequencies(config.head_dim).to(device)
+        self._inverse_frequencies = inverse_frequencies(config.rope, config.head_dim).to(device)
         self._layers = [
             DecoderLayer(config, index, LayerWeights.read(config, index, reader))
             for index in range(layers.start, layers.end)
@@ -59,9 +59,7 @@ class DecoderLayer:
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, config: ModelConfig, index: int, weights: LayerWeights) -> None:
-        self.shape = AttentionShape(
-            config.num_heads, config.num_kv_heads, config.head_dim, config.traits.windows[index]
-        )
+        self.shape = AttentionShape(config.num_heads, config.num_kv_heads, config.head_dim, config.windows[index])
         eps, head_norm = config.rms_norm_eps, stacked_head_norm(weights, config)
         self._head_norm = None if head_norm is None else RMSNorm(head_norm, eps)
         self._input_norm = RMSNorm(weights.input_norm, eps)

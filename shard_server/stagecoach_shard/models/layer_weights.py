@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stagecoach_shard.checkpoints.checkpoint import TensorReader
-from stagecoach_shard.models.config import ModelConfig
+from stagecoach_shard.checkpoints.model_config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,40 +36,39 @@ class LayerWeights:
     def read(cls, config: ModelConfig, index: int, reader: TensorReader) -> LayerWeights:
         """Reads layer `index`. Raises CheckpointError for a tensor that is missing or not of the config's shape."""
         hidden, inner, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
-        traits, prefix = config.traits, f"model.layers.{index}."
+        prefix = f"model.layers.{index}."
         query_rows, key_rows = config.num_heads * head_dim, config.num_kv_heads * head_dim
         attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
         qkv = [(f"{attention}q_proj", query_rows), (f"{attention}k_proj", key_rows), (f"{attention}v_proj", key_rows)]
         gate_up = [(f"{mlp}gate_proj", inner), (f"{mlp}up_proj", inner)]
         head_norms = None
-        if traits.qk_norm:
+        if config.qk_norm:
             head_norms = (
                 reader.read(f"{attention}q_norm.weight", [head_dim]),
                 reader.read(f"{attention}k_norm.weight", [head_dim]),
             )
         return cls(
             input_norm=reader.read(f"{prefix}input_layernorm.weight", [hidden]),
-            qkv=_projection(reader, qkv, hidden, traits.qkv_bias),
+            qkv=_projection(reader, qkv, hidden, config.qkv_bias),
             head_norms=head_norms,
-            output=_projection(reader, [(f"{attention}o_proj", hidden)], query_rows, traits.output_bias),
+            output=_projection(reader, [(f"{attention}o_proj", hidden)], query_rows, config.output_bias),
             mlp_norm=reader.read(f"{prefix}post_attention_layernorm.weight", [hidden]),
-            gate_up=_projection(reader, gate_up, hidden, traits.mlp_bias),
-            down=_projection(reader, [(f"{mlp}down_proj", hidden)], inner, traits.mlp_bias),
+            gate_up=_projection(reader, gate_up, hidden, config.mlp_bias),
+            down=_projection(reader, [(f"{mlp}down_proj", hidden)], inner, config.mlp_bias),
         )
 
     @staticmethod
     def tensor_names(config: ModelConfig, index: int) -> list[str]:
         """The tensors of layer `index`."""
-        traits = config.traits
         norms = ["input_layernorm", "post_attention_layernorm"]
-        norms += ["self_attn.q_norm", "self_attn.k_norm"] if traits.qk_norm else []
+        norms += ["self_attn.q_norm", "self_attn.k_norm"] if config.qk_norm else []
         attention, mlp = ["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj", "down_proj"]
         names = [f"{name}.weight" for name in norms]
         names += [f"self_attn.{name}.weight" for name in [*attention, "o_proj"]]
         names += [f"mlp.{name}.weight" for name in mlp]
-        names += [f"self_attn.{name}.bias" for name in attention if traits.qkv_bias]
-        names += ["self_attn.o_proj.bias"] if traits.output_bias else []
-        names += [f"mlp.{name}.bias" for name in mlp if traits.mlp_bias]
+        names += [f"self_attn.{name}.bias" for name in attention if config.qkv_bias]
+        names += ["self_attn.o_proj.bias"] if config.output_bias else []
+        names += [f"mlp.{name}.bias" for name in mlp if config.mlp_bias]
         return [f"model.layers.{index}.{name}" for name in names]
 
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from stagecoach_shard.models.raw_config import RawConfig
-from stagecoach_shard.models.traits import FULL, Traits, refuse_fields, require_layer_types
+from stagecoach_shard.checkpoints.model_config import ModelConfig
+from stagecoach_shard.checkpoints.raw_config import RawConfig
+from stagecoach_shard.models.decoder_config import read_decoder, refuse_fields, same_window
 
 
-def traits(raw: RawConfig, num_layers: int) -> Traits:
+def read_config(raw: RawConfig) -> ModelConfig:
     """`attention_bias` covers all four projections of the attention, `mlp_bias` all three of the MLP."""
-    refuse_fields(raw, "is not supported for model_type 'llama'", "sliding_window", "use_sliding_window")
-    require_layer_types(raw, FULL, num_layers)
+    refuse_fields(raw, "sliding_window", "use_sliding_window")
     attention_bias = raw.boolean("attention_bias", False)
-    return Traits(
+    return read_decoder(
+        raw,
+        windows=same_window(raw, None),
         qkv_bias=attention_bias,
         output_bias=attention_bias,
         mlp_bias=raw.boolean("mlp_bias", False),
-        qk_norm=False,
-        windows=(None,) * num_layers,
     )

@@ -10,7 +10,6 @@ import logging
 from ctypes import byref
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,10 +17,11 @@ from stagecoach.errors import ConfigError, InternalError
 from stagecoach.topology import LayerRange
 from stagecoach_shard.attention.batch import Batch
 from stagecoach_shard.checkpoints.checkpoint import TensorReader
+from stagecoach_shard.checkpoints.model_config import ModelConfig
 from stagecoach_shard.kv_cache import KVCache
 from stagecoach_shard.memory import give_back_unused
-from stagecoach_shard.models.config import ModelConfig
 from stagecoach_shard.models.layer_weights import LayerWeights, Projection
+from stagecoach_shard.models.rope import inverse_frequencies
 from stagecoach_shard.native import library
 from stagecoach_shard.native.library import LayerStruct, Library, StepStruct
 
@@ -114,7 +114,7 @@ class NativeLayers:
         """Reads `layers`. Raises CheckpointError as LayerWeights does."""
         self._functions = functions
         self._is_last = layers.end == config.num_layers
-        self._inverse_frequencies = config.rope.inverse_frequencies(config.head_dim)
+        self._inverse_frequencies = inverse_frequencies(config.rope, config.head_dim)
         self._layers = []
         for index in range(layers.start, layers.end):
             self._layers.append(_Layer(config, index, LayerWeights.read(config, index, reader), functions))
@@ -132,18 +132,16 @@ class NativeLayers:
         hidden = hidden_states.to(torch.float32, copy=True).contiguous()
         angles = batch.positions[:, None].float() * self._inverse_frequencies  # [num_tokens, head_dim / 2]
         cos, sin = angles.cos(), angles.sin()
-        tables = np.ascontiguousarray(batch.block_tables, dtype=np.int32)
-        starts, num_tokens = np.ascontiguousarray(batch.starts), np.ascontiguousarray(batch.num_tokens)
         step = StepStruct(
             total_tokens=batch.total_tokens,
             num_rows=len(batch.starts),
             block_size=batch.block_size,
-            table_width=tables.shape[1],
+            table_width=batch.block_tables.shape[1],
             num_threads=torch.get_num_threads(),
-            starts=starts.ctypes.data,
-            num_tokens=num_tokens.ctypes.data,
+            starts=batch.starts.ctypes.data,
+            num_tokens=batch.num_tokens.ctypes.data,
             first_tokens=batch.first_tokens.ctypes.data,
-            block_tables=tables.ctypes.data,
+            block_tables=batch.block_tables.ctypes.data,
             cache_slots=batch.cache_slots.data_ptr(),
             cos=cos.data_ptr(),
             sin=sin.data_ptr(),
@@ -178,7 +176,7 @@ class _Layer:
             heads=config.num_heads,
             kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
-            window=config.traits.windows[index] or 0,
+            window=config.windows[index] or 0,
             eps=config.rms_norm_eps,
             **{name: linear.words.data_ptr() for name, linear in self._linears.items()},
             **{

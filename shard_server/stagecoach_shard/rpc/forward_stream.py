@@ -115,11 +115,11 @@ def read_step(
             value=session.num_queued,
         )
     wire.check_timings(header.timings, weights.layers.start)
-    rows = session.lease.accept(header)
+    batch = session.lease.accept(header)
     inputs, copied = wire.read_inputs(
         payload,
         header.dtype,
-        num_tokens=rows.total_tokens,
+        num_tokens=batch.total_tokens,
         hidden_size=weights.config.hidden_size,
         dtype=None if weights.is_first else weights.dtype,
         vocab_size=weights.config.vocab_size,
@@ -128,8 +128,8 @@ def read_step(
         stage.frames.payload_was_copied()
     return StageInput(
         inputs=inputs,
-        rows=rows,
-        outputs=wire.read_wanted(header.outputs, rows.total_tokens, weights.config.vocab_size)
+        batch=batch,
+        outputs=wire.read_wanted(header.outputs, batch.total_tokens, weights.config.vocab_size)
         if weights.is_last
         else [],
         is_current=lambda: not session.ended,

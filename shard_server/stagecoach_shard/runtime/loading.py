@@ -5,49 +5,39 @@ from __future__ import annotations
 import logging
 import threading
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from stagecoach.errors import ConfigError, Unavailable
-from stagecoach.process.settings import parse_size
 from stagecoach.topology import LayerRange
 from stagecoach_shard.checkpoints.checkpoint import Checkpoint
 from stagecoach_shard.kv_cache import KVCache
 from stagecoach_shard.memory import free_bytes, num_kv_blocks
-from stagecoach_shard.native.layers import native_library
+from stagecoach_shard.native.layers import Kernels, native_library
 from stagecoach_shard.runtime.stage import Stage
 from stagecoach_shard.runtime.stage_runner import StageRunner
-from stagecoach_shard.settings import ShardSettings
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Loader:
-    """An open checkpoint, and how its layers are to be loaded. `abandoned` ends a load at the next tensor."""
+    """An open checkpoint, and how its layers are to be loaded."""
 
-    settings: ShardSettings
     checkpoint: Checkpoint
     device: torch.device
     dtype: torch.dtype
-    abandoned: threading.Event
+    kernels: Kernels
+    num_threads: int  # of the compute thread, on a CPU
+    block_size: int  # positions in a K/V block
+    kv_cache_memory: str | None  # a size such as "2G"; None: `kv_cache_fraction` of what is free after loading
+    kv_cache_fraction: float
+    abandoned: threading.Event  # set: a load ends at the next tensor
 
-    @classmethod
-    def open(cls, settings: ShardSettings, abandoned: threading.Event) -> Loader:
-        """Reads no weights, and finds what cannot work with any layers.
-
-        Raises CheckpointError, ConfigError, and InvalidArgument for a size that is none.
-        """
-        if settings.kv_cache_memory is not None:
-            parse_size(settings.kv_cache_memory, "kv-cache-memory")
-        device = _device(settings.device)
-        dtype: torch.dtype = getattr(torch, settings.dtype)
-        checkpoint = Checkpoint.open(Path(settings.model))
-        if settings.layer_range() is None:  # now, as layers that are assigned are in a hurry
-            native_library(settings.kernels, checkpoint.config, dtype, device)
-        return cls(settings, checkpoint, device, dtype, abandoned)
+    def check_kernels(self) -> None:
+        """Finds out before any layers are known whether they can be computed as asked. Raises ConfigError."""
+        native_library(self.kernels, self.checkpoint.config, self.dtype, self.device)
 
     def load(self, layers: LayerRange) -> StageRunner:
         """The stage of `layers` with K/V memory in what is then free; its compute thread runs.
@@ -55,7 +45,6 @@ class Loader:
         Raises Unavailable where the load was abandoned, what `Stage.load` raises, and ConfigError where weights or K/V
         memory do not fit.
         """
-        settings = self.settings
         self._check_room(layers)
         self.checkpoint.names_read.clear()
         with tqdm(desc=f"layers {layers}", unit="tensor", disable=None, leave=False) as bar:
@@ -72,7 +61,7 @@ class Loader:
                 dtype=self.dtype,
                 device=self.device,
                 progress=progress,
-                kernels=settings.kernels,
+                kernels=self.kernels,
             )
         cache = self._allocate(layers)
         logger.info(
@@ -86,7 +75,7 @@ class Loader:
             cache.num_blocks,
             cache.block_size,
         )
-        runner = StageRunner(stage, cache, block_size=settings.block_size, num_threads=settings.threads)
+        runner = StageRunner(stage, cache, num_threads=self.num_threads)
         runner.start()
         return runner
 
@@ -101,24 +90,25 @@ class Loader:
             )
 
     def _allocate(self, layers: LayerRange) -> KVCache:
-        settings, config = self.settings, self.checkpoint.config
+        config = self.checkpoint.config
         num_blocks = num_kv_blocks(
-            settings.kv_cache_memory,
-            settings.kv_cache_fraction,
-            bytes_per_block=KVCache.bytes_per_block(config, layers, block_size=settings.block_size, dtype=self.dtype),
+            self.kv_cache_memory,
+            self.kv_cache_fraction,
+            bytes_per_block=KVCache.bytes_per_block(config, layers, block_size=self.block_size, dtype=self.dtype),
             free=free_bytes(self.device),
         )
         return KVCache.allocate(
             config,
             layers,
             num_blocks=num_blocks,
-            block_size=settings.block_size,
+            block_size=self.block_size,
             dtype=self.dtype,
             device=self.device,
         )
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device `name`, such as "cpu" or "cuda:1". Raises ConfigError for one that this machine does not have."""
     device = torch.device(name)
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from stagecoach_shard.attention.batch import Batch
 from stagecoach_shard.kv_cache import KVCache
-from stagecoach_shard.leases.lease import Rows
 from stagecoach_shard.runtime.reduction import log_sum_exp, top_candidates
 from stagecoach_shard.runtime.stage import Stage
 from stagecoach_shard.runtime.transfers import for_device, to_host
@@ -47,7 +46,7 @@ class StageInput:
     """One micro-batch, as a stage needs it."""
 
     inputs: Tensor  # int32 [num_tokens] on the first stage, else [num_tokens, hidden_size]; on the CPU
-    rows: Rows
+    batch: Batch
     outputs: Sequence[WantedOutput]
     is_current: Callable[[], bool]  # asked just before the run: whether its lease still stands
     lease_load: LeaseLoad = field(default_factory=LeaseLoad)  # of the lease that it belongs to
@@ -98,7 +97,7 @@ class StageRunner:
     `stop` is answered.
     """
 
-    def __init__(self, stage: Stage, cache: KVCache, *, block_size: int, num_threads: int) -> None:
+    def __init__(self, stage: Stage, cache: KVCache, *, num_threads: int) -> None:
         self.stage = stage
         self.cache = cache
         self._load = Load()
@@ -107,7 +106,6 @@ class StageRunner:
         self._idle_since: float | None = None
         self._busy_since: float | None = None
         self._in_hand: LeaseLoad | None = None  # whose the step in hand is
-        self._block_size = block_size
         self._num_threads = num_threads
         # With each step, when it was submitted. None ends the thread.
         self._queue: queue.SimpleQueue[tuple[StageInput, OnDone, float] | None] = queue.SimpleQueue()
@@ -209,7 +207,7 @@ class StageRunner:
         if result is not None and not isinstance(result, Exception):
             step.lease_load.num_steps += 1
             load.num_steps += 1
-            load.num_tokens += step.rows.total_tokens
+            load.num_tokens += step.batch.total_tokens
 
     def _outcome(self, step: StageInput) -> StageResult | Exception | None:
         """What `on_done` is told. A fault is one step's, and its lease's; the thread lives on."""
@@ -231,15 +229,7 @@ class StageRunner:
     def run(self, step: StageInput) -> StageResult:
         """Computes one micro-batch."""
         stage = self.stage
-        batch = Batch.build(
-            starts=step.rows.starts,
-            num_tokens=step.rows.num_tokens,
-            block_tables=step.rows.block_tables,
-            block_size=self._block_size,
-            device=stage.device,
-        )
-        # As they came, on the CPU: token ids are checked there, where that waits for no device.
-        hidden_states = stage.forward(for_device(step.inputs, stage.device), batch, self.cache)
+        hidden_states = stage.forward(for_device(step.inputs, stage.device), step.batch, self.cache)
         if not stage.is_last:
             return to_host([hidden_states])[0]
         return self._reduce(hidden_states, step.outputs)

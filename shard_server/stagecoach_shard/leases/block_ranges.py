@@ -1,0 +1,41 @@
+"""How a shard's K/V blocks are shared among leases: each has one contiguous range of them."""
+
+from __future__ import annotations
+
+from stagecoach.errors import KVCacheFull
+
+
+class BlockRanges:
+    """Hands out contiguous ranges of a shard's blocks, first fit."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self._used: dict[int, int] = {}  # first block -> number of blocks
+
+    @property
+    def num_free(self) -> int:
+        """The most blocks that a lease can have now: the largest range that is free."""
+        return self.num_free_without(None)
+
+    def num_free_without(self, former: int | None) -> int:
+        """The same, once the range that begins at `former` has been given back."""
+        used = sorted((first, num) for first, num in self._used.items() if first != former)
+        starts = [0, *(first + num for first, num in used)]
+        ends = [*(first for first, _ in used), self.num_blocks]
+        return max(end - start for start, end in zip(starts, ends, strict=True))
+
+    def allocate(self, num_blocks: int) -> int:
+        """The first block of a range of `num_blocks`. Raises KVCacheFull."""
+        first = 0
+        for used_first in sorted(self._used):
+            if used_first - first >= num_blocks:
+                break
+            first = used_first + self._used[used_first]
+        if num_blocks < 1 or first + num_blocks > self.num_blocks:
+            raise KVCacheFull(needed_blocks=num_blocks, free_blocks=self.num_free)
+        self._used[first] = num_blocks
+        return first
+
+    def free(self, first: int) -> None:
+        """Gives back the range that begins at `first`."""
+        del self._used[first]
