@@ -153,12 +153,36 @@ def test_a_library_that_does_not_load_is_a_reason_and_not_a_crash(recording: Com
         library.load()
 
 
-def test_a_kept_library_that_does_not_load_any_more_is_built_again(recording: Compiler) -> None:
+@pytest.mark.parametrize("left", [0, 10, 4096, 0.5, 0.99], ids=["none", "bytes", "page", "half", "most"])
+def test_a_kept_library_that_was_cut_off_is_built_again(
+    recording: Compiler, left: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In a process of its own, which a file that is loaded though it is cut off would end with SIGBUS."""
     library.load()
-    kept = next(library._folder().glob("kernels-*.so"))
-    kept.unlink()  # and not written over: this process runs it
-    kept.write_bytes(b"half of it")
+    [file] = kept(tmp_path)
+    whole = file.read_bytes()
+    file.unlink()  # and not written over: this process runs it
+    file.write_bytes(whole[: int(left if left >= 1 else left * len(whole))])
+    program = "from stagecoach_shard.native import library; print(library.load().lanes)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip() in ("4", "8", "16")) == (0, True), done.stderr
+    assert [kept_file.read_bytes() for kept_file in kept(tmp_path)] == [whole]
+    assert len(recording.asked) == 2
+
+
+def test_a_full_cache_folder_is_no_reason_to_go_without_kernels(
+    recording: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(library, "_has_room", lambda folder: folder != tmp_path / "cache" / "stagecoach")
+    full = tmp_path / "cache" / "stagecoach"
+    text = recording.path.read_text().replace(
+        "cp ", f'case "$2" in {full}/*) echo "no space left" >&2; exit 1;; esac; cp '
+    )
+    recording.path.write_text(text)
     assert library.load().lanes in (4, 8, 16)
+    assert kept(tmp_path) == []
+    assert f"cannot be kept in {full}" in caplog.text
 
 
 def test_two_processes_that_build_at_once_both_load_it(recording: Compiler, tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ from stagecoach.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 BUILD_TIMEOUT_S = 120.0
+_DIGEST_BYTES = 32
+_ENOUGH_BYTES = 1 << 20  # several times the library
 _SOURCE = Path(__file__).with_name("kernels.c")
 _COMPILERS = ("cc", "gcc", "clang")
 # The first set that the compiler takes: one without OpenMP computes on one thread whatever it is told.
@@ -91,11 +93,14 @@ def load() -> Library:
 
 def _load(compiler: str, flags: list[str]) -> Library:
     """Raises OSError or SubprocessError."""
-    path = _built(compiler, flags, _folder())
+    folder = _folder()
     try:
-        return Library(path)
-    except OSError as error:  # half a file, or a folder that nothing may be run from
-        logger.warning("%s cannot be loaded, and is built once more elsewhere: %s", path, error)
+        return Library(_built(compiler, flags, folder))
+    except (OSError, subprocess.SubprocessError) as error:
+        # A folder that is full, or that nothing may be run from. A compiler that fails, fails elsewhere as well.
+        if isinstance(error, subprocess.SubprocessError) and _has_room(folder):
+            raise
+        logger.warning("the CPU kernels cannot be kept in %s, and are built for this process only: %s", folder, error)
         return Library(_built(compiler, flags, Path(_process_folder().name)))
 
 
@@ -106,6 +111,9 @@ def _built(compiler: str, flags: list[str], folder: Path) -> Path:
     ).stdout
     key = hashlib.sha256(b"\0".join([_SOURCE.read_bytes(), version, " ".join(flags).encode(), _cpu()])).hexdigest()
     path = folder / f"kernels-{key[:24]}.so"
+    if path.exists() and not _is_whole(path):
+        logger.warning("%s is damaged, and is built again", path)
+        path.unlink(missing_ok=True)
     if not path.exists():
         logger.info("building the CPU kernels with %s", compiler)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -118,8 +126,39 @@ def _built(compiler: str, flags: list[str], folder: Path) -> Path:
                 errors="replace",
                 timeout=BUILD_TIMEOUT_S,
             )
+            _seal(built)
             built.replace(path)  # at once: another shard may be building the same
     return path
+
+
+def _seal(path: Path) -> None:
+    """Appends the SHA-256 of what is there, and has all of it on the disk before the file gets its name.
+
+    The loader reads an ELF file by its headers, so what follows its last section is nothing to it. Without the digest a
+    file that a power cut has shortened would kill every later start with SIGBUS, before it could say why.
+    """
+    with path.open("r+b") as file:
+        digest = hashlib.sha256(file.read()).digest()
+        file.write(digest)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the file ends with the SHA-256 of all before."""
+    data = path.read_bytes()
+    return data[-_DIGEST_BYTES:] == hashlib.sha256(data[:-_DIGEST_BYTES]).digest()
+
+
+def _has_room(folder: Path) -> bool:
+    """Whether a file as large as the library is can be written there."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(_ENOUGH_BYTES))
+            file.flush()
+    except OSError:
+        return False
+    return True
 
 
 def _folder() -> Path:
