@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from contextlib import asynccontextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import grpc
 import grpc.aio
@@ -93,6 +93,11 @@ def without_certificate(issued):
     return dial
 
 
+def half_an_hour_ago():
+    """The clock of a process that does not know yet that its certificate has ended."""
+    return datetime.now(UTC) - timedelta(minutes=30)
+
+
 async def test_strangers_do_not_get_into_a_shard(tiny_model, issued, tmp_path):
     others = issue_cluster(tmp_path / "others")
     authority = ThrowawayCA(tmp_path / "authority")
@@ -112,7 +117,7 @@ async def test_strangers_do_not_get_into_a_shard(tiny_model, issued, tmp_path):
             assert not caught.value.retryable
         strangers = [
             shard_dial(Identity(*others.router, issued.ca), SHARD_NAME),
-            shard_dial(Identity(*late, issued.ca), SHARD_NAME),
+            shard_dial(Identity(*late, issued.ca, now=half_an_hour_ago), SHARD_NAME),
             without_certificate(issued),
             dial_plainly,
         ]
@@ -286,7 +291,7 @@ async def test_a_process_with_an_expired_certificate_is_not_connected_to(tmp_pat
     authority = ThrowawayCA(tmp_path)
     late = authority.issue(SHARD_NAME, lifetime=timedelta(minutes=-1))
     own = authority.issue(ROUTER_NAME)
-    server, port = lifecycle.listen(1024, "127.0.0.1:0", identity=Identity(*late, authority.ca))
+    server, port = lifecycle.listen(1024, "127.0.0.1:0", identity=Identity(*late, authority.ca, now=half_an_hour_ago))
     await server.start()
     with pytest.raises(errors.HandshakeFailed, match="expired"):
         await discovery.describe(f"127.0.0.1:{port}", shard_dial(Identity(*own, authority.ca), SHARD_NAME))

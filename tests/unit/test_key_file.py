@@ -1,5 +1,6 @@
 """The key file while a router runs."""
 
+import asyncio
 import logging
 import os
 import time
@@ -62,20 +63,26 @@ async def test_a_file_that_has_not_changed_is_not_read_again(path, caplog):
 
 @pytest.mark.parametrize(
     "broken",
-    [b"[[keys]]\nname = ", b"\xff\xfe", None, b"", b"# no key\nkeys = []\n"],
-    ids=["half", "not text", "gone", "empty", "no keys"],
+    [b"[[keys]]\nname = ", b"\xff\xfe", None, b"", b"# no key\nkeys = []\n", os.mkfifo, os.mkdir],
+    ids=["half", "not text", "gone", "empty", "no keys", "a pipe that nobody writes to", "a folder"],
 )
 async def test_a_broken_file_leaves_the_keys_as_they_were_and_is_logged_once(path, caplog, broken):
     keys = KeyFile(path)
-    if broken is None:
-        path.unlink()
-    else:
+    if isinstance(broken, bytes):
         path.write_bytes(broken)
-    for _ in range(3):
-        await keys.check()
+    else:
+        path.unlink()
+        if broken is not None:
+            broken(path)
+    async with asyncio.timeout(10):
+        for _ in range(3):
+            await keys.check()
     assert name_of(keys, ANN) == "ann"
     assert [record.levelname for record in caplog.records] == ["ERROR"]
     assert str(path) in caplog.text
+    if path.is_dir():
+        path.rmdir()
+    path.unlink(missing_ok=True)
     path.write_text(entry(BOB, "bob"))
     await keys.check()
     assert (name_of(keys, ANN), name_of(keys, BOB)) == (None, "bob")

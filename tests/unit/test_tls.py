@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import stat
-from datetime import timedelta
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -271,3 +273,54 @@ def test_a_file_that_is_too_large_for_pem_is_not_read(issued: ClusterCertificate
     with pytest.raises(ConfigError, match="more than 1048576 bytes") as caught:
         read_identity(issued.shard.cert, issued.shard.key, issued.ca)
     assert caught.value.field == "tls_ca"
+
+
+def test_a_certificate_that_is_not_valid_now_is_refused_with_its_dates(issued: ClusterCertificates) -> None:
+    for away in (timedelta(days=366), timedelta(days=-2)):
+        with pytest.raises(ConfigError, match=r"shard\.pem is valid from 20.* to 20.*; it is 20") as caught:
+            Identity(*issued.shard, issued.ca, now=lambda away=away: datetime.now(UTC) + away)  # type: ignore[misc]
+        assert caught.value.field == "tls_cert"
+
+
+def test_a_new_certificate_that_has_ended_is_reported_and_the_old_one_stays(
+    issued: ClusterCertificates, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    identity = Identity(*issued.shard, issued.ca)
+    before = identity.current()
+    ended = issue_cluster(tmp_path / "second", lifetime=timedelta(minutes=-1))
+    replace(issued, ended)
+    assert identity.current() is before
+    assert "is valid from" in caplog.text
+    assert "what was there before stays in use" in caplog.text
+
+
+def test_a_certificate_that_ends_soon_is_warned_of_once_a_day(
+    issued: ClusterCertificates, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = datetime.now(UTC)
+    identity = Identity(*issued.shard, issued.ca, now=lambda: now)
+    identity.current()
+    assert caplog.text == ""
+    now += timedelta(days=340)
+    for _ in range(3):
+        identity.current()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "ends at 20" in caplog.text
+    now += timedelta(days=30)  # it has ended, and what was opened with it goes on
+    identity.current()
+    assert len(caplog.records) == 2
+    assert "has ended at 20" in caplog.text
+
+
+@pytest.mark.parametrize("put", [os.mkfifo, os.mkdir], ids=["a pipe that nobody writes to", "a folder"])
+def test_what_is_no_regular_file_stops_nobody(
+    issued: ClusterCertificates, caplog: pytest.LogCaptureFixture, put: Callable[[Path], None]
+) -> None:
+    identity = Identity(*issued.shard, issued.ca)
+    before = identity.current()
+    issued.shard.cert.unlink()
+    put(issued.shard.cert)
+    assert identity.current() is before
+    assert str(issued.shard.cert) in caplog.text
+    with pytest.raises(ConfigError, match=r"regular file|directory"):
+        Identity(*issued.shard, issued.ca)

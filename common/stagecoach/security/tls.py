@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import ssl
 import threading
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import grpc.aio
 
 from stagecoach.errors import ConfigError, PermissionDenied
 from stagecoach.rpc.channel import MAX_SHARD_MESSAGE_BYTES, Dial, channel_options, dial_plainly
+from stagecoach.security.watched_files import Signature, read_bounded, signature
 
 logger = logging.getLogger(__name__)
 
@@ -29,36 +31,43 @@ SHARD_NAME = "stagecoach-shard"
 
 # Of one PEM file: a CA's bundle of the whole web has a quarter of it.
 MAX_FILE_BYTES = 1 << 20
+WARN_BEFORE_END = timedelta(days=30)
 
-# (st_mtime_ns, st_size, st_ino) of each file; None where there is none.
-_Signature = tuple[tuple[int, int, int] | None, ...]
+
+def _utc_now() -> datetime:
+    return datetime.now(UTC)
 
 
 @dataclass(frozen=True, slots=True)
 class Pem:
-    """What the files hold. `ca` is None where peers need no certificate."""
+    """What the files hold. `ca` is None where peers need no certificate, `not_after` is when the certificate ends."""
 
     cert: bytes
     key: bytes = field(repr=False)
     ca: bytes | None
+    not_after: datetime
 
 
 class Identity:
     """A certificate with its key, and the CA of the peers; None takes peers without a certificate.
 
-    Raises ConfigError for files that cannot be read, are no PEM, or do not belong together.
+    A certificate that ends within 30 days is warned of once a day, while it is being used. `now` is the clock that its
+    dates are compared with. Raises ConfigError for files that cannot be read, are no PEM, do not belong together, or
+    hold a certificate that is not valid now: every peer would refuse it, and each would say so in its own log only.
     """
 
-    def __init__(self, cert: Path, key: Path, ca: Path | None) -> None:
+    def __init__(self, cert: Path, key: Path, ca: Path | None, *, now: Callable[[], datetime] = _utc_now) -> None:
         self._cert, self._key, self._ca = cert, key, ca
+        self._now = now
+        self._warned_on: date | None = None
         self._lock = threading.Lock()  # gRPC asks from threads of its own
-        self._seen = self._signature()
+        self._seen = self._signatures()
         self._pem = self._read()
 
     def current(self) -> Pem:
         """What the files hold now, or held when they could last be used."""
         with self._lock:
-            seen = self._signature()
+            seen = self._signatures()
             if seen != self._seen:
                 self._seen = seen  # a mistake is reported once, not at every connection
                 try:
@@ -66,6 +75,7 @@ class Identity:
                     logger.info("tls: %s and what goes with it have changed, and are used from now on", self._cert)
                 except ConfigError as error:
                     logger.error("%s; what was there before stays in use", error)
+            self._warn_of_end(self._pem)
             return self._pem
 
     def server_credentials(self) -> grpc.ServerCredentials:
@@ -92,20 +102,25 @@ class Identity:
         pem = self.current()
         return grpc.ssl_channel_credentials(pem.ca, pem.key, pem.cert)
 
-    def _signature(self) -> _Signature:
-        return tuple(_signature(path) for path in (self._cert, self._key, self._ca) if path is not None)
+    def _warn_of_end(self, pem: Pem) -> None:
+        now = self._now()
+        if pem.not_after - now < WARN_BEFORE_END and self._warned_on != now.date():
+            self._warned_on = now.date()
+            ends = "has ended" if pem.not_after <= now else "ends"
+            logger.warning("tls: the certificate %s %s at %s", self._cert, ends, pem.not_after.isoformat())
+
+    def _signatures(self) -> tuple[Signature | None, ...]:
+        return tuple(signature(path) for path in (self._cert, self._key, self._ca) if path is not None)
 
     def _read(self) -> Pem:
-        before = self._signature()
-        pem = Pem(
-            read_file(self._cert, "tls_cert"),
-            read_file(self._key, "tls_key"),
-            None if self._ca is None else read_file(self._ca, "tls_ca"),
-        )
+        before = self._signatures()
+        cert, key = read_file(self._cert, "tls_cert"), read_file(self._key, "tls_key")
+        ca = None if self._ca is None else read_file(self._ca, "tls_ca")
         check_key_pair(self._cert, self._key)
+        pem = Pem(cert, key, ca, _check_dates(cert, self._cert, self._now()))
         if pem.ca is not None:
             check_ca(pem.ca, str(self._ca))
-        if self._signature() != before:  # what was checked may not be what was read
+        if self._signatures() != before:  # what was checked may not be what was read
             raise ConfigError(f"tls_cert: {self._cert} changed while it was read", field="tls_cert", value=self._cert)
         return pem
 
@@ -168,8 +183,7 @@ def name_override(name: str) -> list[tuple[str, Any]]:
 def read_file(path: Path, field_name: str) -> bytes:
     """The file's bytes, or ConfigError, also for one that is too large to be what it is said to be."""
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
+        data = read_bounded(path, MAX_FILE_BYTES)
     except OSError as error:
         raise ConfigError(
             f"{field_name}: cannot read {path}: {error.strerror or error}", field=field_name, value=path
@@ -195,6 +209,22 @@ def check_key_pair(cert: Path, key: Path) -> None:
         ) from error
 
 
+def _check_dates(pem: bytes, source: Path, now: datetime) -> datetime:
+    """When the certificate ends. Raises ConfigError where it is not valid now, with its dates."""
+    from cryptography import x509  # here: the SDK takes other functions of this file, and does without the package
+
+    cert = x509.load_pem_x509_certificate(pem)
+    begins, ends = cert.not_valid_before_utc, cert.not_valid_after_utc
+    if not begins <= now < ends:
+        raise ConfigError(
+            f"tls_cert: {source} is valid from {begins.isoformat()} to {ends.isoformat()}; it is {now.isoformat()}",
+            field="tls_cert",
+            limit=f"{begins.isoformat()} to {ends.isoformat()}",
+            value=now.isoformat(timespec="seconds"),
+        )
+    return ends
+
+
 def check_ca(pem: bytes, source: str) -> None:
     """Raises ConfigError unless `pem` holds certificates."""
     try:
@@ -203,14 +233,6 @@ def check_ca(pem: bytes, source: str) -> None:
         reason = getattr(error, "reason", None) or error
         text = f"tls_ca: {source} holds no PEM certificate: {reason}"
         raise ConfigError(text, field="tls_ca", value=source) from error
-
-
-def _signature(path: Path) -> tuple[int, int, int] | None:
-    try:
-        facts = path.stat()
-    except OSError:
-        return None
-    return facts.st_mtime_ns, facts.st_size, facts.st_ino
 
 
 def _server_configuration(pem: Pem) -> grpc.ServerCertificateConfiguration:

@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from stagecoach.errors import ConfigError
 from stagecoach.security.api_keys import KeyEntry, read_entries
+from stagecoach.security.watched_files import read_bounded, signature
 from stagecoach_router.tenants.tenants import Tenants
 
 CHECK_INTERVAL_S = 1.0
@@ -32,7 +33,7 @@ class KeyFile:
         self._path = path
         self._interval_s = interval_s
         # Before the file is read: if it changes in between, the next look finds it changed once more.
-        self._identity = _identity(path)
+        self._signature = signature(path)
         self.callers = Tenants(_read(path), time.monotonic())
 
     async def watch(self) -> NoReturn:
@@ -53,26 +54,16 @@ class KeyFile:
             logger.info("%d API keys read from %s", len(entries), self._path)
 
     def _read_if_changed(self) -> tuple[KeyEntry, ...] | None:
-        identity = _identity(self._path)
-        if identity == self._identity:
+        found = signature(self._path)
+        if found == self._signature:
             return None
-        self._identity = identity
+        self._signature = found
         return _read(self._path)
-
-
-def _identity(path: Path) -> tuple[int, int, int] | None:
-    """What differs when the file is another one, also where a link to it was turned; None: it is not there."""
-    try:
-        facts = path.stat()
-    except OSError:
-        return None
-    return facts.st_ino, facts.st_mtime_ns, facts.st_size
 
 
 def _read(path: Path) -> tuple[KeyEntry, ...]:
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
+        data = read_bounded(path, MAX_FILE_BYTES)
         text = data.decode()
     except OSError as error:
         raise ConfigError(f"api_keys: cannot read {path}: {error.strerror}", field="api_keys", value=path) from error
