@@ -7,11 +7,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from stagecoach.topology import LayerRange
-from stagecoach_shard.attention.interface import Attention, AttentionShape, AttentionStep
 from stagecoach_shard.attention.batch import Batch
+from stagecoach_shard.attention.interface import Attention, AttentionShape, AttentionStep
 from stagecoach_shard.checkpoints.checkpoint import TensorReader
-from stagecoach_shard.kv_cache import KVCache
 from stagecoach_shard.checkpoints.model_config import ModelConfig
+from stagecoach_shard.kv_cache import KVCache
 from stagecoach_shard.models.layer_weights import LayerWeights, stacked_head_norm
 from stagecoach_shard.models.linear import Linear
 from stagecoach_shard.models.rms_norm import RMSNorm
