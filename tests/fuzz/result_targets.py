@@ -22,8 +22,7 @@ from stagecoach_router.metrics.counters import StageTotals
 from stagecoach_router.pipelines.pipeline import check_timings
 from stagecoach_router.pipelines.shard_description import check_description
 from stagecoach_router.sampling.outputs import WHOLE_ROW, InsufficientCandidates, OutputWant, Sampled
-from stagecoach_router.sampling.penalties import TokenCounts
-from stagecoach_router.sampling.step_sampler import Chooser, choose_tokens
+from stagecoach_router.sampling.step_sampler import choose_tokens
 from stagecoach_router.scheduling.block_manager import BlockManager
 from stagecoach_router.scheduling.sequence import Sequence
 from tests.fuzz.engine import Target
@@ -52,13 +51,9 @@ _WANTS: tuple[tuple[OutputWant, tuple[SamplingParams, ...]], ...] = (
 )
 
 
-def _choosers(params: tuple[SamplingParams, ...]) -> list[Chooser]:
-    prompt = (1, 2, 3)
+def _sequences(params: tuple[SamplingParams, ...]) -> list[Sequence]:
     return [
-        Chooser(
-            Sequence(seq_id=index, prompt_tokens=prompt, params=each, seed=index, output_tokens=[3]),
-            TokenCounts(prompt),
-        )
+        Sequence(seq_id=index, prompt_tokens=(1, 2, 3), params=each, seed=index, output_tokens=[3])
         for index, each in enumerate(params)
     ]
 
@@ -90,7 +85,7 @@ def step_result(scratch: Path) -> Target:
     # The rows stand for what the scheduler would have: here only how many they are matters.
     rows: list[tuple[Any, ...]] = [tuple(range(len(params))) for _, params in _WANTS]
     order = OutputOrder(tuple((want, group) for (want, _), group in zip(_WANTS, rows, strict=True)))
-    choosers = [_choosers(params) for _, params in _WANTS]
+    sequences = [_sequences(params) for _, params in _WANTS]
 
     def check(data: bytes) -> None:
         message, payload = read_frame(pb.SessionResponse, data)
@@ -101,7 +96,7 @@ def step_result(scratch: Path) -> Target:
         check_timings(message.result, NUM_STAGES)
         groups = read_outputs(message.result, payload, order, VOCAB_SIZE)
         with np.errstate(all="ignore"):
-            for (_, outputs), group in zip(groups, choosers, strict=True):
+            for (_, outputs), group in zip(groups, sequences, strict=True):
                 for choice in choose_tokens(outputs, group):
                     assert isinstance(choice, Sampled | InsufficientCandidates | errors.ShardFault)
                     if isinstance(choice, Sampled):

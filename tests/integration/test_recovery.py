@@ -269,12 +269,12 @@ async def test_an_error_amid_a_step_loses_no_token_that_was_sampled_before_it(
     prompts = random_prompts(4, 25)
     advance, num_tokens = StepLoop._advance, 0
 
-    def advance_until(self, run, sampled):
+    def advance_until(self, request, sequence, sampled):
         nonlocal num_tokens
         num_tokens += 1
         if num_tokens == 40:
             raise RuntimeError("unforeseen")
-        return advance(self, run, sampled)
+        return advance(self, request, sequence, sampled)
 
     monkeypatch.setattr(StepLoop, "_advance", advance_until)
     async with asyncio.timeout(RESTART_TIMEOUT_S):

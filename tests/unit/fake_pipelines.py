@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 from zlib import crc32
@@ -16,6 +17,8 @@ from stagecoach_router.engine.engine import Engine
 from stagecoach_router.engine.health_probe import HealthProbe
 from stagecoach_router.engine.replica import Replica, ReplicaSettings
 from stagecoach_router.requests.request import Request
+from stagecoach_router.requests.request_state import RequestState
+from stagecoach_router.sampling.outputs import Sampled
 from stagecoach_router.scheduling.block_manager import BlockManager
 from stagecoach_router.scheduling.scheduler import Scheduler
 
@@ -109,6 +112,12 @@ class FakeCluster:
         if answered:
             pipeline.answer()
         return replica
+
+    def submit(self, request: Request, past: Sequence[Sequence[Sampled]] = ()) -> RequestState:
+        """A request comes, or comes back from a journal."""
+        state = RequestState(request)
+        self.engine.submit(state, past)
+        return state
 
     def _make_replica(self, counters: Any, owner: Any) -> Replica:
         scheduler = Scheduler(

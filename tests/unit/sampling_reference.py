@@ -63,10 +63,12 @@ def candidates(logits: npt.NDArray[np.float32], num_candidates: int, temperature
 
 
 def counts_of(prompt: Sequence[int], output: Sequence[int]) -> TokenCounts:
-    counts = TokenCounts(prompt)
-    for token_id in output:
-        counts.add(token_id)
-    return counts
+    return TokenCounts(prompt, output)
+
+
+def counts_for(params: SamplingParams, prompt: Sequence[int] = (), output: Sequence[int] = ()) -> TokenCounts | None:
+    """As a sequence has them: none where nothing looks at them."""
+    return counts_of(prompt, output) if params.shapes_logits else None
 
 
 def sample_whole(
@@ -77,6 +79,13 @@ def sample_whole(
     seed: int = 0,
     position: int = 0,
 ) -> Sampled:
-    sampled = sample(WholeRow(logits), params, counts or TokenCounts(), seed=seed, completion=0, position=position)
+    sampled = sample(
+        WholeRow(logits),
+        params,
+        counts or counts_for(params),
+        seed=seed,
+        completion=0,
+        position=position,
+    )
     assert not isinstance(sampled, InsufficientCandidates)
     return sampled

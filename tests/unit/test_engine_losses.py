@@ -54,16 +54,16 @@ async def test_who_had_a_step_under_way_at_each_loss_is_given_up_and_who_waited_
     pipeline = FakePipeline()
     cluster = FakeCluster(pipeline, max_running=1)
     replica = await cluster.open(answered=True)
-    running, waiting = cluster.engine.submit(request("a")), cluster.engine.submit(request("b"))
+    running, waiting = cluster.submit(request("a")), cluster.submit(request("b"))
     for _ in range(4):
         assert any(list(header.row_slots) == [0] for header in pipeline.sent)
         pipeline.break_down()
         await replica.open()
     with pytest.raises(ShardFault, match="lost 4 times"):
-        running.deltas.read_from(0)
+        running.read_from(0)
     for _ in range(2):  # the canary, and the prompt
         pipeline.answer()
-    [piece] = waiting.deltas.read_from(0)
+    [piece] = waiting.read_from(0)
     assert piece.token_id == TOKEN
 
 
@@ -72,14 +72,14 @@ async def test_losses_while_nothing_of_it_is_under_way_do_not_count():
     pipeline = FakePipeline()
     cluster = FakeCluster(pipeline)
     replica = await cluster.open(answered=True)
-    generation = cluster.engine.submit(request("a"))
+    state = cluster.submit(request("a"))
     pipeline.break_down()
     for _ in range(20):
         pipeline.break_down()  # no open has succeeded in between
     await replica.open()
     for _ in range(2):
         pipeline.answer()
-    [piece] = generation.deltas.read_from(0)
+    [piece] = state.read_from(0)
     assert piece.token_id == TOKEN
 
 
@@ -97,9 +97,9 @@ async def test_a_pipeline_that_breaks_before_it_is_handed_over_is_lost():
     replica = await cluster.open()
     assert not replica.is_open
     assert pipeline.sent == []
-    generation = cluster.engine.submit(request("a"))
+    state = cluster.submit(request("a"))
     pipeline.connect = connect
     replica._connect = connect
     await replica.open()
     pipeline.answer_all()
-    assert generation.deltas.ended
+    assert state.ended

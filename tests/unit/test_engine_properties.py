@@ -20,7 +20,7 @@ from stagecoach.rpc.framing import read_frame
 from stagecoach.v1 import shard_pb2 as pb
 from stagecoach_router.engine.engine import MAX_LOSSES_TO_MOVE
 from stagecoach_router.requests.request import Request
-from stagecoach_router.requests.request_state import Generation
+from stagecoach_router.requests.request_state import RequestState
 from tests.unit.fake_pipelines import BLOCK_SIZE, VOCAB_SIZE, FakeCluster, FakePipeline, request
 
 NUM_PIPELINES = 3
@@ -103,7 +103,7 @@ class Cluster(RuleBasedStateMachine):
         self.pipelines = [MemoryPipeline() for _ in range(NUM_PIPELINES)]
         self.cluster = FakeCluster(*self.pipelines, max_running=3, max_waiting=6)
         self.engine = self.cluster.engine
-        self.live: list[tuple[Request, Generation]] = []
+        self.live: list[tuple[Request, RequestState]] = []
         self.num_requests = 0
         self.wait_for(self.cluster.open())
 
@@ -132,7 +132,7 @@ class Cluster(RuleBasedStateMachine):
         self.num_requests += 1
         asked = request(f"prefix {prefix}", num_prompt=num_prompt, max_tokens=max_tokens, n=n, priority=priority)
         try:
-            self.live.append((asked, self.engine.submit(asked)))
+            self.live.append((asked, self.cluster.submit(asked)))
         except Overloaded:
             assert self.engine.num_waiting > 0
 
@@ -154,22 +154,22 @@ class Cluster(RuleBasedStateMachine):
     @precondition(lambda self: self.live)
     @rule(data=st.data())
     def a_caller_goes_away(self, data: st.DataObject) -> None:
-        _, generation = self.live.pop(data.draw(st.integers(0, len(self.live) - 1)))
-        self.engine.cancel(generation)
-        generation.deltas.fail(Unavailable("gone"))
+        _, state = self.live.pop(data.draw(st.integers(0, len(self.live) - 1)))
+        self.engine.cancel(state)
+        state.fail(Unavailable("gone"))
 
     @invariant()
     def each_request_has_one_home(self) -> None:
-        for _, generation in self.live:
-            homes = [replica for replica in self.engine.replicas if generation in replica.generations]
-            assert len(homes) == (not generation.deltas.ended)
+        for _, state in self.live:
+            homes = [replica for replica in self.engine.replicas if state in replica.requests]
+            assert len(homes) == (not state.ended)
 
     @invariant()
     def who_waits_for_no_reason_does_not(self) -> None:
         if self.engine.ready:
             for replica in self.engine.replicas:
-                poison = [each for each in replica.generations if each.num_losses > MAX_LOSSES_TO_MOVE]
-                assert replica.is_open or replica.generations == poison
+                poison = [each for each in replica.requests if each.num_losses > MAX_LOSSES_TO_MOVE]
+                assert replica.is_open or replica.requests == poison
 
     def everything_ends(self) -> None:
         for replica, pipeline in zip(self.engine.replicas, self.pipelines, strict=False):
@@ -177,14 +177,14 @@ class Cluster(RuleBasedStateMachine):
                 self.wait_for(replica.open())
         while any(pipeline.answer_one() for pipeline in self.pipelines):
             pass
-        for asked, generation in self.live:
-            if generation.deltas.error is not None:
-                assert "lost 4 times" in str(generation.deltas.error)
+        for asked, state in self.live:
+            if state.error is not None:
+                assert "lost 4 times" in str(state.error)
                 continue
-            assert generation.deltas.ended
-            for run in generation.runs:
+            assert state.ended
+            for sequence in state.sequences:
                 expected = expected_tokens(asked.prompt_tokens, asked.params.max_tokens or 0)
-                assert run.sequence.output_tokens == expected
+                assert sequence.output_tokens == expected
         for replica in self.engine.replicas:
             assert replica.num_sequences == 0
             assert replica.scheduler.blocks.num_free == replica.scheduler.blocks.num_blocks

@@ -22,29 +22,29 @@ async def two(**settings):
     return cluster, pipelines, replicas
 
 
-def tokens_of(generation):
-    return [delta.token_id for delta in generation.deltas.read_from(0)]
+def tokens_of(state):
+    return [delta.token_id for delta in state.read_from(0)]
 
 
 async def test_requests_spread_over_the_pipelines():
     cluster, _, replicas = await two()
     for number in range(6):
-        cluster.engine.submit(request(str(number)))
+        cluster.submit(request(str(number)))
     assert [replica.num_sequences for replica in replicas] == [3, 3]
 
 
 async def test_a_known_prefix_decides_between_pipelines_that_are_about_as_busy():
     cluster, pipelines, replicas = await two()
     for _ in range(3):
-        generation = cluster.engine.submit(request("the same", num_prompt=40))
+        state = cluster.submit(request("the same", num_prompt=40))
         pipelines[0].answer_all()
-        assert generation.deltas.ended
+        assert state.ended
     assert [replica.scheduler.blocks.num_hit_tokens for replica in replicas] == [64, 0]
 
 
 async def test_what_a_lost_pipeline_computed_goes_on_at_once_where_it_stopped():
     cluster, pipelines, replicas = await two()
-    generation = cluster.engine.submit(request("a", max_tokens=6))
+    state = cluster.submit(request("a", max_tokens=6))
     home, other = (0, 1) if replicas[0].num_sequences else (1, 0)
     for _ in range(3):
         pipelines[home].answer(TOKEN)
@@ -54,43 +54,43 @@ async def test_what_a_lost_pipeline_computed_goes_on_at_once_where_it_stopped():
     [header] = pipelines[other].sent
     assert list(header.row_num_tokens) == [3 + 3], "the prompt and what was generated, in one prefill"
     pipelines[other].answer_all()
-    assert tokens_of(generation) == [TOKEN] * 6
+    assert tokens_of(state) == [TOKEN] * 6
     assert all(replica.scheduler.blocks.num_free == replica.scheduler.blocks.num_blocks for replica in replicas)
 
 
 async def test_late_results_of_the_lost_pipeline_change_nothing():
     cluster, pipelines, replicas = await two()
-    generation = cluster.engine.submit(request("a", max_tokens=4))
+    state = cluster.submit(request("a", max_tokens=4))
     home = 0 if replicas[0].num_sequences else 1
     plan = next(iter(replicas[home].scheduler._in_flight))
     pipelines[home].break_down()
     assert replicas[home].scheduler.complete(plan) == []
     pipelines[1 - home].answer_all()
-    assert tokens_of(generation) == [TOKEN] * 4
+    assert tokens_of(state) == [TOKEN] * 4
 
 
 async def test_all_completions_of_a_request_move_together():
     cluster, pipelines, replicas = await two()
-    generation = cluster.engine.submit(request("a", n=3, max_tokens=5, num_prompt=20))
+    state = cluster.submit(request("a", n=3, max_tokens=5, num_prompt=20))
     home = 0 if replicas[0].num_sequences else 1
     pipelines[home].answer()
     pipelines[home].break_down()
     assert replicas[1 - home].num_sequences == 3
     pipelines[1 - home].answer_all()
-    assert [run.completion.num_tokens for run in generation.runs] == [5, 5, 5]
+    assert [completion.num_tokens for completion in state.completions] == [5, 5, 5]
 
 
 async def test_where_no_pipeline_is_left_requests_wait_and_the_first_one_back_takes_them_all():
     cluster, pipelines, replicas = await two()
-    generations = [cluster.engine.submit(request(str(number), max_tokens=3)) for number in range(4)]
+    states = [cluster.submit(request(str(number), max_tokens=3)) for number in range(4)]
     for pipeline in pipelines:
         pipeline.break_down()
     assert cluster.readiness == [True, False]
-    late = cluster.engine.submit(request("late", max_tokens=3))
+    late = cluster.submit(request("late", max_tokens=3))
     await replicas[1].open()
     assert not cluster.engine.ready
     pipelines[1].answer_all()
-    assert [tokens_of(each) for each in [*generations, late]] == [[TOKEN] * 3] * 5
+    assert [tokens_of(each) for each in [*states, late]] == [[TOKEN] * 3] * 5
     assert cluster.readiness == [True, False, True]
 
 
@@ -98,10 +98,10 @@ async def test_what_fits_only_the_lost_pipeline_waits_for_it():
     pipelines = FakePipeline(num_blocks=8), FakePipeline(num_blocks=2)
     cluster = FakeCluster(*pipelines)
     large, small = await cluster.open(answered=True), await cluster.open(answered=True)
-    long_one = cluster.engine.submit(request("long", num_prompt=LONG, max_tokens=LONG))
+    long_one = cluster.submit(request("long", num_prompt=LONG, max_tokens=LONG))
     assert large.num_sequences == 1
     with pytest.raises(OutOfRange):
-        cluster.engine.submit(request("too long", num_prompt=LONG, max_tokens=100))
+        cluster.submit(request("too long", num_prompt=LONG, max_tokens=100))
     pipelines[0].break_down()
     assert (large.num_sequences, small.num_sequences) == (1, 0)
     await large.open()
@@ -113,27 +113,27 @@ async def test_a_newcomer_takes_its_share_of_those_that_wait_the_last_ones_first
     pipelines = FakePipeline(), FakePipeline()
     cluster = FakeCluster(*pipelines, max_running=2)
     first = await cluster.open(answered=True)
-    generations = [cluster.engine.submit(request(str(number), max_tokens=5)) for number in range(6)]
+    states = [cluster.submit(request(str(number), max_tokens=5)) for number in range(6)]
     second = await cluster.open()
     assert second.num_sequences == 0, "nothing has come through it yet"
     pipelines[1].answer()
     assert (first.num_sequences, second.num_sequences) == (3, 3)
-    assert first.generations == generations[:3]
+    assert first.requests == states[:3]
     for pipeline in pipelines:
         pipeline.answer_all()
-    assert [tokens_of(each) for each in generations] == [[TOKEN] * 5] * 6
+    assert [tokens_of(each) for each in states] == [[TOKEN] * 5] * 6
 
 
 async def test_a_moved_request_keeps_its_deadline():
     cluster, pipelines, replicas = await two()
-    generation = cluster.engine.submit(request("a"))
-    cluster.engine.set_deadline(generation, 0.0 + 1e12)
+    state = cluster.submit(request("a"))
+    cluster.engine.set_deadline(state, 0.0 + 1e12)
     home = 0 if replicas[0].num_sequences else 1
     pipelines[home].break_down()
     assert [replica.scheduler.next_deadline_s for replica in (replicas[home], replicas[1 - home])] == [None, 1e12]
-    cluster.engine.set_deadline(generation, 0.0)
+    cluster.engine.set_deadline(state, 0.0)
     with pytest.raises(DeadlineExceeded):
-        generation.deltas.read_from(0)
+        state.read_from(0)
     await_no_timer(cluster)
 
 
@@ -145,8 +145,8 @@ async def test_what_was_under_way_at_two_losses_in_a_row_does_not_break_a_third_
     pipelines = FakePipeline(), FakePipeline(), FakePipeline()
     cluster = FakeCluster(*pipelines)
     replicas = [await cluster.open(answered=True) for _ in pipelines]
-    poison = cluster.engine.submit(request("poison"))
-    waiting_elsewhere = cluster.engine.submit(request("other", max_tokens=2))
+    poison = cluster.submit(request("poison"))
+    waiting_elsewhere = cluster.submit(request("other", max_tokens=2))
     assert [replica.num_sequences for replica in replicas] == [1, 1, 0]
     pipelines[0].break_down()
     assert [replica.num_sequences for replica in replicas] == [0, 1, 1]
@@ -159,14 +159,14 @@ async def test_what_was_under_way_at_two_losses_in_a_row_does_not_break_a_third_
         pipelines[2].answer()
         pipelines[2].break_down()
     with pytest.raises(ShardFault, match="lost 4 times"):
-        poison.deltas.read_from(0)
+        poison.read_from(0)
 
 
 async def test_a_suspect_moves_when_its_own_pipeline_does_not_come_back(monkeypatch):
     pipelines = FakePipeline(), FakePipeline(), FakePipeline()
     cluster = FakeCluster(*pipelines)
     replicas = [await cluster.open(answered=True) for _ in pipelines]
-    generation = cluster.engine.submit(request("a", max_tokens=3))
+    state = cluster.submit(request("a", max_tokens=3))
     pipelines[0].break_down()
     pipelines[1].break_down()
     assert [replica.num_sequences for replica in replicas] == [0, 1, 0]
@@ -174,7 +174,7 @@ async def test_a_suspect_moves_when_its_own_pipeline_does_not_come_back(monkeypa
     cluster.engine.replica_changed(replicas[1])  # as after an attempt that failed
     assert [replica.num_sequences for replica in replicas] == [0, 0, 1]
     pipelines[2].answer_all()
-    assert tokens_of(generation) == [TOKEN] * 3
+    assert tokens_of(state) == [TOKEN] * 3
 
 
 async def test_a_token_of_the_replay_alone_is_no_progress():
@@ -182,20 +182,20 @@ async def test_a_token_of_the_replay_alone_is_no_progress():
     pipeline = FakePipeline()
     cluster = FakeCluster(pipeline)
     replica = await cluster.open(answered=True)
-    poison = cluster.engine.submit(request("poison", max_tokens=30))
+    poison = cluster.submit(request("poison", max_tokens=30))
     for _ in range(MAX_REPLAYS_WITHOUT_PROGRESS + 1):
         pipeline.answer()  # its prefill; the decode is under way now
         pipeline.break_down()
         await replica.open()
         pipeline.answer()  # the probe
-    assert isinstance(poison.deltas.error, ShardFault)
+    assert isinstance(poison.error, ShardFault)
 
 
 async def test_two_tokens_after_a_replay_are_progress():
     pipeline = FakePipeline()
     cluster = FakeCluster(pipeline)
     replica = await cluster.open(answered=True)
-    generation = cluster.engine.submit(request("a", max_tokens=30))
+    state = cluster.submit(request("a", max_tokens=30))
     for _ in range(10):
         for _ in range(2):
             pipeline.answer()
@@ -203,16 +203,16 @@ async def test_two_tokens_after_a_replay_are_progress():
         await replica.open()
         pipeline.answer()
     pipeline.answer_all()
-    assert tokens_of(generation) == [TOKEN] * 30
+    assert tokens_of(state) == [TOKEN] * 30
 
 
 async def test_what_a_former_router_accepted_is_not_refused_for_want_of_room():
     cluster, pipelines, _ = await two(max_running=1, max_waiting=0)
     for number in range(2):
-        cluster.engine.submit(request(str(number), max_tokens=2))
+        cluster.submit(request(str(number), max_tokens=2))
     with pytest.raises(Overloaded):
-        cluster.engine.submit(request("new", max_tokens=2))
-    resumed = [cluster.engine.submit(request(f"old {number}", max_tokens=2), [[]]) for number in range(3)]
+        cluster.submit(request("new", max_tokens=2))
+    resumed = [cluster.submit(request(f"old {number}", max_tokens=2), [[]]) for number in range(3)]
     for _ in range(3):
         for pipeline in pipelines:
             pipeline.answer_all()
@@ -221,9 +221,9 @@ async def test_what_a_former_router_accepted_is_not_refused_for_want_of_room():
 
 async def test_the_line_is_bounded_at_the_door_but_never_for_what_was_accepted():
     cluster, pipelines, replicas = await two(max_running=1, max_waiting=2)
-    accepted = [cluster.engine.submit(request(str(number), max_tokens=3)) for number in range(6)]
+    accepted = [cluster.submit(request(str(number), max_tokens=3)) for number in range(6)]
     with pytest.raises(Overloaded):
-        cluster.engine.submit(request("one too many"))
+        cluster.submit(request("one too many"))
     pipelines[0].break_down()
     assert replicas[1].num_sequences == 6
     pipelines[1].answer_all()
@@ -232,10 +232,10 @@ async def test_the_line_is_bounded_at_the_door_but_never_for_what_was_accepted()
 
 async def test_cancelling_reaches_a_request_wherever_it_is():
     cluster, pipelines, replicas = await two()
-    generation = cluster.engine.submit(request("a"))
+    state = cluster.submit(request("a"))
     home = 0 if replicas[0].num_sequences else 1
     pipelines[home].break_down()
-    cluster.engine.cancel(generation)
+    cluster.engine.cancel(state)
     pipelines[1 - home].answer_all()
     assert [replica.num_sequences for replica in replicas] == [0, 0]
     assert replicas[1 - home].scheduler.blocks.num_free == 8
@@ -256,14 +256,14 @@ async def test_what_finished_in_a_former_process_has_no_place_in_line():
     pipelines = FakePipeline(), FakePipeline()
     cluster = FakeCluster(*pipelines, max_running=1)
     await cluster.open(answered=True)
-    cluster.engine.submit(request("runs", max_tokens=4))
+    cluster.submit(request("runs", max_tokens=4))
     done = [Sampled(TOKEN, None, ())] * 2
-    resumed = cluster.engine.submit(request("resumed", max_tokens=2, n=2), [done, []])
-    others = [cluster.engine.submit(request(str(number), max_tokens=2)) for number in range(3)]
+    resumed = cluster.submit(request("resumed", max_tokens=2, n=2), [done, []])
+    others = [cluster.submit(request(str(number), max_tokens=2)) for number in range(3)]
     await cluster.open(answered=True)
     for pipeline in pipelines:
         pipeline.answer_all()
-    assert [each.deltas.ended for each in [resumed, *others]] == [True] * 4
+    assert [each.ended for each in [resumed, *others]] == [True] * 4
 
 
 async def test_a_new_request_waits_for_the_pipeline_that_was_lost_last():
@@ -272,7 +272,7 @@ async def test_a_new_request_waits_for_the_pipeline_that_was_lost_last():
     await asyncio.sleep(0)
     pipelines[1].break_down()
     for number in range(2):
-        cluster.engine.submit(request(str(number)))
+        cluster.submit(request(str(number)))
     assert [replica.num_sequences for replica in replicas] == [0, 2]
 
 
@@ -280,14 +280,14 @@ async def test_an_open_pipeline_without_tokens_gives_its_requests_away_after_a_w
     pipelines = FakePipeline(), FakePipeline()
     cluster = FakeCluster(*pipelines)
     silent = await cluster.open()
-    generation = cluster.engine.submit(request("a", max_tokens=3))
+    state = cluster.submit(request("a", max_tokens=3))
     other = await cluster.open(answered=True)
     assert silent.num_sequences == 1
     monkeypatch.setattr(engine, "UNPROVEN_PATIENCE_S", 0.0)
     silent._prove()
     assert (silent.num_sequences, other.num_sequences) == (0, 1)
     pipelines[1].answer_all()
-    assert tokens_of(generation) == [TOKEN] * 3
+    assert tokens_of(state) == [TOKEN] * 3
     pipelines[0].answer_all()
     assert silent.ready
 
@@ -296,7 +296,7 @@ async def test_a_pipeline_that_comes_back_smaller_leaves_what_does_not_fit_to_an
     pipelines = FakePipeline(num_blocks=8), FakePipeline(num_blocks=8)
     cluster = FakeCluster(*pipelines)
     replicas = [await cluster.open(answered=True), await cluster.open(answered=True)]
-    generation = cluster.engine.submit(request("long", num_prompt=LONG, max_tokens=LONG))
+    state = cluster.submit(request("long", num_prompt=LONG, max_tokens=LONG))
     for pipeline in pipelines:
         pipeline.break_down()
     home = next(index for index, replica in enumerate(replicas) if replica.num_sequences)
@@ -305,4 +305,4 @@ async def test_a_pipeline_that_comes_back_smaller_leaves_what_does_not_fit_to_an
     assert replicas[1 - home].num_sequences == 1
     await replicas[1 - home].open()
     pipelines[1 - home].answer_all()
-    assert tokens_of(generation) == [TOKEN] * LONG
+    assert tokens_of(state) == [TOKEN] * LONG

@@ -51,7 +51,7 @@ def test_it_is_one_row_of_one_token_in_its_own_slot_and_block(probe):
     [row] = plan.rows
     assert (row.sequence.seq_id, row.slot, row.start, row.num_tokens, row.wants_logits) == (SEQ_ID, 7, 0, 1, True)
     assert [tuple(update) for update in plan.block_table_updates] == [(7, 0, (3,))]
-    assert probe.wants[SEQ_ID].num_candidates == 1
+    assert row.sequence.next_want.num_candidates == 1
 
 
 @pytest.mark.parametrize("logit", [np.nan, np.inf])

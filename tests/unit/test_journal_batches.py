@@ -6,6 +6,7 @@ import asyncio
 import sqlite3
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,29 +15,21 @@ from stagecoach.errors import Cancelled
 from stagecoach.sampling import SamplingParams
 from stagecoach_router.durability.journal import Journal
 from stagecoach_router.durability.journal_store import JournalStore
-from stagecoach_router.durability.request_registry import Accepted
 from stagecoach_router.requests.completion import FinishReason, OutputDelta
+from stagecoach_router.requests.output_stream import OutputReader
 from stagecoach_router.requests.request import Request
-from stagecoach_router.requests.request_state import Generation
+from stagecoach_router.requests.request_state import RequestState
 from stagecoach_router.sampling.outputs import Sampled
 
 REQUEST = Request("r", (1, 2), SamplingParams(max_tokens=9, seed=1))
 KEY = ("", "r")
 
 
-class Counted:
-    """Of a run, what the journal looks at."""
-
-    def __init__(self) -> None:
-        self.completion = self
-        self.num_tokens = 0
-
-
-def accepted_request() -> Accepted:
-    generation = Generation(REQUEST)
-    run: Any = Counted()
-    generation.runs.append(run)
-    return Accepted(KEY, b"digest", generation, 0.0)
+def accepted_request() -> RequestState:
+    state = RequestState(REQUEST, key=KEY, digest=b"digest")
+    nothing_yet: Any = SimpleNamespace(num_tokens=0)
+    state.completions.append(nothing_yet)
+    return state
 
 
 def delta(token_id: int, *, last: bool = False) -> OutputDelta:
@@ -65,12 +58,12 @@ async def tokens_left(path: Path) -> list[list[int]]:
 
 
 async def test_a_token_is_in_the_file_when_it_is_read(path: Path) -> None:
-    journal, accepted = await opened(path), accepted_request()
-    journal.begin(accepted)
-    reader = accepted.generation.deltas.reader()
+    journal, state = await opened(path), accepted_request()
+    journal.begin(state)
+    reader = OutputReader(state)
     seen: list[int] = []
     for token_id in range(20):
-        accepted.generation.deltas.put(delta(token_id))
+        state.put(delta(token_id))
     while len(seen) < 20:
         seen += [each.token_id for each in await reader.read()]
         assert journal._store is not None
@@ -84,28 +77,28 @@ async def test_what_waits_is_written_in_one_go(path: Path, monkeypatch: pytest.M
     sizes: list[int] = []
     apply = JournalStore.apply
     monkeypatch.setattr(JournalStore, "apply", lambda self, entries: (sizes.append(len(entries)), apply(self, entries)))
-    journal, accepted = await opened(path), accepted_request()
-    journal.begin(accepted)
+    journal, state = await opened(path), accepted_request()
+    journal.begin(state)
     for token_id in range(50):
-        accepted.generation.deltas.put(delta(token_id))
+        state.put(delta(token_id))
     await journal.close()
     assert sum(sizes) == 51
     assert len(sizes) <= 2
 
 
 async def test_after_it_was_closed_nothing_is_written_nor_shown(path: Path) -> None:
-    journal, accepted = await opened(path), accepted_request()
-    journal.begin(accepted)
-    accepted.generation.deltas.put(delta(1))
+    journal, state = await opened(path), accepted_request()
+    journal.begin(state)
+    state.put(delta(1))
     closing = asyncio.create_task(journal.close())
     await asyncio.sleep(0)
-    accepted.generation.deltas.put(delta(2, last=True))
+    state.put(delta(2, last=True))
     journal.end(KEY)
     journal.forget(KEY)
     await closing
-    reader = accepted.generation.deltas.reader()
+    reader = OutputReader(state)
     assert [each.token_id for each in await reader.read()] == [1]
-    assert not accepted.generation.deltas.ended
+    assert not state.ended
     assert await tokens_left(path) == [[1]]
 
 
@@ -116,26 +109,26 @@ def fail(*arguments: object) -> None:
 async def test_a_disk_that_fails_when_the_journal_is_closed_fails_nothing_else(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    journal, accepted = await opened(path), accepted_request()
-    journal.begin(accepted)
-    accepted.generation.deltas.put(delta(1))
+    journal, state = await opened(path), accepted_request()
+    journal.begin(state)
+    state.put(delta(1))
     monkeypatch.setattr(JournalStore, "close", fail)
     await journal.close()
-    assert [each.token_id for each in await accepted.generation.deltas.reader().read()] == [1]
+    assert [each.token_id for each in await OutputReader(state).read()] == [1]
     assert "disk I/O error" in caplog.text
 
 
 async def test_a_disk_that_fails_twice_holds_no_answer_back(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    journal, accepted = await opened(path), accepted_request()
+    journal, state = await opened(path), accepted_request()
     monkeypatch.setattr(JournalStore, "apply", fail)
     monkeypatch.setattr(JournalStore, "close", fail)
-    journal.begin(accepted)
+    journal.begin(state)
     for token_id in range(3):  # the first of them is being written when the others come
-        accepted.generation.deltas.put(delta(token_id, last=token_id == 2))
+        state.put(delta(token_id, last=token_id == 2))
         await asyncio.sleep(0)
-    reader = accepted.generation.deltas.reader()
+    reader = OutputReader(state)
     async with asyncio.timeout(10):
         seen: list[int] = []
         while deltas := await reader.read():
@@ -146,14 +139,12 @@ async def test_a_disk_that_fails_twice_holds_no_answer_back(
 
 
 async def test_answers_are_shown_before_a_failed_disk_is_let_go(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    journal, accepted = await opened(path), accepted_request()
+    journal, state = await opened(path), accepted_request()
     num_readable: list[int] = []
     monkeypatch.setattr(JournalStore, "apply", fail)
-    monkeypatch.setattr(
-        JournalStore, "close", lambda self: num_readable.append(len(accepted.generation.deltas.read_from(0)))
-    )
-    journal.begin(accepted)
-    accepted.generation.deltas.put(delta(1))
+    monkeypatch.setattr(JournalStore, "close", lambda self: num_readable.append(len(state.read_from(0))))
+    journal.begin(state)
+    state.put(delta(1))
     await journal.close()
     assert num_readable == [1]
 
@@ -162,16 +153,16 @@ async def test_a_disk_that_hangs_holds_no_answer_back(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     comes_back = threading.Event()
-    journal, accepted = await opened(path), accepted_request()
+    journal, state = await opened(path), accepted_request()
     monkeypatch.setattr("stagecoach_router.durability.journal.MAX_WRITE_S", 0.05)
     monkeypatch.setattr(JournalStore, "apply", lambda *arguments: comes_back.wait())
     try:
-        journal.begin(accepted)
-        accepted.generation.deltas.put(delta(1))
-        reader = accepted.generation.deltas.reader()
+        journal.begin(state)
+        state.put(delta(1))
+        reader = OutputReader(state)
         async with asyncio.timeout(10):
             assert [each.token_id for each in await reader.read()] == [1]
-            accepted.generation.deltas.put(delta(2))
+            state.put(delta(2))
             assert [each.token_id for each in await reader.read()] == [2]
             await journal.close()
     finally:
@@ -180,12 +171,12 @@ async def test_a_disk_that_hangs_holds_no_answer_back(
 
 
 async def test_a_token_that_comes_after_its_request_failed_is_not_left_over(path: Path) -> None:
-    journal, accepted = await opened(path), accepted_request()
-    journal.begin(accepted)
-    accepted.generation.deltas.put(delta(1))
-    accepted.generation.deltas.fail(Cancelled("gone"))
+    journal, state = await opened(path), accepted_request()
+    journal.begin(state)
+    state.put(delta(1))
+    state.fail(Cancelled("gone"))
     journal.forget(KEY)
-    accepted.generation.deltas.put(delta(2))  # it was on its way
+    state.put(delta(2))  # it was on its way
     await journal.close()
     with sqlite3.connect(path) as db:
         assert db.execute("SELECT count(*) FROM tokens").fetchone() == (0,)

@@ -7,8 +7,11 @@ import asyncio
 import pytest
 
 from stagecoach.errors import StagecoachError, Unavailable
+from stagecoach.sampling import SamplingParams
 from stagecoach_router.requests.completion import FinishReason, OutputDelta
-from stagecoach_router.requests.output_stream import MAX_DELTAS_READ, OutputReader, OutputStream
+from stagecoach_router.requests.output_stream import OutputReader
+from stagecoach_router.requests.request import Request
+from stagecoach_router.requests.request_state import MAX_DELTAS_READ, RequestState
 from stagecoach_router.sampling.outputs import Sampled
 
 
@@ -16,47 +19,51 @@ def delta(token_id: int, index: int = 0, *, last: bool = False) -> OutputDelta:
     return OutputDelta(index, "x", token_id, Sampled(token_id, None, ()), FinishReason.LENGTH if last else None)
 
 
+def request_state(n: int = 1) -> RequestState:
+    return RequestState(Request("r", (1, 2), SamplingParams(n=n, max_tokens=9)))
+
+
 async def read(reader: OutputReader) -> list[int]:
     return [each.token_id for each in await reader.read()]
 
 
 async def test_what_waits_is_read_at_once_and_in_order() -> None:
-    deltas = OutputStream()
-    reader = deltas.reader()
+    state = request_state()
+    reader = OutputReader(state)
     for token_id in range(3):
-        deltas.put(delta(token_id))
-    assert len(deltas) == 3
+        state.put(delta(token_id))
+    assert state.num_unread == 3
     assert await read(reader) == [0, 1, 2]
-    assert len(deltas) == 0
+    assert state.num_unread == 0
 
 
 async def test_a_reader_that_waits_is_woken_by_each_piece() -> None:
-    deltas = OutputStream()
-    reader = deltas.reader()
+    state = request_state()
+    reader = OutputReader(state)
     for token_id in range(3):
         reading = asyncio.create_task(read(reader))
         await asyncio.sleep(0)
         assert not reading.done()
-        deltas.put(delta(token_id))
+        state.put(delta(token_id))
         assert await reading == [token_id]
 
 
 async def test_after_the_last_piece_of_every_completion_comes_the_end() -> None:
-    deltas = OutputStream(2)
-    reader = deltas.reader()
-    deltas.put(delta(1, 0, last=True))
+    state = request_state(2)
+    reader = OutputReader(state)
+    state.put(delta(1, 0, last=True))
     assert await read(reader) == [1]
-    assert not deltas.ended
-    deltas.put(delta(2, 1, last=True))
-    assert deltas.ended
+    assert not state.ended
+    state.put(delta(2, 1, last=True))
+    assert state.ended
     assert [await read(reader) for _ in range(3)] == [[2], [], []]
 
 
 async def test_an_error_comes_after_what_was_put_before_it() -> None:
-    deltas = OutputStream()
-    reader = deltas.reader()
-    deltas.put(delta(1))
-    deltas.fail(Unavailable("lost"))
+    state = request_state()
+    reader = OutputReader(state)
+    state.put(delta(1))
+    state.fail(Unavailable("lost"))
     assert len(await reader.read()) == 1
     for _ in range(2):
         with pytest.raises(Unavailable, match="lost"):
@@ -64,112 +71,112 @@ async def test_an_error_comes_after_what_was_put_before_it() -> None:
 
 
 async def test_an_error_wakes_a_reader_that_waits() -> None:
-    deltas = OutputStream()
-    reading = asyncio.create_task(deltas.reader().read())
+    state = request_state()
+    reading = asyncio.create_task(OutputReader(state).read())
     await asyncio.sleep(0)
-    deltas.fail(Unavailable("lost"))
+    state.fail(Unavailable("lost"))
     with pytest.raises(Unavailable):
         await reading
 
 
 async def test_a_reader_that_was_cancelled_loses_nothing() -> None:
-    deltas = OutputStream()
-    reader = deltas.reader()
+    state = request_state()
+    reader = OutputReader(state)
     reading = asyncio.create_task(reader.read())
     await asyncio.sleep(0)
     reading.cancel()
-    deltas.put(delta(7))
+    state.put(delta(7))
     with pytest.raises(asyncio.CancelledError):
         await reading
     assert await read(reader) == [7]
 
 
 async def test_a_second_reader_begins_where_it_says_in_each_completion() -> None:
-    deltas = OutputStream(2)
-    first = deltas.reader()
+    state = request_state(2)
+    first = OutputReader(state)
     for token_id in range(10):
-        deltas.put(delta(token_id, token_id % 2))
+        state.put(delta(token_id, token_id % 2))
     assert await read(first) == list(range(10))
-    second = deltas.reader([3, 4])
+    second = OutputReader(state, [3, 4])
     assert await read(second) == [6, 8, 9]
-    deltas.put(delta(10))
+    state.put(delta(10))
     assert await read(first) == await read(second) == [10]
 
 
 async def test_a_reader_that_is_ahead_of_what_there_is_waits_for_the_next_one() -> None:
-    deltas = OutputStream()
-    reader = deltas.reader([2])
-    deltas.put(delta(0))
+    state = request_state()
+    reader = OutputReader(state, [2])
+    state.put(delta(0))
     reading = asyncio.create_task(read(reader))
     await asyncio.sleep(0)
-    deltas.put(delta(1))
+    state.put(delta(1))
     await asyncio.sleep(0)
     assert not reading.done()
-    deltas.put(delta(2))
+    state.put(delta(2))
     assert await reading == [2]
 
 
 async def test_a_reader_that_has_everything_gets_the_end_or_the_error() -> None:
-    finished, failed = OutputStream(), OutputStream()
+    finished, failed = request_state(), request_state()
     finished.put(delta(0, last=True))
     failed.put(delta(0))
     failed.fail(Unavailable("lost"))
-    assert await read(finished.reader([1])) == []
+    assert await read(OutputReader(finished, [1])) == []
     with pytest.raises(Unavailable, match="lost"):
-        await read(failed.reader([1]))
+        await read(OutputReader(failed, [1]))
 
 
 async def test_nothing_waits_where_nobody_reads_or_one_of_two_keeps_up() -> None:
-    deltas = OutputStream()
-    deltas.put(delta(0))
-    assert len(deltas) == 0
-    slow, quick = deltas.reader(), deltas.reader()
-    assert len(deltas) == 1
+    state = request_state()
+    state.put(delta(0))
+    assert state.num_unread == 0
+    slow, quick = OutputReader(state), OutputReader(state)
+    assert state.num_unread == 1
     await quick.read()
-    assert len(deltas) == 0
+    assert state.num_unread == 0
     for reader in (slow, quick):
         reader.close()
-    assert deltas.num_readers == 0
+    assert state.num_readers == 0
 
 
 async def test_what_is_tapped_is_read_when_it_is_shown_and_not_before() -> None:
-    deltas = OutputStream()
+    state = request_state()
     tapped: list[OutputDelta] = []
     ends: list[StagecoachError | None] = []
-    deltas.tap, deltas.on_end = tapped.append, ends.append
-    reader = deltas.reader()
-    deltas.put(delta(1))
-    deltas.put(delta(2, last=True))
+    state.tap, state.on_end = tapped.append, ends.append
+    reader = OutputReader(state)
+    state.put(delta(1))
+    state.put(delta(2, last=True))
     reading = asyncio.create_task(read(reader))
     await asyncio.sleep(0)
     assert not reading.done()
-    deltas.show(1)
+    state.show(1)
     assert await reading == [1]
-    assert not deltas.ended
-    deltas.show(1)
+    assert not state.ended
+    state.show(1)
     assert await read(reader) == [2]
     assert [each.token_id for each in tapped] == [1, 2]
     assert ends == [None]
 
 
 async def test_the_end_is_told_once() -> None:
-    deltas = OutputStream()
+    state = request_state()
     ends: list[StagecoachError | None] = []
-    deltas.on_end = ends.append
+    state.on_end = ends.append
     error = Unavailable("lost")
-    deltas.fail(error)
-    deltas.fail(Unavailable("again"))
-    deltas.show(1)
+    state.fail(error)
+    state.fail(Unavailable("again"))
+    state.show(1)
     assert ends == [error]
 
 
 async def test_a_late_reader_gets_no_more_at_a_time_than_fits_a_message() -> None:
-    deltas = OutputStream()
+    state = request_state()
     total = 3 * MAX_DELTAS_READ + 7
     for number in range(total):
-        deltas.put(delta(number, last=number == total - 1))
+        state.put(delta(number, last=number == total - 1))
     for skipped in (0, 5, 2 * MAX_DELTAS_READ, 2 * MAX_DELTAS_READ + 5, total):
-        reader = deltas.reader([skipped])
+        reader = OutputReader(state, [skipped])
         taken: list[OutputDelta] = []
         while batch := await reader.read():
             assert len(batch) <= MAX_DELTAS_READ

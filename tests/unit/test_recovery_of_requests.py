@@ -14,8 +14,8 @@ from stagecoach.v1.model_pb2 import ModelDescription
 from stagecoach_router.durability.journal_store import JournaledRequest
 from stagecoach_router.durability.recovery import recover_requests
 from stagecoach_router.durability.request_registry import RequestRegistry
-from stagecoach_router.engine.engine import Generation
 from stagecoach_router.requests.request import Request
+from stagecoach_router.requests.request_state import RequestState
 from stagecoach_router.sampling.outputs import Sampled
 from stagecoach_router.tenants.tenants import Tenants
 
@@ -46,12 +46,11 @@ class FakeJournal:
 class FakeEngine:
     """Takes requests, but none that is called full, and computes nothing."""
 
-    def submit(self, request: Request, past: Any = ()) -> Generation:
-        if request.request_id == "full":
+    def submit(self, state: RequestState, past: Any = ()) -> None:
+        if state.request.request_id == "full":
             raise Overloaded("no room")
-        return Generation(request)
 
-    def cancel(self, generation: Generation) -> None:
+    def cancel(self, state: RequestState) -> None:
         pass
 
 
@@ -69,11 +68,11 @@ async def test_a_request_counts_for_its_caller_until_it_ends() -> None:
     journal: Any = FakeJournal(left("ann", "r"))
     await recover_requests(journal, requests, known, MODEL, LINGER_S)
     ann = known._by_name["ann"]
-    with pytest.raises(RateLimited):
-        ann.admit(0.0)
+    with pytest.raises(RateLimited), ann.admit(0.0):
+        pass
     accepted = requests.find(("ann", "r"), b"digest")
     assert accepted is not None
-    accepted.generation.deltas.fail(Cancelled("gone"))
+    accepted.fail(Cancelled("gone"))
     assert ann.num_running == 0
     assert requests.num_running == 0
 

@@ -15,9 +15,8 @@ from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWa
 from stagecoach.errors import ShardFault
 from stagecoach.sampling import SamplingParams
 from stagecoach_router.sampling.outputs import Candidates, Sampled, WholeRow
-from stagecoach_router.sampling.penalties import TokenCounts
 from stagecoach_router.sampling.sampler import sample
-from tests.unit.sampling_reference import candidates, counts_of, distribution, sample_whole
+from tests.unit.sampling_reference import candidates, counts_for, distribution, sample_whole
 
 GREEDY = SamplingParams(temperature=0.0)
 VOCAB_SIZE = 5_000
@@ -28,7 +27,12 @@ def row(seed: int = 0) -> npt.NDArray[np.float32]:
 
 
 def choose(output: Candidates | WholeRow, params: SamplingParams, **counters: int) -> Sampled:
-    sampled = sample(output, params, TokenCounts(), **{"seed": 0, "completion": 0, "position": 0, **counters})
+    sampled = sample(
+        output,
+        params,
+        counts_for(params),
+        **{"seed": 0, "completion": 0, "position": 0, **counters},
+    )
     assert isinstance(sampled, Sampled)
     return sampled
 
@@ -103,7 +107,7 @@ def test_logprobs_are_those_of_the_models_own_distribution(num_top: int, shaping
     expected = log_softmax(logits.astype(np.float64))
     order = np.argsort(-logits, kind="stable")
     params = SamplingParams(logprobs=num_top, **shaping)
-    counts = counts_of(order[:3].tolist(), ())
+    counts = counts_for(params, order[:3].tolist(), ())
     for output in (WholeRow(logits), candidates(logits, 2_000, params.temperature)):
         sampled = sample(output, params, counts, seed=3, completion=0, position=0)
         assert isinstance(sampled, Sampled)

@@ -12,7 +12,7 @@ from stagecoach.sampling import SamplingParams
 from stagecoach_router.sampling.outputs import InsufficientCandidates, WholeRow
 from stagecoach_router.sampling.randomness import uniform
 from stagecoach_router.sampling.sampler import sample
-from tests.unit.sampling_reference import candidates, counts_of, distribution, sample_whole
+from tests.unit.sampling_reference import candidates, counts_for, distribution, sample_whole
 
 VOCAB_SIZE = 60
 NUM_DRAWS = 5_000
@@ -78,7 +78,8 @@ def assert_fits(tokens: list[int], probabilities: np.ndarray[Any, np.dtype[np.fl
 
 @pytest.mark.parametrize("case", CASES)
 def test_whole_rows_give_the_defined_distribution(case: str) -> None:
-    params, logits, counts = SamplingParams(**CASES[case]), row(), counts_of(PROMPT, OUTPUT)
+    params, logits = SamplingParams(**CASES[case]), row()
+    counts = counts_for(params, PROMPT, OUTPUT)
     seed = list(CASES).index(case)
     tokens = [
         sample_whole(logits, params, counts, seed=seed, position=position).token_id for position in range(NUM_DRAWS)
@@ -88,7 +89,8 @@ def test_whole_rows_give_the_defined_distribution(case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_candidates_with_whole_rows_where_they_fall_short_give_it_too(case: str) -> None:
-    params, logits, counts = SamplingParams(**CASES[case]), row(), counts_of(PROMPT, OUTPUT)
+    params, logits = SamplingParams(**CASES[case]), row()
+    counts = counts_for(params, PROMPT, OUTPUT)
     seed, tokens = 1_000 + list(CASES).index(case), []
     reduced = candidates(logits, 16, params.temperature)
     for position in range(NUM_DRAWS):
@@ -102,7 +104,8 @@ def test_candidates_with_whole_rows_where_they_fall_short_give_it_too(case: str)
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_draw_is_the_inverse_of_the_cumulative_distribution(case: str) -> None:
-    params, logits, counts = SamplingParams(**CASES[case]), row(), counts_of(PROMPT, OUTPUT)
+    params, logits = SamplingParams(**CASES[case]), row()
+    counts = counts_for(params, PROMPT, OUTPUT)
     probabilities = distribution(logits, params, PROMPT, OUTPUT)
     shaped_order = np.lexsort((np.arange(VOCAB_SIZE), -probabilities))
     ends = probabilities[shaped_order].cumsum()
@@ -129,7 +132,7 @@ def test_draws_of_neighbouring_positions_and_completions_are_independent() -> No
     logits, params = np.zeros(8, dtype=np.float32), SamplingParams()
 
     def token(completion: int, position: int) -> int:
-        sampled = sample(WholeRow(logits), params, counts_of((), ()), seed=4, completion=completion, position=position)
+        sampled = sample(WholeRow(logits), params, None, seed=4, completion=completion, position=position)
         assert not isinstance(sampled, InsufficientCandidates)
         return sampled.token_id
 

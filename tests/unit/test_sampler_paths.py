@@ -24,7 +24,7 @@ from stagecoach_router.sampling.penalties import TokenCounts
 from stagecoach_router.sampling.randomness import uniform
 from stagecoach_router.sampling.sampler import sample
 from stagecoach_shard.runtime.reduction import log_sum_exp, top_candidates
-from tests.unit.sampling_reference import candidates, counts_of, distribution, sample_whole
+from tests.unit.sampling_reference import candidates, counts_for, distribution, sample_whole
 
 VOCAB_SIZE = 49_152
 
@@ -39,7 +39,14 @@ def reduced_by_a_shard(logits: npt.NDArray[np.float32], num_candidates: int, tem
 def from_candidates(
     output: Candidates, params: SamplingParams, counts: TokenCounts | None = None, *, seed: int = 0, position: int = 0
 ) -> Sampled | InsufficientCandidates:
-    return sample(output, params, counts or TokenCounts(), seed=seed, completion=0, position=position)
+    return sample(
+        output,
+        params,
+        counts or counts_for(params),
+        seed=seed,
+        completion=0,
+        position=position,
+    )
 
 
 def described(value: object) -> str:
@@ -97,7 +104,7 @@ def test_what_candidates_decide_the_whole_row_decides_alike(
     output: list[int],
     seed: int,
 ) -> None:
-    counts = counts_of(prompt, output)
+    counts = counts_for(params, prompt, output)
     reduced = reduced_by_a_shard(logits, num_candidates, params.temperature)
     for position in range(5):
         sampled = from_candidates(reduced, params, counts, seed=seed, position=position)
@@ -145,7 +152,7 @@ def test_the_candidates_that_are_asked_for_nearly_always_decide(params: Sampling
     for index in range(10):
         logits = generator.permutation(falling + generator.normal(0, 0.3, VOCAB_SIZE)).astype(np.float32)
         likeliest = np.argsort(-logits)[:10].tolist()
-        counts = counts_of(likeliest, likeliest[5:8])
+        counts = counts_for(params, likeliest, likeliest[5:8])
         reduced = reduced_by_a_shard(logits, want.num_candidates, want.temperature)
         for position in range(50):
             sampled = from_candidates(reduced, params, counts, seed=index, position=position)

@@ -28,9 +28,10 @@ def row() -> np.ndarray[tuple[int], np.dtype[np.float32]]:
 def test_counts_are_those_of_the_tokens_however_often_they_are_read(
     prompt: list[int], output: list[int], look_every: int
 ) -> None:
-    counts = TokenCounts(prompt)
+    log: list[int] = []
+    counts = TokenCounts(prompt, log)
     for index, token_id in enumerate(output):
-        counts.add(token_id)
+        log.append(token_id)
         if index % look_every == 0:
             counts.arrays()
     token_ids, num_output = counts.arrays()

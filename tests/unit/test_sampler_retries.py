@@ -15,7 +15,6 @@ from stagecoach_router.sampling.outputs import (
     wanted_output,
     wider_output,
 )
-from stagecoach_router.sampling.penalties import TokenCounts
 from stagecoach_router.sampling.sampler import sample
 from tests.unit.sampling_reference import candidates, sample_whole
 
@@ -49,7 +48,7 @@ def test_the_first_answer_that_determines_the_token_gives_that_of_the_whole_row(
     decided = [0, 0, 0]
     for position in range(300):
         for index, answer in enumerate(answers):
-            sampled = sample(answer, params, TokenCounts(), seed=3, completion=0, position=position)
+            sampled = sample(answer, params, None, seed=3, completion=0, position=position)
             if not isinstance(sampled, InsufficientCandidates):
                 assert sampled == sample_whole(logits, params, seed=3, position=position)
                 decided[index] += 1

@@ -13,16 +13,14 @@ from stagecoach.errors import ShardFault
 from stagecoach.sampling import SamplingParams
 from stagecoach_router.sampling import step_sampler
 from stagecoach_router.sampling.outputs import CandidateRows, InsufficientCandidates, Sampled, WholeRows, wanted_output
-from stagecoach_router.sampling.penalties import TokenCounts
-from stagecoach_router.sampling.step_sampler import Chooser, choose_tokens
+from stagecoach_router.sampling.step_sampler import choose_token, choose_tokens
 from stagecoach_router.scheduling.sequence import Sequence
 
 VOCAB_SIZE = 2000
 
 
-def chooser(params: SamplingParams, seed: int, prompt: Many[int] = (1, 2, 3)) -> Chooser:
-    sequence = Sequence(seq_id=seed, prompt_tokens=tuple(prompt), params=params, seed=seed)
-    return Chooser(sequence, TokenCounts(prompt))
+def sequence(params: SamplingParams, seed: int, prompt: Many[int] = (1, 2, 3)) -> Sequence:
+    return Sequence(seq_id=seed, prompt_tokens=tuple(prompt), params=params, seed=seed)
 
 
 def candidate_rows(
@@ -69,8 +67,10 @@ def test_rows_together_get_what_each_gets_by_itself(
 ) -> None:
     params, k, log_sum_exp = group
     outputs = candidate_rows(params, k, log_sum_exp=log_sum_exp, spread=spread, coarse=coarse, seed=seed)
-    choosers = [chooser(one, seed + index) for index, one in enumerate(params)]
-    assert choose_tokens(outputs, choosers) == [one.choose(outputs, index) for index, one in enumerate(choosers)]
+    sequences = [sequence(one, seed + index) for index, one in enumerate(params)]
+    assert choose_tokens(outputs, sequences) == [
+        choose_token(outputs, index, one) for index, one in enumerate(sequences)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -88,12 +88,12 @@ def test_the_usual_rows_are_chosen_together(monkeypatch: pytest.MonkeyPatch, par
     want = wanted_output(params, VOCAB_SIZE)
     assert want.num_candidates == k
     outputs = candidate_rows([params] * 32, k, log_sum_exp=want.log_sum_exp, spread=8.0, coarse=False, seed=1)
-    choosers = [chooser(params, seed) for seed in range(32)]
+    sequences = [sequence(params, seed) for seed in range(32)]
     one_by_one: list[object] = []
     monkeypatch.setattr(
         step_sampler, "sample", lambda *given, **_: one_by_one.append(given) or InsufficientCandidates()
     )
-    choices = choose_tokens(outputs, choosers)
+    choices = choose_tokens(outputs, sequences)
     assert len(one_by_one) <= 2, "draws that the candidates do not decide"
     assert sum(isinstance(choice, Sampled) for choice in choices) >= 30
 
@@ -103,7 +103,7 @@ def test_a_row_without_numbers_is_its_own_fault_only() -> None:
         rows = [params] * 8
         outputs = candidate_rows(rows, k, log_sum_exp=k == 128, spread=8.0, coarse=False, seed=2)
         outputs.logits[3] = np.nan
-        choices = choose_tokens(outputs, [chooser(params, seed) for seed in range(8)])
+        choices = choose_tokens(outputs, [sequence(params, seed) for seed in range(8)])
         assert [isinstance(choice, ShardFault) for choice in choices] == [index == 3 for index in range(8)]
 
 
@@ -112,7 +112,7 @@ def test_candidates_above_their_rows_log_sum_exp_are_a_fault() -> None:
     outputs = candidate_rows([params] * 8, 128, log_sum_exp=True, spread=8.0, coarse=False, seed=2)
     assert outputs.scaled_log_sum_exp is not None
     outputs.scaled_log_sum_exp[5] = -100.0
-    choices = choose_tokens(outputs, [chooser(params, seed) for seed in range(8)])
+    choices = choose_tokens(outputs, [sequence(params, seed) for seed in range(8)])
     assert [isinstance(choice, ShardFault) for choice in choices] == [index == 5 for index in range(8)]
 
 
@@ -120,13 +120,13 @@ def test_candidates_above_their_rows_log_sum_exp_are_a_fault() -> None:
 def test_logits_as_large_as_numbers_get_leave_the_others_their_tokens(huge: float) -> None:
     params = [SamplingParams(temperature=0.7)] * 8
     outputs = candidate_rows(params, 64, log_sum_exp=True, spread=2.0, coarse=False, seed=1)
-    choosers = [chooser(one, index) for index, one in enumerate(params)]
-    expected = choose_tokens(outputs, choosers)
+    sequences = [sequence(one, index) for index, one in enumerate(params)]
+    expected = choose_tokens(outputs, sequences)
     assert outputs.scaled_log_sum_exp is not None
     outputs.logits[3, 0] = outputs.scaled_log_sum_exp[3] = huge
     with np.errstate(over="ignore"):
         outputs.scaled_log_sum_exp[3] /= np.float32(0.7)
-    choices = choose_tokens(outputs, choosers)
+    choices = choose_tokens(outputs, sequences)
     assert isinstance(choices[3], Sampled | InsufficientCandidates | ShardFault)
     assert choices[:3] + choices[4:] == expected[:3] + expected[4:]
 
@@ -134,15 +134,17 @@ def test_logits_as_large_as_numbers_get_leave_the_others_their_tokens(huge: floa
 def test_whole_rows_are_sampled_from_as_they_are() -> None:
     logits = np.random.default_rng(0).normal(0, 3, (3, VOCAB_SIZE)).astype(np.float32)
     params = SamplingParams(presence_penalty=-1.0)
-    choosers = [chooser(params, seed) for seed in range(3)]
+    sequences = [sequence(params, seed) for seed in range(3)]
     outputs = WholeRows(logits)
-    assert choose_tokens(outputs, choosers) == [one.choose(outputs, index) for index, one in enumerate(choosers)]
+    assert choose_tokens(outputs, sequences) == [
+        choose_token(outputs, index, one) for index, one in enumerate(sequences)
+    ]
 
 
 def test_taking_rows_keeps_their_arrays_together() -> None:
     params = [SamplingParams(temperature=1.0 + index) for index in range(6)]
     outputs = candidate_rows(params, 64, log_sum_exp=True, spread=2.0, coarse=False, seed=3)
-    choosers = [chooser(one, seed) for seed, one in enumerate(params)]
+    sequences = [sequence(one, seed) for seed, one in enumerate(params)]
     some = [1, 2, 3, 5]
-    whole = choose_tokens(outputs, choosers)
-    assert choose_tokens(outputs.take(some), [choosers[index] for index in some]) == [whole[index] for index in some]
+    whole = choose_tokens(outputs, sequences)
+    assert choose_tokens(outputs.take(some), [sequences[index] for index in some]) == [whole[index] for index in some]

@@ -1,15 +1,23 @@
 """Who is let in, and what for."""
 
 import hmac
+from contextlib import ExitStack
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from stagecoach.errors import PermissionDenied, RateLimited, Unauthenticated
+from stagecoach.sampling import SamplingParams
 from stagecoach.security.api_keys import Grant, KeyEntry, new_entry, new_key
+from stagecoach_router.requests.completion import Completion
+from stagecoach_router.requests.request import Request
+from stagecoach_router.requests.request_state import RequestState
+from stagecoach_router.sampling.outputs import Sampled
+from stagecoach_router.scheduling.sequence import Sequence
 from stagecoach_router.tenants import tenants as module
 from stagecoach_router.tenants.tenants import Tenant, Tenants
+from tests.unit.fake_pipelines import NoText
 
 KEY, OTHER_KEY = new_key(), new_key()
 ENTRIES = (new_entry(KEY, "ann", Grant()), new_entry(OTHER_KEY, "bob", Grant()))
@@ -56,8 +64,8 @@ def test_without_a_file_everyone_is_let_in_and_with_an_empty_one_nobody():
     anyone = Tenants(None, 0.0).identify([])
     anyone.check_model("m")
     anyone.check_priority(2**31 - 1)
-    with anyone.admit(0.0) as visit:
-        visit.charge_up_to(10**9, 0.0)
+    with anyone.admit(0.0):
+        anyone.charge(10**9, 0.0)
     with pytest.raises(Unauthenticated):
         Tenants((), 0.0).identify(bearer(KEY))
 
@@ -102,8 +110,8 @@ def test_requests_of_a_minute():
     for _ in range(2):
         with caller.admit(100.0):
             pass
-    with pytest.raises(RateLimited) as caught:
-        caller.admit(100.0)
+    with pytest.raises(RateLimited) as caught, caller.admit(100.0):
+        pass
     assert caught.value.field == "requests_per_minute"
     assert caught.value.retry_after_s == pytest.approx(30, abs=0.01)
     with caller.admit(100.0 + caught.value.retry_after_s):
@@ -112,14 +120,14 @@ def test_requests_of_a_minute():
 
 def test_tokens_are_charged_as_they_come_and_shut_the_door_when_they_are_used_up():
     caller = Tenant("ann", Grant(tokens_per_minute=60), 0.0)
-    with caller.admit(0.0) as visit:
-        visit.charge_up_to(50, 0.0)
+    with caller.admit(0.0):
+        caller.charge(50, 0.0)
         with caller.admit(0.0):  # ten are left
             pass
-        for num_tokens in (*range(51, 71), 60, 70):  # once each, however often they are told
-            visit.charge_up_to(num_tokens, 0.0)
-        with pytest.raises(RateLimited) as caught:
-            caller.admit(0.0)
+        for _ in range(20):
+            caller.charge(1, 0.0)
+        with pytest.raises(RateLimited) as caught, caller.admit(0.0):
+            pass
     assert caught.value.field == "tokens_per_minute"
     assert caught.value.retry_after_s == pytest.approx(11, abs=0.01)
     with caller.admit(caught.value.retry_after_s):
@@ -128,11 +136,11 @@ def test_tokens_are_charged_as_they_come_and_shut_the_door_when_they_are_used_up
 
 def test_a_refused_request_costs_nothing():
     caller = Tenant("ann", Grant(requests_per_minute=1, tokens_per_minute=60), 0.0)
-    with caller.admit(0.0) as visit:
-        visit.charge_up_to(180, 0.0)
+    with caller.admit(0.0):
+        caller.charge(180, 0.0)
     for _ in range(5):
-        with pytest.raises(RateLimited) as caught:
-            caller.admit(0.0)
+        with pytest.raises(RateLimited) as caught, caller.admit(0.0):
+            pass
     assert caught.value.retry_after_s == pytest.approx(121, abs=0.01)  # the longer of both waits
     with caller.admit(caught.value.retry_after_s):
         pass
@@ -143,45 +151,59 @@ def test_requests_at_a_time_also_when_one_fails():
     with caller.admit(0.0):
         with pytest.raises(ZeroDivisionError), caller.admit(0.0):
             raise ZeroDivisionError
-        with caller.admit(0.0), pytest.raises(RateLimited) as caught:
-            caller.admit(0.0)
+        with caller.admit(0.0), pytest.raises(RateLimited) as caught, caller.admit(0.0):
+            pass
     assert (caught.value.field, caught.value.retry_after_s) == ("max_concurrent", 1.0)
     assert caller.num_running == 0
 
 
 def test_a_request_that_runs_on_counts_until_it_ends():
     caller = Tenant("ann", Grant(max_concurrent=1), 0.0)
-    with caller.admit(0.0) as visit:
-        visit.keep()
-    with pytest.raises(RateLimited):
-        caller.admit(0.0)
-    visit.end()
-    visit.end()
+    with caller.admit(0.0):
+        caller.begin()
+    with pytest.raises(RateLimited), caller.admit(0.0):
+        pass
+    caller.end()
     assert caller.num_running == 0
     with caller.admit(0.0):
         pass
 
 
-def test_what_a_former_process_let_in_counts_as_running_and_its_tokens_are_not_charged_again():
-    callers = Tenants((new_entry(KEY, "ann", Grant(max_concurrent=1, tokens_per_minute=60)),), 0.0)
+def test_what_a_former_process_let_in_counts_as_running_whatever_the_limits_say():
+    callers = Tenants((new_entry(KEY, "ann", Grant(max_concurrent=1)),), 0.0)
     ann = callers.identify(bearer(KEY))
-    with callers.resume("ann", 50) as visit, callers.resume("ann", 50):  # more than may run now
-        visit.charge_up_to(70, 0.0)
-        assert ann.num_running == 2
-        with pytest.raises(RateLimited):
-            ann.admit(0.0)
-    with ann.admit(0.0) as visit:
-        visit.charge_up_to(40, 0.0)
-    with pytest.raises(RateLimited, match="tokens per minute"):  # 20 and 40 of 60
-        ann.admit(0.0)
-
-
-def test_who_is_no_caller_any_more_is_counted_for_nobody():
-    callers = Tenants(ENTRIES, 0.0)
-    with callers.resume("gone", 5) as visit:
-        visit.charge_up_to(10, 0.0)
-    with Tenants(None, 0.0).resume("ann", 5):
+    for _ in range(2):
+        callers.former("ann").begin()
+    assert ann.num_running == 2
+    with pytest.raises(RateLimited), ann.admit(0.0):
         pass
+
+
+def test_tokens_are_charged_once_each_and_those_of_a_former_process_not_again():
+    ann = Tenant("ann", Grant(tokens_per_minute=60), 0.0)
+    state = RequestState(Request("r", (1,) * 10, SamplingParams(max_tokens=99)), tenant=ann)
+    state.sequences.append(Sequence(seq_id=1, prompt_tokens=(1,) * 10, params=state.request.params, seed=0))
+    completion = Completion(0, (1,) * 10, state.request.params, NoText())
+    state.completions.append(completion)
+    state.replay(0, [Sampled(7, None, ())] * 40)
+    state.charge(0.0)  # the prompt and the replayed tokens were charged by whoever let them in
+    for _ in range(59):
+        completion.advance(Sampled(7, None, ()))
+        for _ in range(2):  # however often it is told
+            state.charge(0.0)
+    with ann.admit(0.0):  # one is left
+        completion.advance(Sampled(7, None, ()))
+        state.charge(0.0)
+    with pytest.raises(RateLimited, match="tokens per minute"), ann.admit(0.0):
+        pass
+
+
+def test_who_is_no_caller_any_more_is_charged_for_nobody():
+    callers = Tenants(ENTRIES, 0.0)
+    gone = callers.former("gone")
+    gone.begin()
+    gone.charge(10, 0.0)
+    assert Tenants(None, 0.0).former("ann").name == ""
     with pytest.raises(Unauthenticated):
         callers.identify(bearer(new_key()))
 
@@ -198,13 +220,13 @@ def test_who_comes_back_when_told_to_is_let_in(grant, steps):
     caller, now_s = Tenant("ann", grant, 0.0), 0.0
     for elapsed_s, num_tokens in steps:
         now_s += elapsed_s
-        try:
-            visit = caller.admit(now_s)
-        except RateLimited as error:
-            now_s += error.retry_after_s
-            visit = caller.admit(now_s)
-        with visit:
-            visit.charge_up_to(num_tokens, now_s)
+        with ExitStack() as running:
+            try:
+                running.enter_context(caller.admit(now_s))
+            except RateLimited as error:
+                now_s += error.retry_after_s
+                running.enter_context(caller.admit(now_s))
+            caller.charge(num_tokens, now_s)
     assert caller.num_running == 0
 
 
@@ -214,8 +236,8 @@ def test_a_changed_file_keeps_what_was_used():
     with ann.admit(0.0):
         callers.replace((new_entry(KEY, "ann", Grant(requests_per_minute=1, max_concurrent=2)),), 0.0)
         assert callers.identify(bearer(KEY)) is ann
-        with pytest.raises(RateLimited, match="requests per minute"):
-            ann.admit(0.0)
+        with pytest.raises(RateLimited, match="requests per minute"), ann.admit(0.0):
+            pass
         callers.replace((new_entry(KEY, "ann", Grant()),), 0.0)
         with ann.admit(0.0):
             assert ann.num_running == 2

@@ -9,7 +9,7 @@ from stagecoach.v1 import inference_pb2 as pb
 from stagecoach_router.frontend.grpc_service import write_deltas
 from stagecoach_router.requests.completion import OutputDelta
 from stagecoach_router.requests.request import Request
-from stagecoach_router.requests.request_state import Generation
+from stagecoach_router.requests.request_state import RequestState
 from stagecoach_router.sampling.outputs import Sampled
 
 
@@ -24,9 +24,9 @@ def delta(index: int, token_id: int, *, logprobs: bool = False) -> OutputDelta:
 
 
 def write(*deltas: OutputDelta) -> list[pb.GenerateResponse]:
-    generation = Generation(Request("r", (1,), SamplingParams(max_tokens=9)))
+    state = RequestState(Request("r", (1,), SamplingParams(max_tokens=9)))
     tokenizer: Any = Tokens()
-    return write_deltas(deltas, generation, tokenizer)
+    return write_deltas(deltas, state, tokenizer)
 
 
 def test_pieces_that_waited_share_a_response() -> None:

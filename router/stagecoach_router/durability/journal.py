@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from stagecoach_router.durability.journal_store import Begin, End, Entry, Forget, JournaledRequest, JournalStore, Token
-from stagecoach_router.durability.request_registry import Accepted
 from stagecoach_router.durability.retention import MAX_AGE_S
 from stagecoach_router.requests.completion import OutputDelta
-from stagecoach_router.requests.output_stream import OutputStream
 from stagecoach_router.requests.request import RequestKey
+from stagecoach_router.requests.request_state import RequestState
 
 Result = TypeVar("Result")
 
@@ -39,7 +38,7 @@ class Journal:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._store: JournalStore | None = None
         self._entries: list[Entry] = []  # for the next transaction
-        self._shows: dict[OutputStream, int] = {}  # how many deltas that lets be shown
+        self._shows: dict[RequestState, int] = {}  # how many deltas that lets be shown
         self._writing: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -59,34 +58,33 @@ class Journal:
 
         return await self._in_thread(load)
 
-    def begin(self, accepted: Accepted) -> None:
+    def begin(self, state: RequestState) -> None:
         """A request was accepted, or taken over from a former process: from now on its deltas go through here."""
         if self._store is None:
             return
-        deltas = accepted.generation.deltas
-        num_tokens = [run.completion.num_tokens for run in accepted.generation.runs]
+        num_tokens = [completion.num_tokens for completion in state.completions]
 
         def tap(delta: OutputDelta) -> None:
-            if deltas.ended:  # it failed, and was forgotten: what is written now would be left over in the file
+            if state.ended:  # it failed, and was forgotten: what is written now would be left over in the file
                 return
             if self._closed:  # not in the file: the next process will compute it, and show it
                 return
             if self._store is None:  # the disk has failed: better an answer that does not outlive us than none
-                deltas.show(1)
+                state.show(1)
                 return
-            self._shows[deltas] = self._shows.get(deltas, 0) + 1
-            self._write(Token(accepted.key, delta.index, num_tokens[delta.index], delta.sampled))
+            self._shows[state] = self._shows.get(state, 0) + 1
+            self._write(Token(state.key, delta.index, num_tokens[delta.index], delta.sampled))
             num_tokens[delta.index] += 1
 
-        deltas.tap = tap
-        self._write(Begin(accepted.key, accepted.digest, accepted.generation.request))
+        state.tap = tap
+        self._write(Begin(state.key, state.digest, state.request))
 
     def end(self, key: RequestKey) -> None:
-        """It is finished, and remembered."""
+        """A request has finished; it is kept for a while, for a caller who comes back for its output."""
         self._write(End(key, time.time()))
 
     def forget(self, key: RequestKey) -> None:
-        """Nobody will come for it any more."""
+        """A request has failed, or was kept for long enough: nothing of it is needed any more."""
         self._write(Forget(key))
 
     async def close(self) -> None:
@@ -118,11 +116,11 @@ class Journal:
             logger.error("journal: %s: %s: requests will not outlive this process", self._path, error)
             failed, self._store = True, None
             self._entries.clear()
-            for deltas, num_deltas in self._shows.items():  # what came meanwhile
-                shows[deltas] = shows.get(deltas, 0) + num_deltas
+            for state, num_deltas in self._shows.items():  # what came meanwhile
+                shows[state] = shows.get(state, 0) + num_deltas
             self._shows.clear()
-        for deltas, num_deltas in shows.items():
-            deltas.show(num_deltas)
+        for state, num_deltas in shows.items():
+            state.show(num_deltas)
         if failed:
             await self._close(store)
         self._writing = None

@@ -29,15 +29,14 @@ async def recover_requests(
     left = await journal.load(model.fingerprint)
     for entry in left:
         await asyncio.sleep(0)  # long answers are spelt out anew, and shards wait for a word meanwhile
-        num_charged = len(entry.request.prompt_tokens) + sum(map(len, entry.past))
         try:
             entry.check(vocab_size=model.vocab_size, context_length=model.context_length)
-            with callers.resume(entry.key[0], num_charged) as visit:
-                accepted = requests.accept(entry.key, entry.digest, entry.request, entry.past, visit=visit)
+            tenant = callers.former(entry.key[0])
+            state = requests.accept(entry.key, entry.digest, entry.request, entry.past, tenant=tenant)
         except StagecoachError as error:
             logger.warning("request %s of the journal cannot go on: %s", entry.request.request_id, error)
             journal.forget(entry.key)
         else:
-            requests.linger(accepted, linger_s)
+            requests.linger(state, linger_s)
     if left:
         logger.info("%d requests of the journal, %d of them go on", len(left), requests.num_running)

@@ -13,7 +13,7 @@ import secrets
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
 from stagecoach import errors
@@ -22,40 +22,22 @@ from stagecoach_router.durability.retention import Retention
 from stagecoach_router.engine.engine import Engine
 from stagecoach_router.requests.output_stream import OutputReader
 from stagecoach_router.requests.request import Request, RequestKey
-from stagecoach_router.requests.request_state import Generation
+from stagecoach_router.requests.request_state import RequestState
 from stagecoach_router.sampling.outputs import Sampled
-from stagecoach_router.tenants.tenants import Visit
-
-
-@dataclass(eq=False, slots=True)
-class Accepted:
-    """A request that is known. `digest` is that of its content."""
-
-    key: RequestKey
-    digest: bytes
-    generation: Generation
-    linger_s: float
-    visit: Visit | None = None  # what it counts as for its caller
-    lapse: asyncio.TimerHandle | None = None  # ends it, as nobody reads
-
-    def charge(self) -> None:
-        """Charges its caller what has come since the last time."""
-        if self.visit is not None and self.visit.is_metered:
-            num_output = sum(run.completion.num_tokens for run in self.generation.runs)
-            self.visit.charge_up_to(len(self.generation.request.prompt_tokens) + num_output, time.monotonic())
+from stagecoach_router.tenants.tenants import Tenant
 
 
 class Log(Protocol):
-    """What outlives the process."""
+    """Where requests are written so that they outlive the process."""
 
-    def begin(self, accepted: Accepted) -> None:
+    def begin(self, state: RequestState) -> None:
         """A request was accepted; from now on its deltas go through the log before anyone reads them."""
 
     def end(self, key: RequestKey) -> None:
-        """It is finished, and remembered."""
+        """A request has finished; it is kept for a while, for a caller who comes back for its output."""
 
     def forget(self, key: RequestKey) -> None:
-        """Nobody will come for it any more."""
+        """A request has failed, or was kept for long enough: nothing of it is needed any more."""
 
 
 def content_digest(request: pb.GenerateRequest) -> bytes:
@@ -74,8 +56,8 @@ class RequestRegistry:
         self._engine = engine
         self._max_linger_s = max_linger_s
         self._log = log
-        self._known: dict[RequestKey, Accepted] = {}
-        self._remembered: Retention[RequestKey] = Retention()
+        self._known: dict[RequestKey, RequestState] = {}
+        self._retained: Retention[RequestKey] = Retention()
         self._num_running = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -91,20 +73,20 @@ class RequestRegistry:
 
     def knows(self, key: RequestKey) -> bool:
         """Whether a request of this id is known."""
-        self._forget(self._remembered.forget_old(time.monotonic()))
+        self._forget(self._retained.forget_old(time.monotonic()))
         return key in self._known
 
-    def find(self, key: RequestKey, digest: bytes) -> Accepted | None:
+    def find(self, key: RequestKey, digest: bytes) -> RequestState | None:
         """The request of this id, if it is known. Raises FailedPrecondition where that is another one."""
-        self._forget(self._remembered.forget_old(time.monotonic()))
-        accepted = self._known.get(key)
-        if accepted is not None and accepted.digest != digest:
+        self._forget(self._retained.forget_old(time.monotonic()))
+        state = self._known.get(key)
+        if state is not None and state.digest != digest:
             raise errors.FailedPrecondition(
                 f"request_id: {key[1]!r} is the id of another request, with other content",
                 field="request_id",
                 value=key[1],
             )
-        return accepted
+        return state
 
     def accept(
         self,
@@ -113,98 +95,100 @@ class RequestRegistry:
         request: Request,
         past: Sequence[Sequence[Sampled]] = (),
         *,
-        visit: Visit | None = None,
-    ) -> Accepted:
+        tenant: Tenant | None = None,
+    ) -> RequestState:
         """Begins a request, or goes on with one that has had the tokens of `past`, by completion.
 
-        It counts as `visit` until it ends. Raises what Engine.submit raises, and then nothing was begun.
+        It counts as one of the tenant's, and is charged to it, until it ends. The prompt, and `past`, have been charged
+        already. Raises what Engine.submit raises, and then nothing was begun.
         """
         assert key not in self._known, "found before"
         if request.params.seed is None:  # so that it is the same one if it has to be computed again
             request = replace(request, params=replace(request.params, seed=secrets.randbits(64)))
-        generation = self._engine.submit(request, past)
-        accepted = self._known[key] = Accepted(key, digest, generation, 0.0, visit)
-        if visit is not None:
-            visit.keep()  # whether anyone reads it or not, as long as it runs
+        state = RequestState(request, key=key, digest=digest, tenant=tenant)
+        self._engine.submit(state, past)
+        self._known[key] = state
+        if tenant is not None:
+            tenant.begin()
         self._num_running += 1
         self._idle.clear()
         if self._log is not None:
-            self._log.begin(accepted)
-        generation.deltas.on_end = lambda error: self._end(accepted, error)
-        if generation.deltas.ended:  # in its former life
-            self._end(accepted, generation.deltas.error)
-        return accepted
+            self._log.begin(state)
+        state.on_end = lambda error: self._end(state, error)
+        if state.ended:  # with the tokens of `past`
+            self._end(state, state.error)
+        return state
 
     @contextmanager
     def reading(
-        self, accepted: Accepted, *, from_tokens: Iterable[int], linger_s: float, remaining_s: float | None
+        self, state: RequestState, *, from_tokens: Iterable[int], linger_s: float, remaining_s: float | None
     ) -> Iterator[OutputReader]:
         """A call that reads from so many tokens of each completion on, and has `remaining_s` to its deadline."""
-        if accepted.lapse is not None:
-            accepted.lapse.cancel()
-            accepted.lapse = None
-        accepted.linger_s = min(linger_s, self._max_linger_s)
+        self._stop_lapse(state)
+        state.linger_s = min(linger_s, self._max_linger_s)
         deadline_s = None if remaining_s is None else time.monotonic() + remaining_s
-        self._engine.set_deadline(accepted.generation, deadline_s)
-        reader = accepted.generation.deltas.reader(from_tokens)
+        self._engine.set_deadline(state, deadline_s)
+        reader = OutputReader(state, from_tokens)
         try:
             yield reader
         finally:
             reader.close()
-            if not accepted.generation.deltas.num_readers:
-                self.linger(accepted, accepted.linger_s)
+            if not state.num_readers:
+                self.linger(state, state.linger_s)
 
-    def linger(self, accepted: Accepted, linger_s: float) -> None:
-        """Nobody reads: ends the request, if nobody comes for so long."""
-        if accepted.generation.deltas.ended:
+    def linger(self, state: RequestState, linger_s: float) -> None:
+        """Nobody reads a request any more: cancels it, if nobody comes for so long."""
+        if state.ended:
             return
         if linger_s > 0:
-            accepted.lapse = asyncio.get_running_loop().call_later(linger_s, self._give_up, accepted)
+            state.lapse = asyncio.get_running_loop().call_later(linger_s, self._cancel, state)
         else:
-            self._give_up(accepted)
+            self._cancel(state)
 
     def cancel(self, key: RequestKey) -> None:
         """Ends a request, whoever reads it; harmless for one that is not known or has ended."""
-        accepted = self._known.get(key)
-        if accepted is not None and not accepted.generation.deltas.ended:
-            self._give_up(accepted)
+        state = self._known.get(key)
+        if state is not None and not state.ended:
+            self._cancel(state)
 
     def close(self) -> None:
-        """The router stops: what has not ended, ends, also what is finished and waits for the log."""
-        for accepted in list(self._known.values()):
-            accepted.generation.deltas.fail(errors.Unavailable("the router is stopping"))
+        """The router stops: ends what has not ended, also what is finished and waits for the log."""
+        for state in list(self._known.values()):
+            state.fail(errors.Unavailable("the router is stopping"))
 
-    def _give_up(self, accepted: Accepted) -> None:
-        self._engine.cancel(accepted.generation)
-        accepted.generation.deltas.fail(errors.Cancelled("the request was cancelled"))
+    def _cancel(self, state: RequestState) -> None:
+        self._engine.cancel(state)
+        state.fail(errors.Cancelled("the request was cancelled"))
 
-    def _end(self, accepted: Accepted, error: errors.StagecoachError | None) -> None:
-        if accepted.lapse is not None:
-            accepted.lapse.cancel()
-            accepted.lapse = None
-        if accepted.visit is not None:
-            accepted.charge()
-            accepted.visit.end()
+    def _stop_lapse(self, state: RequestState) -> None:
+        if state.lapse is not None:
+            state.lapse.cancel()
+            state.lapse = None
+
+    def _end(self, state: RequestState, error: errors.StagecoachError | None) -> None:
+        self._stop_lapse(state)
+        if state.tenant is not None:
+            state.charge(time.monotonic())
+            state.tenant.end()
         self._num_running -= 1
         if not self._num_running:
             self._idle.set()
         if error is not None:
-            self._forget([accepted.key])
+            self._forget([state.key])
             return
         if self._log is not None:
-            self._log.end(accepted.key)
-        self._forget(self._remembered.add(accepted.key, _cost(accepted.generation), time.monotonic()))
+            self._log.end(state.key)
+        self._forget(self._retained.add(state.key, _cost_tokens(state), time.monotonic()))
 
     def _forget(self, keys: Iterable[RequestKey]) -> None:
         for key in keys:
-            accepted = self._known.pop(key, None)
-            if accepted is not None and self._log is not None:
-                self._log.forget(accepted.key)
+            state = self._known.pop(key, None)
+            if state is not None and self._log is not None:
+                self._log.forget(key)
 
 
-def _cost(generation: Generation) -> int:
+def _cost_tokens(state: RequestState) -> int:
     """Tokens that are kept with a finished request; a log-probability counts as one."""
-    params = generation.request.params
+    params = state.request.params
     tokens_each = 1 if params.logprobs is None else 2 + params.logprobs
-    num_tokens = sum(run.completion.num_tokens for run in generation.runs)
-    return len(generation.request.prompt_tokens) + num_tokens * tokens_each
+    return len(state.request.prompt_tokens) + state.num_output_tokens * tokens_each

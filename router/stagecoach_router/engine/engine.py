@@ -1,6 +1,6 @@
 """The router's heart: requests in, deltas of text out, over as many pipelines as there are.
 
-A request has one home, the replica that computes it. When that one's pipeline is lost, the request moves at once to
+A request is assigned to one replica, which computes it. When that one's pipeline is lost, the request moves at once to
 another that is ready and has room for it; where there is none it waits, and goes on with whichever is ready first.
 """
 
@@ -19,11 +19,8 @@ from stagecoach_router.engine.replica import Owner, Replica
 from stagecoach_router.engine.step_loop import Counters
 from stagecoach_router.metrics.counters import ActiveTime
 from stagecoach_router.requests.completion import Completion
-from stagecoach_router.requests.request import Request
-from stagecoach_router.requests.request_state import Generation, Run
+from stagecoach_router.requests.request_state import RequestState
 from stagecoach_router.sampling.outputs import Sampled, wanted_output
-from stagecoach_router.sampling.penalties import TokenCounts
-from stagecoach_router.sampling.step_sampler import Chooser
 from stagecoach_router.scheduling.sequence import Sequence
 from stagecoach_router.scheduling.waiting_queue import token_limit
 from stagecoach_router.text.tokenizer import Tokenizer
@@ -145,42 +142,39 @@ class Engine:
         """The last estimate of when a refused caller may come again."""
         return min(replica.scheduler.retry_after_s for replica in self.replicas)
 
-    def submit(self, request: Request, past: Many[Many[Sampled]] = ()) -> Generation:
+    def submit(self, state: RequestState, past: Many[Many[Sampled]] = ()) -> None:
         """Begins a request, or goes on with one that has had the tokens of `past`, by completion.
 
         Raises OutOfRange, and Overloaded for a new one, and then nothing was begun.
         """
-        generation = Generation(request)
-        params = request.params
+        params = state.request.params
         seed = params.seed if params.seed is not None else secrets.randbits(64)
-        home: Replica | None = None
+        replica: Replica | None = None
         leader: Sequence | None = None
         try:
             for index in range(params.n):
-                run = self._new_run(generation, index, seed, leader)
-                generation.runs.append(run)
-                if past and run.replay(past[index]):
+                sequence = self._add_completion(state, index, seed, leader)
+                if past and state.replay(index, past[index]):
                     continue
-                leader = leader or run.sequence
-                home = home or self._home_of_new(run.sequence)
-                home.add(run, was_accepted=bool(past))
+                leader = leader or sequence
+                replica = replica or self._assign_new(sequence)
+                replica.add(state, sequence, was_accepted=bool(past))
         except errors.StagecoachError:
-            self.cancel(generation)
+            self.cancel(state)
             raise
-        self.counters.prompt_tokens += len(request.prompt_tokens) * params.n
-        if home is not None:
-            home.pump()
-        return generation
+        self.counters.prompt_tokens += len(state.request.prompt_tokens) * params.n
+        if replica is not None:
+            replica.dispatch()
 
-    def cancel(self, generation: Generation) -> None:
+    def cancel(self, request: RequestState) -> None:
         """Ends a request wherever it is; its blocks are free at once. Harmless for one that is finished."""
         for replica in self.replicas:
-            replica.cancel(generation)
+            replica.cancel(request)
 
-    def set_deadline(self, generation: Generation, deadline_s: float | None) -> None:
+    def set_deadline(self, request: RequestState, deadline_s: float | None) -> None:
         """When a request has to be finished, in seconds of time.monotonic(); None: whenever. It fails then."""
         for replica in self.replicas:
-            replica.set_deadline(generation, deadline_s)
+            replica.set_deadline(request, deadline_s)
         self._expire()
 
     def _expire(self) -> None:
@@ -196,8 +190,9 @@ class Engine:
         if next_s is not None:
             self._next_expiry = asyncio.get_running_loop().call_later(max(0.0, next_s - now_s), self._expire)
 
-    def _new_run(self, generation: Generation, index: int, seed: int, leader: Sequence | None) -> Run:
-        request = generation.request
+    def _add_completion(self, state: RequestState, index: int, seed: int, leader: Sequence | None) -> Sequence:
+        """Adds the next completion to a request; returns its sequence."""
+        request = state.request
         sequence = Sequence(
             seq_id=self._next_seq_id,
             prompt_tokens=request.prompt_tokens,
@@ -207,19 +202,16 @@ class Engine:
             priority=request.priority,
             leader=leader,
             cache_salt=request.cache_salt,
+            want=wanted_output(request.params, self._vocab_size),
         )
         self._next_seq_id += 1
-        return Run(
-            generation,
-            sequence,
-            Completion(index, request.prompt_tokens, request.params, self._tokenizer),
-            Chooser(sequence, TokenCounts(request.prompt_tokens)),
-            wanted_output(request.params, self._vocab_size),
-        )
+        state.sequences.append(sequence)
+        state.completions.append(Completion(index, request.prompt_tokens, request.params, self._tokenizer))
+        return sequence
 
-    # ---- their homes
+    # ---- which replica computes what
 
-    def _home_of_new(self, sequence: Sequence) -> Replica:
+    def _assign_new(self, sequence: Sequence) -> Replica:
         """Where a new sequence is to be computed, with those of the same request that follow."""
         if len(self.replicas) == 1:
             return self.replicas[0]
@@ -248,42 +240,42 @@ class Engine:
         if ready != self.ready:
             self.ready = ready
             self._on_ready(ready)
-        changed = self._find_homes()
+        changed = self._reassign()
         if replica.ready:
             changed |= self._share_waiting(replica)
         for each in changed:
-            each.pump()
+            each.dispatch()
         if changed:
             self._expire()
 
-    def find_room(self, replica: Replica, generation: Generation) -> None:
+    def find_room(self, replica: Replica, request: RequestState) -> None:
         """Moves a request that its replica has no room for any more to one that has, or had when it was open."""
-        others = [each for each in self.replicas if each is not replica and each.fits(generation)]
+        others = [each for each in self.replicas if each is not replica and each.fits(request)]
         if others:
-            home = min(others, key=lambda each: each.unproven_s)
-            replica.move(generation, home)
-            home.pump()
+            other = min(others, key=lambda each: each.unproven_s)
+            replica.move(request, other)
+            other.dispatch()
         else:
             capacity = self.capacity_tokens
             text = f"the pipeline came back with room for {capacity} tokens"
-            replica.fail(generation, errors.OutOfRange(text, field="max_tokens", limit=capacity))
+            replica.fail(request, errors.OutOfRange(text, field="max_tokens", limit=capacity))
 
-    def _find_homes(self) -> set[Replica]:
+    def _reassign(self) -> set[Replica]:
         """Moves what is at lost pipelines to those that are ready. Returns whom that gave or took something."""
         changed = set()
         speeds = relative_speeds([replica.token_s for replica in self.replicas])
         for lost in self.replicas:
             if lost.ready or (lost.is_open and lost.unproven_s < UNPROVEN_PATIENCE_S):
                 continue
-            for generation in lost.generations:
+            for request in lost.requests:
                 # It may be what broke one pipeline, and then another: it waits for this one rather than break a third.
-                if generation.num_losses > MAX_LOSSES_TO_MOVE and lost.unproven_s < POISON_PATIENCE_S:
+                if request.num_losses > MAX_LOSSES_TO_MOVE and lost.unproven_s < POISON_PATIENCE_S:
                     continue
                 loads = [
                     ReplicaLoad(
                         num_sequences=replica.num_sequences,
                         num_cached_tokens=0,
-                        fits=replica.ready and replica.fits(generation),
+                        fits=replica.ready and replica.fits(request),
                         ready=replica.ready,
                         speed=speed,
                     )
@@ -291,7 +283,7 @@ class Engine:
                 ]
                 chosen = choose_replica(loads)
                 if chosen is not None:
-                    lost.move(generation, self.replicas[chosen])
+                    lost.move(request, self.replicas[chosen])
                     changed |= {lost, self.replicas[chosen]}
         return changed
 
@@ -303,10 +295,10 @@ class Engine:
         changed = set()
         for other in self.replicas:
             waiting = [] if other is newcomer else other.waiting()
-            while waiting and other.num_sequences > newcomer.num_sequences + len(waiting[-1].runs):
-                generation = waiting.pop()
-                if newcomer.fits(generation):
-                    other.move(generation, newcomer)
+            while waiting and other.num_sequences > newcomer.num_sequences + len(waiting[-1].sequences):
+                request = waiting.pop()
+                if newcomer.fits(request):
+                    other.move(request, newcomer)
                     changed |= {other, newcomer}
         return changed
 

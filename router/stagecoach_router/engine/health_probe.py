@@ -10,9 +10,8 @@ from __future__ import annotations
 from stagecoach.errors import ShardFault
 from stagecoach.sampling import SamplingParams
 from stagecoach_router.engine.wire import GroupOutputs
-from stagecoach_router.sampling.outputs import InsufficientCandidates, OutputWant, wanted_output
-from stagecoach_router.sampling.penalties import TokenCounts
-from stagecoach_router.sampling.step_sampler import Chooser, choose_tokens
+from stagecoach_router.sampling.outputs import InsufficientCandidates, wanted_output
+from stagecoach_router.sampling.step_sampler import choose_tokens
 from stagecoach_router.scheduling.plan import BlockTableUpdate, Plan, Row
 from stagecoach_router.scheduling.sequence import Sequence
 
@@ -30,9 +29,9 @@ class HealthProbe:
     def __init__(self, interval_s: float, *, slot: int, vocab_size: int) -> None:
         self.interval_s = interval_s
         self._slot = slot
-        self._sequence = Sequence(seq_id=SEQ_ID, prompt_tokens=(0,), params=SamplingParams(temperature=0.0), seed=0)
-        self._chooser = Chooser(self._sequence, TokenCounts(self._sequence.prompt_tokens))
-        self.wants: dict[int, OutputWant] = {SEQ_ID: wanted_output(self._sequence.params, vocab_size)}
+        params = SamplingParams(temperature=0.0)
+        want = wanted_output(params, vocab_size)
+        self._sequence = Sequence(seq_id=SEQ_ID, prompt_tokens=(0,), params=params, seed=0, want=want)
         self._last_token_s: float | None = None
         self.expected_s: float | None = None  # that one takes: as long as the last one
 
@@ -58,7 +57,7 @@ class HealthProbe:
     def take(self, outputs: list[GroupOutputs], now_s: float, took_s: float) -> None:
         """The probe's step is back. Raises ShardFault where no token can be chosen from what came."""
         [(_, group)] = outputs
-        [choice] = choose_tokens(group, [self._chooser])
+        [choice] = choose_tokens(group, [self._sequence])
         if isinstance(choice, InsufficientCandidates):
             choice = ShardFault("the likeliest token cannot be told from the candidates that came")
         if isinstance(choice, ShardFault):

@@ -1,7 +1,7 @@
-"""One pipeline through all its epochs, and the requests whose home it is.
+"""One pipeline through all its epochs, and the requests that are assigned to it.
 
 Everything runs on one event loop, driven by events: a request, a result or a cancellation changes the scheduler's
-state, then `pump` sends every step that has become possible. When the pipeline is lost, all sequences go back to
+state, then `dispatch` sends every step that has become possible. When the pipeline is lost, all sequences go back to
 waiting with their token logs; they go on where the engine takes them, or here when a pipeline is open again.
 """
 
@@ -19,9 +19,10 @@ from stagecoach_router.engine.health_probe import HealthProbe
 from stagecoach_router.engine.step_loop import Counters, StepLoop
 from stagecoach_router.engine.straggler import StragglerDetector
 from stagecoach_router.pipelines.pipeline import Connect, Pipeline
-from stagecoach_router.requests.request_state import Generation, Run
+from stagecoach_router.requests.request_state import RequestState
 from stagecoach_router.scheduling.pacing import Pacing
 from stagecoach_router.scheduling.scheduler import Scheduler
+from stagecoach_router.scheduling.sequence import Sequence
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class Owner(Protocol):
     def work_changed(self) -> None:
         """Another number of sequences may run."""
 
-    def find_room(self, replica: Replica, generation: Generation) -> None:
+    def find_room(self, replica: Replica, request: RequestState) -> None:
         """Its pipeline has come back with too little room for this. To be moved, or failed."""
 
 
@@ -85,7 +86,7 @@ class Replica:
         self._probe = probe
         self._counters = counters
         self._owner = owner
-        self._runs: dict[int, Run] = {}  # by seq_id
+        self._requests: dict[int, RequestState] = {}  # by the seq_id of each sequence that runs or waits here
         self._steps: StepLoop | None = None  # of the pipeline; None once that is lost
         self._lost = asyncio.Event()
         self._unproven_since_s: float | None = time.monotonic()  # None while it is ready
@@ -95,13 +96,13 @@ class Replica:
 
     @property
     def num_sequences(self) -> int:
-        """That run or wait here."""
-        return len(self._runs)
+        """How many sequences run or wait here."""
+        return len(self._requests)
 
     @property
-    def generations(self) -> list[Generation]:
+    def requests(self) -> list[RequestState]:
         """The requests that have a sequence here, first come first."""
-        return list(dict.fromkeys(run.generation for run in self._runs.values()))
+        return list(dict.fromkeys(self._requests.values()))
 
     @property
     def is_open(self) -> bool:
@@ -118,59 +119,62 @@ class Replica:
         """For how long it has had no pipeline through which tokens come; 0 where it has."""
         return 0.0 if self._unproven_since_s is None else time.monotonic() - self._unproven_since_s
 
-    def waiting(self) -> list[Generation]:
+    def waiting(self) -> list[RequestState]:
         """The requests none of whose sequences runs, in the order in which they would begin."""
-        waiting = [each for each in self.generations if all(run.sequence.slot is None for run in each.runs)]
+        waiting = [each for each in self.requests if all(sequence.slot is None for sequence in each.sequences)]
         return sorted(waiting, key=_first_in_order)
 
-    def add(self, run: Run, *, was_accepted: bool = False) -> None:
-        """A new sequence; `was_accepted`: by a former process. Raises as Scheduler.add. `pump` has to follow."""
-        self.scheduler.add(run.sequence, was_accepted=was_accepted)
-        self._runs[run.sequence.seq_id] = run
+    def add(self, request: RequestState, sequence: Sequence, *, was_accepted: bool = False) -> None:
+        """Takes one of a request's sequences; `was_accepted`: by a former process. `dispatch` has to follow.
 
-    def cancel(self, generation: Generation) -> None:
-        """Ends what it has of a request, wherever that is; its blocks are free at once."""
-        for run in generation.runs:
-            if self._runs.pop(run.sequence.seq_id, None) is not None:
-                self.scheduler.remove(run.sequence)
-        self.pump()
+        Raises as Scheduler.add.
+        """
+        self.scheduler.add(sequence, was_accepted=was_accepted)
+        self._requests[sequence.seq_id] = request
 
-    def fail(self, generation: Generation, error: errors.StagecoachError) -> None:
+    def cancel(self, request: RequestState) -> None:
+        """Ends what this replica has of a request, in whatever state that is; its blocks are free at once."""
+        for sequence in request.sequences:
+            if self._requests.pop(sequence.seq_id, None) is not None:
+                self.scheduler.remove(sequence)
+        self.dispatch()
+
+    def fail(self, request: RequestState, error: errors.StagecoachError) -> None:
         """Ends a request with an error."""
-        self.cancel(generation)
-        generation.deltas.fail(error)
+        self.cancel(request)
+        request.fail(error)
 
     def fail_all(self, error: errors.StagecoachError) -> None:
-        """Ends all that run or wait here."""
-        for generation in self.generations:
-            self.fail(generation, error)
+        """Ends every request that runs or waits here."""
+        for request in self.requests:
+            self.fail(request, error)
 
-    def set_deadline(self, generation: Generation, deadline_s: float | None) -> None:
-        """When what it has of a request has to be finished, in seconds of time.monotonic(); None: whenever."""
-        for run in generation.runs:
-            if run.sequence.seq_id in self._runs:
-                self.scheduler.set_deadline(run.sequence, deadline_s)
+    def set_deadline(self, request: RequestState, deadline_s: float | None) -> None:
+        """When this replica has to be finished with a request, in seconds of time.monotonic(); None: whenever."""
+        for sequence in request.sequences:
+            if sequence.seq_id in self._requests:
+                self.scheduler.set_deadline(sequence, deadline_s)
 
     def expire(self, now_s: float) -> None:
-        """Fails what is past its deadline."""
+        """Fails the requests whose deadline has passed."""
         for sequence in self.scheduler.expire(now_s):
-            run = self._runs.get(sequence.seq_id)
-            if run is not None:  # else it went with another of its request's completions
-                self.fail(run.generation, errors.DeadlineExceeded("the deadline of the call has passed"))
+            request = self._requests.get(sequence.seq_id)
+            if request is not None:  # else it went with another of its request's completions
+                self.fail(request, errors.DeadlineExceeded("the deadline of the call has passed"))
 
-    def fits(self, generation: Generation) -> bool:
-        """Whether a request that was accepted elsewhere can be finished here."""
+    def fits(self, request: RequestState) -> bool:
+        """Whether a request that another replica has accepted can be finished here."""
         capacity = self.scheduler.blocks.capacity_tokens
-        return all(run.sequence.token_limit <= capacity for run in generation.runs)
+        return all(sequence.token_limit <= capacity for sequence in request.sequences)
 
-    def move(self, generation: Generation, home: Replica) -> None:
-        """Has a request go on there, from its token logs. `pump` has to follow, on both."""
-        for run in generation.runs:
-            if self._runs.pop(run.sequence.seq_id, None) is not None:
-                home.scheduler.adopt(run.sequence, self.scheduler.release(run.sequence))
-                home._runs[run.sequence.seq_id] = run
+    def move(self, request: RequestState, replica: Replica) -> None:
+        """Has a request go on at another replica, from its token logs. `dispatch` has to follow, on both."""
+        for sequence in request.sequences:
+            if self._requests.pop(sequence.seq_id, None) is not None:
+                replica.scheduler.adopt(sequence, self.scheduler.release(sequence))
+                replica._requests[sequence.seq_id] = request
 
-    def pump(self) -> None:
+    def dispatch(self) -> None:
         """Sends every step that can go now."""
         if self._steps is not None:
             self._steps.send_all()
@@ -187,7 +191,7 @@ class Replica:
             self._steps = self._begin(self.pipeline)
             self._steps.send_probe()
             self.reason = "no token has come through it yet"
-        self.pump()
+        self.dispatch()
 
     async def run(self) -> None:
         """Brings the pipeline back whenever it is lost, and tries it while it idles. Runs until cancelled."""
@@ -206,9 +210,9 @@ class Replica:
         scheduler.pacing = Pacing(len(pipeline.stages), self._settings.lanes)
         scheduler.pacing.limit_lanes(pipeline.max_queued_steps)
         scheduler.pacing.limit_steps(scheduler.max_logit_rows, scheduler.max_batch_tokens)
-        for generation in self.generations:
-            if not self.fits(generation):
-                self._owner.find_room(self, generation)
+        for request in self.requests:
+            if not self.fits(request):
+                self._owner.find_room(self, request)
 
     def _begin(self, pipeline: Pipeline) -> StepLoop:
         pacing = self.scheduler.pacing
@@ -217,7 +221,7 @@ class Replica:
         return StepLoop(
             pipeline,
             self.scheduler,
-            self._runs,
+            self._requests,
             vocab_size=self._settings.vocab_size,
             probe=self._probe,
             straggler=StragglerDetector(pacing, self._settings.straggler_window_s),
@@ -259,7 +263,7 @@ class Replica:
         self._owner.work_changed()
 
     def _token_came(self, is_probe: bool) -> None:
-        if not (is_probe and self._runs):  # a probe proves nothing about requests that break the pipeline
+        if not (is_probe and self._requests):  # a probe proves nothing about requests that break the pipeline
             self._reopen_delay_s = REOPEN_FIRST_DELAY_S
         self._set_ready(True)
 
@@ -267,20 +271,24 @@ class Replica:
         logger.warning("pipeline lost: %s", error)
         self.reason = str(error)
         steps, self._steps = self._steps, None
-        for run in [] if steps is None else steps.under_way():
-            self._suspect_poison(run, error)
+        for sequence in [] if steps is None else steps.under_way():
+            self._suspect_poison(sequence, error)
         self.scheduler.preempt_all()
         self._lost.set()
         self._owner.work_changed()
         self._say_ready(False)
         self._owner.replica_changed(self)  # also where it never was: requests may be here all the same
 
-    def _suspect_poison(self, run: Run, error: errors.StagecoachError) -> None:
-        """Gives up on one that was under way too often. Whoever only waited for a step cannot have broken anything."""
-        num_losses = run.was_under_way()
-        if num_losses > MAX_REPLAYS_WITHOUT_PROGRESS:
+    def _suspect_poison(self, sequence: Sequence, error: errors.StagecoachError) -> None:
+        """Fails the request of a sequence that was being computed at too many losses in a row.
+
+        A sequence that only waited for a step cannot have broken anything.
+        """
+        num_losses = sequence.lost_pipeline()
+        request = self._requests.get(sequence.seq_id)
+        if num_losses > MAX_REPLAYS_WITHOUT_PROGRESS and request is not None:
             text = f"the pipeline was lost {num_losses} times while it computed this request: {error}"
-            self.fail(run.generation, errors.ShardFault(text))
+            self.fail(request, errors.ShardFault(text))
 
     def _set_ready(self, ready: bool) -> None:
         if ready != self.ready:
@@ -307,7 +315,7 @@ class Replica:
             self._owner.replica_changed(self)  # requests may have waited for it long enough
         if self._steps is None or not self._probe.is_due(time.perf_counter()):
             return
-        self.pump()
+        self.dispatch()
         if self._steps.num_in_flight:
             return
         if self.scheduler.has_work():  # then a probe's token would prove nothing
@@ -319,6 +327,6 @@ class Replica:
         self._steps.send_probe()
 
 
-def _first_in_order(generation: Generation) -> Any:
-    """The order of its first sequence. One that finished in a former process was never given any."""
-    return min(run.sequence.order for run in generation.runs if run.sequence.order is not None)
+def _first_in_order(request: RequestState) -> Any:
+    """The order of a request's first sequence. One that finished in a former process was never given any."""
+    return min(sequence.order for sequence in request.sequences if sequence.order is not None)

@@ -14,13 +14,14 @@ from stagecoach_router.engine.straggler import StragglerDetector
 from stagecoach_router.engine.wire import GroupOutputs, OutputOrder, read_outputs, write_micro_batch
 from stagecoach_router.pipelines.pipeline import Pipeline
 from stagecoach_router.requests.completion import OutputDelta
-from stagecoach_router.requests.request_state import Generation, Run
-from stagecoach_router.sampling.outputs import InsufficientCandidates, OutputWant, wider_output
+from stagecoach_router.requests.request_state import RequestState
+from stagecoach_router.sampling.outputs import InsufficientCandidates, wider_output
 from stagecoach_router.sampling.step_sampler import Choice, choose_tokens
 from stagecoach_router.scheduling.cost_model import StepShape
 from stagecoach_router.scheduling.pacing import StageSeconds
-from stagecoach_router.scheduling.plan import Plan, Row
+from stagecoach_router.scheduling.plan import Plan
 from stagecoach_router.scheduling.scheduler import Scheduler
+from stagecoach_router.scheduling.sequence import Sequence
 
 # A caller that reads so much slower than its answer is generated is cut off.
 MAX_UNREAD_DELTAS = 4096
@@ -49,28 +50,28 @@ class _Step:
 
 
 class StepLoop:
-    """Sends what `scheduler` plans over `pipeline`, and gives the tokens that come to `runs` (by seq_id).
+    """Sends what `scheduler` plans over `pipeline`, and gives the tokens that come to `requests`, by seq_id.
 
-    A run that finishes is taken out of `runs`; `fail` has to end all of a request. `on_token` is told whenever at least
-    one token has come, and whether it was only the probe's. What is done is added to `counters`.
+    A sequence that finishes is taken out of `requests`; `fail` has to end all of a request. `on_token` is told whenever
+    at least one token has come, and whether it was only the probe's. What is done is added to `counters`.
     """
 
     def __init__(
         self,
         pipeline: Pipeline,
         scheduler: Scheduler,
-        runs: dict[int, Run],
+        requests: dict[int, RequestState],
         *,
         vocab_size: int,
         probe: HealthProbe,
         straggler: StragglerDetector,
         counters: Counters,
         on_token: Callable[[bool], None],
-        fail: Callable[[Generation, errors.StagecoachError], None],
+        fail: Callable[[RequestState, errors.StagecoachError], None],
     ) -> None:
         self._pipeline = pipeline
         self._scheduler = scheduler
-        self._runs = runs
+        self._requests = requests
         self._vocab_size = vocab_size
         self._probe = probe
         self._straggler = straggler
@@ -84,22 +85,21 @@ class StepLoop:
     def num_in_flight(self) -> int:
         return len(self._in_flight)
 
-    def under_way(self) -> list[Run]:
-        """Those with a row in a step that has not come back."""
-        seq_ids = {row.sequence.seq_id for step in self._in_flight for row in step.plan.rows}
-        return [run for seq_id, run in self._runs.items() if seq_id in seq_ids]
+    def under_way(self) -> list[Sequence]:
+        """The sequences that have a row in a step that has not come back, first come first."""
+        rows = {row.sequence.seq_id: row.sequence for step in self._in_flight for row in step.plan.rows}
+        return [rows[seq_id] for seq_id in self._requests if seq_id in rows]
 
     def send_all(self) -> None:
         """Sends every step that can go now."""
         if self._pipeline.lost is not None:
             return
         while (plan := self._scheduler.schedule()) is not None:
-            wants = {row.sequence.seq_id: self._want(row) for row in plan.rows if row.wants_logits}
-            self._send(plan, wants)
+            self._send(plan)
 
     def send_probe(self) -> None:
         """Asks for a token that is nobody's."""
-        self._send(self._probe.plan(self._pipeline.num_blocks - 1), self._probe.wants, is_probe=True)
+        self._send(self._probe.plan(self._pipeline.num_blocks - 1), is_probe=True)
 
     def take(self, result: shard_pb2.StepResult, payload: memoryview) -> None:
         """The oldest step has come back.
@@ -117,14 +117,14 @@ class StepLoop:
             self._probe.take(outputs, time.perf_counter(), round_trip_s)
             self._on_token(True)
             return
-        deltas: list[tuple[Generation, OutputDelta]] = []
+        deltas: list[tuple[RequestState, OutputDelta]] = []
         try:
             self._take_tokens(step, outputs, deltas)
             self.send_all()
         finally:  # whatever went wrong: their tokens are in the log, and would not come again
             # Last: each wakes a call's task, and the next step's frame is not to wait behind them.
-            for generation, delta in deltas:
-                generation.deltas.put(delta)
+            for request, delta in deltas:
+                request.put(delta)
         if deltas:
             self._probe.token_came(time.perf_counter())
             self._on_token(False)
@@ -135,11 +135,9 @@ class StepLoop:
             address = self._pipeline.stages[slow].address
             raise errors.Unavailable(f"stage {slow} at {address} has become many times slower")
 
-    def _send(self, plan: Plan, wants: dict[int, OutputWant], *, is_probe: bool = False) -> None:
+    def _send(self, plan: Plan, *, is_probe: bool = False) -> None:
         pipeline = self._pipeline
-        frame, order = write_micro_batch(
-            plan, wants, lease_id=pipeline.lease_id, epoch=pipeline.epoch, step=self._next_step
-        )
+        frame, order = write_micro_batch(plan, lease_id=pipeline.lease_id, epoch=pipeline.epoch, step=self._next_step)
         shape = StepShape.of(plan.rows)
         self._in_flight.append(_Step(plan, order, shape, self._next_step, time.perf_counter(), is_probe))
         self._next_step += 1
@@ -147,55 +145,52 @@ class StepLoop:
         assert pacing is not None, "set when the pipeline was opened"
         pipeline.send(frame, self._probe.expected_s if is_probe else pacing.expected_s(shape))
 
-    def _want(self, row: Row) -> OutputWant:
-        run = self._runs[row.sequence.seq_id]
-        return run.retry or run.want
-
     def _take_tokens(
-        self, step: _Step, outputs: list[GroupOutputs], deltas: list[tuple[Generation, OutputDelta]]
+        self, step: _Step, outputs: list[GroupOutputs], deltas: list[tuple[RequestState, OutputDelta]]
     ) -> None:
         """Samples for all rows of a step; adds what that gives to `deltas`."""
         current = {row.sequence.seq_id for row in self._scheduler.complete(step.plan)}
+        requests = self._requests
         for rows, group in outputs:
             # Those that are still there: a failure takes all completions of its request with it.
             indices = [
                 index
                 for index, row in enumerate(rows)
-                if row.sequence.seq_id in current and row.sequence.seq_id in self._runs
+                if row.sequence.seq_id in current and row.sequence.seq_id in requests
             ]
             live = group if len(indices) == len(rows) else group.take(indices)
-            runs = [self._runs[rows[index].sequence.seq_id] for index in indices]
-            for run, choice in zip(runs, choose_tokens(live, [run.chooser for run in runs]), strict=True):
-                delta = self._advance(run, choice)
+            sequences = [rows[index].sequence for index in indices]
+            for sequence, choice in zip(sequences, choose_tokens(live, sequences), strict=True):
+                if sequence.removed:  # with another of its request's completions, a moment ago
+                    continue
+                request = requests[sequence.seq_id]
+                delta = self._advance(request, sequence, choice)
                 if delta is not None:
-                    deltas.append((run.generation, delta))
+                    deltas.append((request, delta))
 
-    def _advance(self, run: Run, sampled: Choice) -> OutputDelta | None:
+    def _advance(self, request: RequestState, sequence: Sequence, sampled: Choice) -> OutputDelta | None:
         """Takes a sequence's next token; returns what it adds, None where there is no token."""
-        sequence, counters = run.sequence, self._counters
-        if sequence.removed:  # with another of its request's completions, a moment ago
-            return None
-        if len(run.generation.deltas) >= MAX_UNREAD_DELTAS:
-            self._fail(run.generation, errors.Overloaded("the answer is not being read", limit=MAX_UNREAD_DELTAS))
+        counters = self._counters
+        if request.num_unread >= MAX_UNREAD_DELTAS:
+            self._fail(request, errors.Overloaded("the answer is not being read", limit=MAX_UNREAD_DELTAS))
             return None
         if isinstance(sampled, errors.ShardFault):  # no number among this row's logits: nobody else's fault
-            self._fail(run.generation, sampled)
+            self._fail(request, sampled)
             return None
         if isinstance(sampled, InsufficientCandidates):
-            run.retry = wider_output(run.retry or run.want, self._vocab_size)
+            sequence.next_want = wider_output(sequence.next_want, self._vocab_size)
             counters.num_repeats += 1
             self._scheduler.repeat(sequence)
             return None
-        run.got_token()
+        sequence.got_token()
         counters.completion_tokens += 1
         if not sequence.output_tokens:
             counters.looked_up_prompt_tokens += len(sequence.prompt_tokens)
             counters.cached_prompt_tokens += sequence.num_cached
-        run.chooser.counts.add(sampled.token_id)
         self._scheduler.append_token(sequence, sampled.token_id)
-        delta = run.completion.advance(sampled)
+        delta = request.completions[sequence.index].advance(sampled)
         if delta.finish_reason is not None:
-            del self._runs[sequence.seq_id]
+            del self._requests[sequence.seq_id]
             self._scheduler.remove(sequence)
             counters.num_finished += 1
         return delta

@@ -36,13 +36,8 @@ class _Group:
     temperatures: list[float] = field(default_factory=list)
 
 
-def write_micro_batch(
-    plan: Plan, wants: dict[int, OutputWant], *, lease_id: int, epoch: int, step: int
-) -> tuple[bytes, OutputOrder]:
-    """The frame for the first stage, and the order in which the outputs will come.
-
-    `wants` says what to ask for each row that wants logits, by seq_id.
-    """
+def write_micro_batch(plan: Plan, *, lease_id: int, epoch: int, step: int) -> tuple[bytes, OutputOrder]:
+    """The frame for the first stage, and the order in which the outputs will come."""
     token_ids: list[int] = []
     groups: dict[tuple[int, bool], _Group] = {}
     for row in plan.rows:
@@ -52,7 +47,7 @@ def write_micro_batch(
         else:
             token_ids += sequence.tokens(start, start + num_tokens)
         if wants_logits:
-            want = wants[sequence.seq_id]
+            want = sequence.next_want
             key = (want.num_candidates, want.log_sum_exp)
             group = groups.get(key)
             if group is None:

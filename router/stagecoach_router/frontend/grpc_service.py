@@ -16,7 +16,7 @@ from stagecoach.errors.rich_status import abort
 from stagecoach.sampling import MAX_N, SamplingParams
 from stagecoach.v1 import inference_pb2 as pb
 from stagecoach.v1 import inference_pb2_grpc, model_pb2
-from stagecoach_router.durability.request_registry import Accepted, RequestRegistry, content_digest
+from stagecoach_router.durability.request_registry import RequestRegistry, content_digest
 from stagecoach_router.engine.engine import Engine
 from stagecoach_router.frontend.cluster_status import write_status
 from stagecoach_router.frontend.write_timeouts import WriteTimeouts
@@ -25,7 +25,7 @@ from stagecoach_router.pipelines.shard_registry import ShardRegistry
 from stagecoach_router.requests.completion import FinishReason, OutputDelta
 from stagecoach_router.requests.output_stream import OutputReader
 from stagecoach_router.requests.request import Request, check_delivery, check_params, check_prompt, with_max_tokens
-from stagecoach_router.requests.request_state import Generation
+from stagecoach_router.requests.request_state import RequestState
 from stagecoach_router.scheduling.retry_after import FIRST_S
 from stagecoach_router.tenants.tenants import Tenant, Tenants
 from stagecoach_router.text.tokenizer import Tokenizer
@@ -97,23 +97,23 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             serving = self._require(request.model, caller)
             caller.check_priority(request.priority)
             check_delivery(request.from_tokens, request.linger_s)
-            accepted = await self._find_or_accept(request, serving, caller)
+            state = await self._find_or_accept(request, serving, caller)
             from_tokens, linger_s = tuple(request.from_tokens), request.linger_s
             del request  # it may be large, and the call may last
             with serving.accepted.reading(
-                accepted, from_tokens=from_tokens, linger_s=linger_s, remaining_s=context.time_remaining()
+                state, from_tokens=from_tokens, linger_s=linger_s, remaining_s=context.time_remaining()
             ) as reader:
-                await self._deliver(accepted, reader, serving.tokenizer, context)
+                await self._deliver(state, reader, serving.tokenizer, context)
         except errors.StagecoachError as error:
             await abort(context, error)
 
-    async def _deliver(self, accepted: Accepted, reader: OutputReader, tokenizer: Tokenizer, context: Context) -> None:
+    async def _deliver(self, state: RequestState, reader: OutputReader, tokenizer: Tokenizer, context: Context) -> None:
         """Sends the deltas as they come, up to the last one. Raises the error they end with."""
         task, loop = asyncio.current_task(), asyncio.get_running_loop()
         assert task is not None, "a call is a task"
         while deltas := await reader.read():
-            accepted.charge()
-            for response in write_deltas(deltas, accepted.generation, tokenizer):
+            state.charge(time.monotonic())
+            for response in write_deltas(deltas, state, tokenizer):
                 self._stalled_writes.begin(task, context, loop.time())
                 try:
                     await context.write(response)
@@ -161,7 +161,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         await asyncio.gather(*(pipeline.refresh_loads(LOAD_REPORT_TIMEOUT_S) for pipeline in open_ones))
         return write_status(serving.model, serving.engine, serving.registry, serving.totals, uptime_s)
 
-    async def _find_or_accept(self, request: pb.GenerateRequest, serving: Serving, caller: Tenant) -> Accepted:
+    async def _find_or_accept(self, request: pb.GenerateRequest, serving: Serving, caller: Tenant) -> RequestState:
         """The request of this id, where it is known, or a new one. What is refused is refused before it costs much."""
         request.request_id = request.request_id or uuid.uuid4().hex
         key = (caller.name, request.request_id)
@@ -170,13 +170,13 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             if known is not None:  # else its time was up just now
                 return known
         self._check_new(request, serving)
-        with caller.admit(time.monotonic()) as visit:
+        with caller.admit(time.monotonic()):
             checked = await read_request(request, serving, caller, self._encoding)
-            visit.charge_up_to(len(checked.prompt_tokens), time.monotonic())
+            caller.charge(len(checked.prompt_tokens), time.monotonic())
             digest = content_digest(request)
             # While it was read, another call may have brought the same.
-            accepted = serving.accepted.find(key, digest)
-            return accepted or serving.accepted.accept(key, digest, checked, visit=visit)
+            known = serving.accepted.find(key, digest)
+            return known or serving.accepted.accept(key, digest, checked, tenant=caller)
 
     def _check_new(self, request: pb.GenerateRequest, serving: Serving) -> None:
         """Raises Unavailable, FailedPrecondition or Overloaded where no request that is not known can be taken."""
@@ -290,21 +290,19 @@ def _encode(request: pb.GenerateRequest | pb.TokenizeRequest, tokenizer: Tokeniz
     raise errors.InvalidArgument("input: give a prompt, token_ids or messages", field="input")
 
 
-def write_deltas(
-    deltas: Sequence[OutputDelta], generation: Generation, tokenizer: Tokenizer
-) -> list[pb.GenerateResponse]:
+def write_deltas(deltas: Sequence[OutputDelta], state: RequestState, tokenizer: Tokenizer) -> list[pb.GenerateResponse]:
     """The next responses of a Generate stream: one for what has come of each completion, as they came."""
     if len(deltas) == 1:  # nearly always: the reader keeps up
-        return [_write_run(deltas, generation, tokenizer)]
+        return [_write_completion(deltas, state, tokenizer)]
     by_completion: dict[int, list[OutputDelta]] = {}
     for delta in deltas:
         by_completion.setdefault(delta.index, []).append(delta)
-    return [_write_run(run, generation, tokenizer) for run in by_completion.values()]
+    return [_write_completion(each, state, tokenizer) for each in by_completion.values()]
 
 
-def _write_run(deltas: Sequence[OutputDelta], generation: Generation, tokenizer: Tokenizer) -> pb.GenerateResponse:
+def _write_completion(deltas: Sequence[OutputDelta], state: RequestState, tokenizer: Tokenizer) -> pb.GenerateResponse:
     """One response with all of `deltas`, which follow each other in one completion."""
-    request, delta = generation.request, deltas[-1]
+    request, delta = state.request, deltas[-1]
     response = pb.GenerateResponse(
         request_id=request.request_id,
         index=delta.index,
@@ -317,8 +315,8 @@ def _write_run(deltas: Sequence[OutputDelta], generation: Generation, tokenizer:
     if delta.finish_reason is not None:
         response.finish_reason = _FINISH_REASONS[delta.finish_reason]
         response.usage.prompt_tokens = len(request.prompt_tokens)
-        response.usage.cached_tokens = generation.runs[delta.index].sequence.num_cached
-        response.usage.completion_tokens = generation.runs[delta.index].completion.num_tokens
+        response.usage.cached_tokens = state.sequences[delta.index].num_cached
+        response.usage.completion_tokens = state.completions[delta.index].num_tokens
     return response
 
 

@@ -1,70 +1,175 @@
-"""A request on its way: its completions, each with its sequence and everything that follows it. Knows no pipeline."""
+"""One accepted request: what was asked, its completions, and the stream of their output. Knows no pipeline.
+
+The output stream has one writer, the engine, which never waits for a reader. All deltas are kept for as long as the
+request is known: a caller whose connection broke comes back and reads on where it was. A reader that comes late gets
+all that waits at once, so a slow caller costs less for each delta, not more.
+"""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
 
-from stagecoach_router.requests.completion import Completion
-from stagecoach_router.requests.output_stream import OutputStream
-from stagecoach_router.requests.request import Request
-from stagecoach_router.sampling.outputs import OutputWant, Sampled
-from stagecoach_router.sampling.step_sampler import Chooser
+from stagecoach.errors import StagecoachError
+from stagecoach_router.requests.completion import Completion, OutputDelta
+from stagecoach_router.requests.request import Request, RequestKey
+from stagecoach_router.sampling.outputs import Sampled
 from stagecoach_router.scheduling.sequence import Sequence
+from stagecoach_router.tenants.tenants import Tenant
 
-# Tokens after a replay, the first of which comes from its prefill and the second from a decode: what breaks either of
-# them is not cleared by the other.
-MIN_PROGRESS_TOKENS = 2
+# With the most log-probabilities that may be asked for, so many deltas are half a megabyte.
+MAX_DELTAS_READ = 256
 
 
-class Generation:
-    """One request on its way, and its deltas."""
+class RequestState:
+    """One request, from its acceptance until it is forgotten. For use on one event loop.
 
-    def __init__(self, request: Request) -> None:
+    `key` and `digest` say which request it is, `tenant` is who is charged for its tokens. `sequences` and
+    `completions` belong together by index. `tap`, where it is set, is given every delta that is put, and has to call
+    `show` before anyone can read it. `on_end` is called once: when the last delta of the last completion can be read,
+    or with the error.
+    """
+
+    __slots__ = (
+        "_furthest",
+        "_log",
+        "_num_charged",
+        "_num_shown",
+        "_num_unfinished",
+        "_waiting",
+        "completions",
+        "digest",
+        "error",
+        "key",
+        "lapse",
+        "linger_s",
+        "num_readers",
+        "on_end",
+        "request",
+        "sequences",
+        "tap",
+        "tenant",
+    )
+
+    def __init__(
+        self, request: Request, *, key: RequestKey | None = None, digest: bytes = b"", tenant: Tenant | None = None
+    ) -> None:
         self.request = request
-        self.deltas = OutputStream(request.params.n)
-        self.runs: list[Run] = []
+        self.key = key or ("", request.request_id)
+        self.digest = digest
+        self.tenant = tenant
+        self.sequences: list[Sequence] = []
+        self.completions: list[Completion] = []
+        self.linger_s = 0.0  # how long it goes on after the last of its calls broke
+        self.lapse: asyncio.TimerHandle | None = None  # cancels it then
+        # ---- the output stream
+        self.tap: Callable[[OutputDelta], None] | None = None
+        self.on_end: Callable[[StagecoachError | None], None] | None = None
+        self.error: StagecoachError | None = None
+        self.num_readers = 0
+        self._log: list[OutputDelta] = []
+        self._num_shown = 0
+        self._num_unfinished = request.params.n
+        self._furthest = 0  # position of the reader that has read most
+        self._waiting: list[asyncio.Future[None]] = []  # of readers that have read everything
+        self._num_charged = len(request.prompt_tokens)  # by whoever let the request in
+
+    # ---- what has come of it
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens of all completions."""
+        return sum(completion.num_tokens for completion in self.completions)
 
     @property
     def num_losses(self) -> int:
-        """Of pipelines in a row that one of its sequences may have broken."""
-        return max(run.num_losses for run in self.runs)
+        """How many pipelines in a row were lost while they computed one of its sequences."""
+        return max(sequence.num_losses for sequence in self.sequences)
 
-
-@dataclass(eq=False, slots=True)
-class Run:
-    """One completion of a request. All that is needed to go on with it elsewhere is here."""
-
-    generation: Generation
-    sequence: Sequence
-    completion: Completion
-    chooser: Chooser
-    want: OutputWant
-    retry: OutputWant | None = None  # for the next logits only: more than `want`, which did not do
-    num_losses: int = 0  # of pipelines, while it was under way on them and made no progress
-    num_new_tokens: int = 0  # since the last of them
-
-    def was_under_way(self) -> int:
-        """A pipeline was lost that computed it. Returns how many that makes in a row."""
-        self.num_losses += 1
-        self.num_new_tokens = 0
-        return self.num_losses
-
-    def got_token(self) -> None:
-        """A token was sampled for it."""
-        self.retry = None
-        if self.num_losses:
-            self.num_new_tokens += 1
-            if self.num_new_tokens >= MIN_PROGRESS_TOKENS:
-                self.num_losses = 0
-
-    def replay(self, past: Many[Sampled]) -> bool:
-        """Takes tokens that were sampled before. Returns whether the completion is finished with them."""
+    def replay(self, index: int, past: Many[Sampled]) -> bool:
+        """Takes a completion's tokens that a former process sampled, and charged. Returns whether they finish it."""
+        sequence, completion = self.sequences[index], self.completions[index]
         for sampled in past:
-            self.sequence.output_tokens.append(sampled.token_id)
-            self.chooser.counts.add(sampled.token_id)
-            delta = self.completion.advance(sampled)
-            self.generation.deltas.put(delta)
+            sequence.output_tokens.append(sampled.token_id)
+            self._num_charged += 1
+            delta = completion.advance(sampled)
+            self.put(delta)
             if delta.finish_reason is not None:
                 return True
         return False
+
+    def charge(self, now_s: float) -> None:
+        """Charges the tenant for the tokens that have come since the last time."""
+        if self.tenant is None or not self.tenant.is_metered:
+            return
+        num_tokens = len(self.request.prompt_tokens) + self.num_output_tokens
+        if num_tokens > self._num_charged:
+            self.tenant.charge(num_tokens - self._num_charged, now_s)
+            self._num_charged = num_tokens
+
+    # ---- the output stream
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing comes any more."""
+        return self._num_unfinished == 0 or self.error is not None
+
+    @property
+    def num_unread(self) -> int:
+        """Deltas that the reader that is furthest has not read yet; none where nobody reads."""
+        return self._num_shown - self._furthest if self.num_readers else 0
+
+    def put(self, delta: OutputDelta) -> None:
+        """Adds a delta, and wakes the readers."""
+        self._log.append(delta)
+        if self.tap is None:
+            self.show(1)
+        else:
+            self.tap(delta)
+
+    def show(self, num_deltas: int) -> None:
+        """Lets so many more be read."""
+        if self.ended:  # it failed while they were held back
+            return
+        shown = self._log[self._num_shown : self._num_shown + num_deltas]
+        self._num_shown += len(shown)
+        for delta in shown:
+            self._num_unfinished -= delta.finish_reason is not None
+        self._wake_readers()
+        if self._num_unfinished == 0:
+            self._tell_end()
+
+    def fail(self, error: StagecoachError) -> None:
+        """Ends the request; what could be read before is read first."""
+        if not self.ended:
+            self.error = error
+            self._wake_readers()
+            self._tell_end()
+
+    def read_from(self, position: int) -> list[OutputDelta]:
+        """The deltas from a position on that can be read, at most a message's worth; none at the end.
+
+        Raises the error that ended the request where there is nothing else.
+        """
+        deltas = self._log[position : min(self._num_shown, position + MAX_DELTAS_READ)]
+        if not deltas and self.error is not None:
+            raise self.error
+        self._furthest = max(self._furthest, position + len(deltas))
+        return deltas
+
+    async def wait(self) -> None:
+        """Returns when more can be read, or the request has ended."""
+        future = asyncio.get_running_loop().create_future()
+        self._waiting.append(future)
+        await future
+
+    def _wake_readers(self) -> None:
+        for future in self._waiting:
+            if not future.done():
+                future.set_result(None)
+        self._waiting.clear()
+
+    def _tell_end(self) -> None:
+        if self.on_end is not None:
+            self.on_end(self.error)

@@ -26,22 +26,19 @@ _FIRST_CAPACITY = 64
 class TokenCounts:
     """Which tokens a sequence has, and how often each is in its output.
 
-    It is asked for at every token, so it is kept as arrays and brought up to date from where it stood. It is not built
-    before it is first asked, so that a sequence without penalties pays for an append per token.
+    It is asked at every token, so it is kept as arrays, which are brought up to date from where they stood. It reads
+    the sequence's own lists, of which the output only grows.
     """
 
-    __slots__ = ("_fresh", "_index", "_num_output", "_prompt", "_token_ids")
+    __slots__ = ("_index", "_num_counted", "_num_output", "_output", "_prompt", "_token_ids")
 
-    def __init__(self, prompt_token_ids: Sequence[int] = ()) -> None:
-        self._prompt: Sequence[int] | None = prompt_token_ids
-        self._fresh: list[int] = []  # output tokens that are not in the arrays yet
+    def __init__(self, prompt_tokens: Sequence[int], output_tokens: Sequence[int]) -> None:
+        self._prompt: Sequence[int] | None = prompt_tokens  # None: it is in the arrays
+        self._output = output_tokens
+        self._num_counted = 0  # output tokens that are in the arrays
         self._index: dict[int, int] = {}  # token id -> its place in the arrays
         self._token_ids: _Int64s = np.zeros(0, dtype=np.int64)
         self._num_output: _Float64s = np.zeros(0, dtype=np.float64)
-
-    def add(self, token_id: int) -> None:
-        """One more output token."""
-        self._fresh.append(token_id)
 
     def arrays(self) -> tuple[_Int64s, _Float64s]:
         """Distinct tokens of prompt and output in order of appearance, and how often each is in the output; [m] each.
@@ -65,7 +62,7 @@ class TokenCounts:
             self._prompt = None
             self._token_ids = np.fromiter(index, dtype=np.int64, count=len(index))
             self._num_output = np.zeros(len(index), dtype=np.float64)
-        for token_id in self._fresh:
+        for token_id in self._output[self._num_counted :]:
             place = index.setdefault(token_id, len(index))
             if place == len(self._token_ids):
                 room = max(place, _FIRST_CAPACITY)
@@ -73,7 +70,7 @@ class TokenCounts:
                 self._num_output = np.concatenate((self._num_output, np.zeros(room, dtype=np.float64)))
             self._token_ids[place] = token_id
             self._num_output[place] += 1.0
-        self._fresh.clear()
+        self._num_counted = len(self._output)
 
 
 def only_lowers(params: SamplingParams) -> bool:

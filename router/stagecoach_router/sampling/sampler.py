@@ -58,7 +58,7 @@ _NUM_FOLDS = 64
 def sample(
     output: Candidates | WholeRow,
     params: SamplingParams,
-    counts: TokenCounts,
+    counts: TokenCounts | None,
     *,
     seed: int,
     completion: int,
@@ -76,12 +76,12 @@ def sample(
 
 
 def _sample_candidates(
-    output: Candidates, params: SamplingParams, counts: TokenCounts, number: float
+    output: Candidates, params: SamplingParams, counts: TokenCounts | None, number: float
 ) -> Sampled | InsufficientCandidates:
     _check_peak(float(output.logits[0]))
     order: npt.NDArray[np.int64] | None = None
     index: int | None = 0
-    if params.shapes_logits:
+    if counts is not None:
         order, shaped, num_certain = _order_shaped(output, params, counts)
         if num_certain == 0:
             return _INSUFFICIENT_CANDIDATES
@@ -195,9 +195,9 @@ def mass_interval(
     return max(least, math.exp(log_mass - error)), min(most, upper)
 
 
-def _sample_row(raw: _Float32s, params: SamplingParams, counts: TokenCounts, number: float) -> Sampled:
+def _sample_row(raw: _Float32s, params: SamplingParams, counts: TokenCounts | None, number: float) -> Sampled:
     """raw: [vocab_size]."""
-    logits = shape_row(raw, params, counts) if params.shapes_logits else raw
+    logits = raw if counts is None else shape_row(raw, params, counts)
     token_id = int(logits.argmax())  # the first NaN, if there is one
     _check_peak(float(logits[token_id]))
     if not params.greedy:

@@ -1,4 +1,4 @@
-"""One prompt and what is generated from it: the token log, and where the scheduler is with it."""
+"""One prompt and what is generated from it: the token log, and what everybody who works on it knows of it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stagecoach.sampling import SamplingParams
+from stagecoach_router.sampling.outputs import WHOLE_ROW, OutputWant
+from stagecoach_router.sampling.penalties import TokenCounts
+
+# So many tokens after a replay clear a sequence of the suspicion that it breaks pipelines. The first of them comes from
+# its prefill and the second from a decode: what breaks on either of these is not cleared by the other.
+MIN_PROGRESS_TOKENS = 2
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -13,8 +19,8 @@ class Sequence:
     """A prompt and one of its completions.
 
     The token log, prompt then output, is the durable truth: it only grows, and everything else about a running
-    sequence can be computed again from it. The fields below the line change at the scheduler's and the block
-    manager's hands only; others may read them.
+    sequence can be computed again from it. The other fields each belong to one room, which alone changes them; all
+    others may read them.
     """
 
     seq_id: int  # rises in order of arrival
@@ -29,6 +35,16 @@ class Sequence:
     # Sequences of different salts share no blocks.
     cache_salt: bytes = field(default=b"", repr=False)
     output_tokens: list[int] = field(default_factory=list, repr=False)
+
+    # ---- the sampler's
+    # What to ask the last stage for: usually, and for the next logits (more, where the usual did not do).
+    want: OutputWant = field(default=WHOLE_ROW, repr=False)
+    next_want: OutputWant = field(init=False, repr=False)
+    counts: TokenCounts | None = field(init=False, repr=False)  # for bias and penalties; None: there are none
+
+    # ---- the step loop's
+    num_losses: int = field(default=0, init=False, repr=False)  # pipelines lost in a row while they computed it
+    num_tokens_since_loss: int = field(default=0, init=False, repr=False)
 
     # ---- the scheduler's
     order: Any = field(default=None, init=False, repr=False)  # sorts before those that run later; None: never added
@@ -46,6 +62,10 @@ class Sequence:
     block_ids: list[int] = field(default_factory=list, init=False, repr=False)  # the block table
     num_committed: int = field(default=0, init=False, repr=False)  # leading blocks that are never written again
     digests: list[bytes] = field(default_factory=list, init=False, repr=False)  # of the log's full blocks, as needed
+
+    def __post_init__(self) -> None:
+        self.next_want = self.want
+        self.counts = TokenCounts(self.prompt_tokens, self.output_tokens) if self.params.shapes_logits else None
 
     @property
     def num_tokens(self) -> int:
@@ -65,3 +85,17 @@ class Sequence:
         if start >= num_prompt:
             return self.output_tokens[start - num_prompt : end - num_prompt]
         return [*self.prompt_tokens[start:], *self.output_tokens[: end - num_prompt]]
+
+    def lost_pipeline(self) -> int:
+        """A pipeline was lost while it computed this. Returns how many that makes without progress in between."""
+        self.num_losses += 1
+        self.num_tokens_since_loss = 0
+        return self.num_losses
+
+    def got_token(self) -> None:
+        """A token was sampled: the next logits are asked for as usual, and losses may be forgotten."""
+        self.next_want = self.want
+        if self.num_losses:
+            self.num_tokens_since_loss += 1
+            if self.num_tokens_since_loss >= MIN_PROGRESS_TOKENS:
+                self.num_losses = 0

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Iterable, Sequence
-from types import TracebackType
-from typing import Self
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from stagecoach.errors import PermissionDenied, RateLimited, Unauthenticated
 from stagecoach.security.api_keys import Grant, KeyEntry, key_id, key_sha256
@@ -16,47 +15,6 @@ AUTHORIZATION = "authorization"
 CONCURRENCY_RETRY_AFTER_S = 1.0
 # Compared with where there is no such id, so that this takes as long as a wrong key does.
 _NO_SHA256 = "0" * 64
-
-
-class Visit:
-    """A request that was let in. It counts as running until `end`: that of the `with` statement, unless it is kept."""
-
-    def __init__(self, caller: Tenant, num_charged: int = 0) -> None:
-        self._caller = caller
-        self._num_charged = num_charged  # tokens
-        self._kept = False
-        self._ended = False
-        caller.num_running += 1
-
-    @property
-    def is_metered(self) -> bool:
-        """Whether its tokens are counted."""
-        return self._caller.tokens is not None
-
-    def charge_up_to(self, num_tokens: int, now_s: float) -> None:
-        """The tokens of prompt and output so far. Those that were charged before are not charged again."""
-        if self._caller.tokens is not None and num_tokens > self._num_charged:
-            self._caller.tokens.take(num_tokens - self._num_charged, now_s)
-        self._num_charged = max(self._num_charged, num_tokens)
-
-    def keep(self) -> None:
-        """The request runs on after the `with` statement; somebody else calls `end`."""
-        self._kept = True
-
-    def end(self) -> None:
-        """The request does not run any more. Again is harmless."""
-        if not self._ended:
-            self._ended = True
-            self._caller.num_running -= 1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if not self._kept:
-            self.end()
 
 
 class Tenant:
@@ -95,11 +53,12 @@ class Tenant:
                 value=priority,
             )
 
-    def admit(self, now_s: float) -> Visit:
-        """Lets a request in, and takes it off the requests of the minute. Raises RateLimited, and then takes nothing.
+    @contextmanager
+    def admit(self, now_s: float) -> Iterator[None]:
+        """Lets a request in, which counts as running within the `with` statement, and takes it off the minute's.
 
-        To be used in a `with` statement. The error's `retry_after_s` is when the request would be let in, if the caller
-        sent nothing else until then.
+        Raises RateLimited, and then takes nothing: its `retry_after_s` is when the request would be let in, if the
+        caller sent nothing else until then.
         """
         limit = self.grant.max_concurrent
         if limit is not None and self.num_running >= limit:
@@ -124,7 +83,29 @@ class Tenant:
             )
         if self.requests is not None:
             self.requests.take(1, now_s)
-        return Visit(self)
+        self.begin()
+        try:
+            yield
+        finally:
+            self.end()
+
+    def begin(self) -> None:
+        """A request runs from now on, whatever the limits say, until `end`."""
+        self.num_running += 1
+
+    def end(self) -> None:
+        """A request runs no more."""
+        self.num_running -= 1
+
+    @property
+    def is_metered(self) -> bool:
+        """Whether its tokens are counted."""
+        return self.tokens is not None
+
+    def charge(self, num_tokens: int, now_s: float) -> None:
+        """Takes tokens of a request off the minute's, also more than are left: later requests wait for them."""
+        if self.tokens is not None:
+            self.tokens.take(num_tokens, now_s)
 
     def cache_salt(self, chosen: str) -> bytes:
         """What parts the caller's blocks in the prefix cache from others', and by `chosen` its own from each other.
@@ -164,13 +145,9 @@ class Tenants:
                 caller.change(entry.grant, now_s)
             self._by_name[entry.name] = caller
 
-    def resume(self, name: str, num_charged: int) -> Visit:
-        """Lets in what a former process had let in and charged `name` so many tokens for, whatever the limits say now.
-
-        To be used in a `with` statement. A request of somebody who is no caller any more counts for nobody.
-        """
-        caller = self._anyone or self._by_name.get(name) or Tenant(name, Grant(), 0.0)
-        return Visit(caller, num_charged)
+    def former(self, name: str) -> Tenant:
+        """Who is charged for a request of `name` that a former process let in: nobody, if that is no caller now."""
+        return self._anyone or self._by_name.get(name) or Tenant(name, Grant(), 0.0)
 
     def identify(self, metadata: Iterable[tuple[str, str | bytes]] | None) -> Tenant:
         """Whose call this is, by its `authorization: Bearer KEY`. Raises Unauthenticated, which never quotes a key."""
