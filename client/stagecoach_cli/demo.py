@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from stagecoach_client import AsyncClient, ClusterStatus
-    from stagecoach_local.local_cluster import LocalCluster, ProcessExit
+    from stagecoach_local import LocalCluster, ProcessExit
 
 # The first is the one whose answer is known; it is asked greedily, so the answer is the same every time.
 QUESTION = "What is the capital of France?"
@@ -59,7 +59,7 @@ def demo(
 ) -> None:
     """Show what Stagecoach does, on this machine. Exit status 1 if anything is not as it should be."""
     from stagecoach_cli.terminal import make_console
-    from stagecoach_local.local_cluster import LocalCluster
+    from stagecoach_local import LocalCluster
 
     extras.require("demo", extras.CLUSTER, "[router] and [shard] extras")
     extras.require("demo", extras.CERTIFICATES, "[cli] extra")

@@ -19,8 +19,8 @@ from stagecoach_cli.options import DEFAULT_TARGET, DType
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from stagecoach_local import LocalCluster
     from stagecoach_local.certificates import ClusterCertificates
-    from stagecoach_local.local_cluster import LocalCluster
 
 _COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red")
 _WILDCARD_HOSTS = ("0.0.0.0", "[::]")
@@ -56,7 +56,7 @@ def up(
 ) -> None:
     """Start shards and a router here, and stay until ctrl-C."""
     from stagecoach_cli.terminal import make_console
-    from stagecoach_local.local_cluster import LocalCluster
+    from stagecoach_local import LocalCluster
 
     extras.require("up", extras.CLUSTER, "[router] and [shard] extras")
     extras.require("up", extras.CERTIFICATES if tls else (), "[cli] extra")

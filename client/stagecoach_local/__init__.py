@@ -1,1 +1,12 @@
-"""A whole cluster on this machine, in child processes that are kept running."""
+"""A whole cluster on this machine, in child processes that can be kept running.
+
+>>> from stagecoach_client import Client
+>>> from stagecoach_local import LocalCluster
+>>> with LocalCluster("models/smollm2-135m-instruct", stages=2) as cluster, Client(cluster.address) as client:
+...     print(client.generate("The capital of France is", max_tokens=8).text)
+"""
+
+from stagecoach_local.local_cluster import ClusterProcess, LocalCluster
+from stagecoach_local.process_exit import ProcessDied, ProcessExit
+
+__all__ = ["ClusterProcess", "LocalCluster", "ProcessDied", "ProcessExit"]

@@ -1,7 +1,7 @@
-"""A certificate authority for one cluster: it signs what is asked for while it lives, and its key is never written.
+"""A certificate authority for one cluster, whose key is never written and is gone when this process ends.
 
-So what was signed cannot be added to later: whoever finds the files can pose as one of the processes they belong to,
-not as another. For a cluster that is to grow, use an authority that is kept.
+So nobody can add to the certificates later: whoever finds the files can pose as one of the processes that they belong
+to, but not as another. A cluster that is to grow needs an authority that is kept.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Issued(NamedTuple):
 
 
 class ClusterCertificates(NamedTuple):
-    """What a router and its shards, who share one certificate, know each other by."""
+    """What a router and its shards know each other by. All shards share one certificate."""
 
     ca: Path
     router: Issued
@@ -45,7 +45,10 @@ class ClusterCertificates(NamedTuple):
 
 
 class ThrowawayCA:
-    """Writes its own certificate, CA_FILE, and those it issues to `folder`, which is made, for us only, if absent."""
+    """Writes its own certificate (CA_FILE) and those that it issues to `folder`.
+
+    The folder is made if it is absent, and then only this user may read it.
+    """
 
     def __init__(self, folder: Path, *, lifetime: datetime.timedelta = LIFETIME) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -63,9 +66,9 @@ class ThrowawayCA:
         self.ca.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
 
     def issue(self, name: str, *, hosts: Sequence[str] = (), lifetime: datetime.timedelta | None = None) -> Issued:
-        """A certificate for `name`, and for `hosts`, names or IP addresses, for both sides of a connection.
+        """A certificate for `name` and for `hosts` (names or IP addresses), good for both sides of a connection.
 
-        Writes NAME.pem, and NAME.key for us only. A `lifetime` counts from now.
+        Writes NAME.pem, and NAME.key, which only this user may read. A `lifetime` counts from now.
         """
         key = ec.generate_private_key(ec.SECP256R1())
         certificate = (
@@ -110,7 +113,7 @@ class ThrowawayCA:
 def issue_cluster(
     folder: Path, *, router_hosts: Sequence[str] = (), lifetime: datetime.timedelta = LIFETIME
 ) -> ClusterCertificates:
-    """Certificates of a new authority in `folder`; the router's is also for this machine, and for `router_hosts`."""
+    """Certificates of a new authority, in `folder`. The router's is also for this machine and for `router_hosts`."""
     authority = ThrowawayCA(folder, lifetime=lifetime)
     hosts = ["localhost", "127.0.0.1", "::1", socket.gethostname(), *router_hosts]
     return ClusterCertificates(authority.ca, authority.issue(ROUTER_NAME, hosts=hosts), authority.issue(SHARD_NAME))
@@ -118,7 +121,7 @@ def issue_cluster(
 
 @contextlib.contextmanager
 def throwaway_certificates(*, router_hosts: Sequence[str] = ()) -> Iterator[ClusterCertificates]:
-    """The same in a folder that only we may read, and that goes away afterwards."""
+    """As issue_cluster, in a folder that only this user may read and that is removed at the end."""
     with tempfile.TemporaryDirectory(prefix="stagecoach-tls-") as folder:
         yield issue_cluster(Path(folder), router_hosts=router_hosts)
 
@@ -149,7 +152,7 @@ def _alternative_name(host: str) -> x509.GeneralName:
 
 
 def _write_private(path: Path, data: bytes) -> None:
-    """Nobody else may read it, not even between its making and a change of its mode."""
+    """Writes a file that nobody else may read, not even for the moment between its creation and a change of mode."""
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(data)

@@ -1,54 +1,51 @@
-"""What the processes of a cluster on this machine are started with, and where they listen."""
+"""The command lines that the processes of a cluster on this machine are started with."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from stagecoach.errors import ConfigError
-from stagecoach.rpc.channel import split_address
 from stagecoach.topology import LayerRange
 
 if TYPE_CHECKING:
     from stagecoach_local.certificates import ClusterCertificates, Issued
 
-# Who stops a whole cluster wants it to stop: what runs gets a moment to end, well within the time for all of them.
+# Whoever stops a whole cluster wants it to stop now: running requests get a moment to end, and no more.
 DRAIN_TIMEOUT_S = 2.0
-# Of this machine's free memory, for all shards together: each would take its own default of the same memory.
+# The part of this machine's free memory that all shards get together. By itself each would take a part of the whole.
 KV_CACHE_FRACTION = 0.3
-# What a shard is told that loads its layers when a router says which.
+# The value of --layers for a shard that loads its layers when a router says which.
 AUTO_LAYERS = "auto"
-_WILDCARD_HOSTS = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}
 
 
 class Commands(Protocol):
-    """What the processes are started with."""
+    """The command lines of a cluster's processes."""
 
     def shard(self, index: int, layers: LayerRange | None, address: str) -> Sequence[str]:
-        """The `index`th of all shards; `layers` None is a spare."""
+        """Starts shard number `index` of the cluster, which listens on `address`. A spare has no `layers`."""
         ...
 
-    def router(self, shard_addresses: Sequence[str], address: str) -> Sequence[str]: ...
+    def router(self, shard_addresses: Sequence[str], address: str) -> Sequence[str]:
+        """Starts the router, which listens on `address`."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class StagecoachCommands:
-    """The real shard server and router, of this Python installation."""
+    """Commands for the shard server and the router of this Python installation."""
 
     model: Path
-    device: str = "cpu"  # cpu, cuda, cuda:N; or one for each shard, separated by commas, which begin anew at their end
+    device: str = "cpu"  # cpu, cuda or cuda:N; or several, separated by commas, which the shards take in turn
     dtype: str = "bfloat16"
-    kv_cache_memory: str | None = None  # of each shard, for example 2G; None: an even share of KV_CACHE_FRACTION
-    num_shards: int = 1  # that share the memory, spares included
+    kv_cache_memory: str | None = None  # for each shard, for example 2G; None: an even share of KV_CACHE_FRACTION
+    num_shards: int = 1  # how many share the memory, spares included
     threads_per_shard: int = 1
     certificates: ClusterCertificates | None = None
-    edge_tls: bool = False  # callers, too, speak TLS to the router
+    edge_tls: bool = False  # callers speak TLS to the router as well
     insecure_listen: bool = False
 
     def shard(self, index: int, layers: LayerRange | None, address: str) -> Sequence[str]:
@@ -72,33 +69,8 @@ class StagecoachCommands:
         return [*command, "--insecure-listen"] if self.insecure_listen else command
 
 
-def free_addresses(wanted: Sequence[str]) -> list[str]:
-    """The `wanted` addresses, each port 0 made a free one. Somebody else may still take one before it is used.
-
-    Raises ConfigError for an address that cannot be listened on.
-    """
-    addresses = []
-    with contextlib.ExitStack() as held:  # all at a time, so that no two get the same port
-        for address in wanted:
-            host, port = split_address(address, "listen")
-            family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
-            try:
-                listener = held.enter_context(socket.create_server((host.strip("[]"), port), family=family))
-            except OSError as error:
-                text = f"cannot listen on {address}: {error.strerror or error}"
-                raise ConfigError(text, field="listen", value=address) from error
-            addresses.append(f"{host}:{listener.getsockname()[1]}")
-    return addresses
-
-
-def address_to_call(listen: str) -> str:
-    """Where what listens on `listen` is called from this machine."""
-    host, port = split_address(listen, "listen")
-    return f"{_WILDCARD_HOSTS.get(host, host)}:{port}"
-
-
 def even_threads(num_shards: int) -> int:
-    """Of each of so many shards that compute at the same time: an even share of the cores, at least one."""
+    """How many threads each of so many shards gets that compute at the same time: an even share, at least one."""
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, num_cores // num_shards)
 

@@ -1,7 +1,8 @@
 """`python die_with_parent.py PARENT_PID COMMAND...`: becomes COMMAND, which the kernel kills when the parent dies.
 
-A script of its own rather than a function between fork and exec, where almost nothing is safe in a process that has
-threads. Linux only. The kernel watches the thread that started this process, so that thread must live as long.
+It is a script, and not a function that runs between fork and exec, because almost nothing is safe there in a process
+that has threads. Linux only. The kernel watches the thread that started this process, so that thread has to live as
+long as COMMAND should.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""Which layers go to which stage when a model is split here, on equal processes."""
+"""Which layers go to which stage when a model is split over equal processes of one machine."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from stagecoach.topology import LayerRange, order_stages, split_evenly
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """What the split needs to know of a model. `head_layers`: what the head costs the last stage, in layers."""
+    """What the split needs to know of a model."""
 
     num_layers: int
-    head_layers: int = 0
+    head_layers: int = 0  # as many layers cost the last stage as much as its head does
 
 
 def read_shape(model: Path) -> ModelShape:
-    """The shape of the checkpoint in the folder `model`; raises CheckpointError."""
+    """The shape of the checkpoint in the folder `model`. Raises CheckpointError."""
     path = model / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -29,7 +29,7 @@ def read_shape(model: Path) -> ModelShape:
         reason = getattr(error, "strerror", None) or error
         text = f"{model} is not a checkpoint folder: cannot read {path.name}: {reason}"
         raise CheckpointError(text, field="model", value=model) from error
-    # At the top, or, in a model that also takes pictures, in the part about text.
+    # The facts are at the top or, for a model that also takes pictures, in the part about text.
     for part in (config, config.get("text_config") if isinstance(config, dict) else None):
         if isinstance(part, dict) and (num_layers := _count(part, "num_hidden_layers") or _count(part, "n_layer")):
             return ModelShape(num_layers, _head_layers(part))
@@ -37,7 +37,7 @@ def read_shape(model: Path) -> ModelShape:
 
 
 def split_layers(stages: int | str | Sequence[LayerRange], shape: ModelShape) -> tuple[LayerRange, ...]:
-    """The layer ranges of a pipeline in order, from their number or from themselves ("2" or "0:10,10:30")."""
+    """The layer ranges of a pipeline, in order. `stages` is their number, or says them itself ("0:10,10:30")."""
     if isinstance(stages, str):
         if ":" in stages:
             stages = [LayerRange.parse(part) for part in stages.split(",")]
@@ -53,7 +53,10 @@ def split_layers(stages: int | str | Sequence[LayerRange], shape: ModelShape) ->
 
 
 def _head_layers(config: dict[str, Any]) -> int:
-    """Half of the head's weights over a layer's: decodes go through the head, of a prefill only the last token."""
+    """How many layers the head is worth: half of its weights over a layer's.
+
+    Half, because all tokens of decoding go through the head, but of a prompt only the last one.
+    """
     hidden, inner, vocab = (_count(config, name) for name in ("hidden_size", "intermediate_size", "vocab_size"))
     num_heads = _count(config, "num_attention_heads")
     if not (hidden and inner and vocab and num_heads):

@@ -1,4 +1,4 @@
-"""A whole cluster on this machine, in child processes: to try a model, to develop, to test, to measure."""
+"""A whole cluster on this machine, in child processes: to try a model, to develop, to test and to measure."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ from stagecoach.topology import LayerRange
 from stagecoach_client.client import Client
 from stagecoach_client.status import ClusterStatus
 from stagecoach_client.tls import Tls
-from stagecoach_local.child_process import ChildProcess, ProcessDied, describe_exit
-from stagecoach_local.commands import Commands, StagecoachCommands, address_to_call, even_threads, free_addresses
+from stagecoach_local.addresses import address_to_call, free_addresses
+from stagecoach_local.child_process import ChildProcess
+from stagecoach_local.commands import Commands, StagecoachCommands, even_threads
 from stagecoach_local.layer_split import read_shape, split_layers
-from stagecoach_local.restarts import PORT_IS_TAKEN
-from stagecoach_local.supervisor import Process, Role, Supervisor
+from stagecoach_local.process import Process, Role
+from stagecoach_local.process_exit import ProcessDied, ProcessExit
+from stagecoach_local.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from stagecoach_local.certificates import ClusterCertificates
 
 START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 10.0
-# Between the choice of a free port and its use somebody else may take it; then all ports are chosen anew.
+# Between the choice of a free port and its use somebody else may take it. Then all ports are chosen anew.
 NUM_START_ATTEMPTS = 3
 _POLL_INTERVAL_S = 0.1
 _PROBE_TIMEOUT_S = 2.0
@@ -35,47 +37,33 @@ _PROBE_TIMEOUT_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class ClusterProcess:
-    """One of the cluster's processes, as it is now: one that was started again has another pid."""
+    """One of the cluster's processes as it is now. A process that was started again has another pid."""
 
     name: str
     pid: int
     address: str
-    layers: LayerRange | None  # None: the router, or a spare
+    layers: LayerRange | None  # None for the router, and for a spare
     role: Role
 
 
-@dataclass(frozen=True, slots=True)
-class ProcessExit:
-    """How one of the cluster's processes ended."""
-
-    name: str
-    status: int  # minus the signal's number where a signal ended it
-    killed: bool  # by us, because it had not ended in time
-
-    @property
-    def clean(self) -> bool:
-        return self.status == 0 and not self.killed
-
-    def __str__(self) -> str:
-        return f"{self.name} " + ("did not stop in time and was killed" if self.killed else describe_exit(self.status))
-
-
 class LocalCluster:
-    """Shards and a router for the checkpoint folder `model`; use it in a `with` statement.
+    """Shards and a router for the checkpoint folder `model`. Use it in a `with` statement.
 
-    `stages` is how many the layers are split into, evenly, or the layer ranges themselves ("0:10,10:30"); `replicas`,
-    how many such pipelines there are beside each other; `spares`, how many shards without layers stand by.
-    `threads_per_shard` defaults to an even share of the cores, which spares get no part of. With `certificates` (see
-    throwaway_ca) the processes' links are encrypted, and callers speak TLS, too, where `listen` is not on loopback:
-    `tls` is what they need for it. Without them such a `listen` is refused, unless `insecure_listen`.
+    `stages` says into how many stages the layers are split, evenly, or gives the layer ranges themselves
+    ("0:10,10:30"). `replicas` is how many such pipelines there are, and `spares` how many shards without layers stand
+    by. `threads_per_shard` is an even share of the cores by default; spares are not counted for it.
+
+    With `certificates` (see throwaway_certificates) the links between the processes are encrypted. If `listen` is not
+    on loopback, callers speak TLS as well, and `tls` is what they need for it. Without certificates such a `listen` is
+    refused, unless `insecure_listen` allows it.
 
     With `restart`, a process that ends by itself once the cluster is up is started again (restarts.py says when it is
-    not), and `on_event(text)` is told so. `on_line(process_name, line)` gets the processes' output, and
-    `on_wait(reason)` what the start waits for; the former two are called from other threads.
+    not), and `on_event(text)` is told so. `on_line(process_name, line)` is called with each line of the processes'
+    output, and `on_wait(reason)` with what the start waits for. The first two are called from other threads.
 
-    Raises CheckpointError, TopologyError, InvalidArgument and ConfigError for what cannot work, ProcessDied with its
-    last output when a process ends that is not started again, DeadlineExceeded when not all pipelines are ready after
-    `start_timeout_s`.
+    Raises CheckpointError, TopologyError, InvalidArgument and ConfigError for settings that cannot work. Raises
+    ProcessDied, with its last output, when a process ends that is not started again, and DeadlineExceeded when not all
+    pipelines are ready after `start_timeout_s`.
     """
 
     def __init__(
@@ -126,15 +114,15 @@ class LocalCluster:
         self._on_wait = on_wait
         self._on_event = on_event
         self._clock = clock
-        self._processes: list[Process] = []  # those that were started
+        self._processes: list[Process] = []  # all that have been started
         self._exits: list[ProcessExit] = []
         self._supervisor: Supervisor | None = None
         self._stopped = threading.Event()
-        self._ending = threading.Lock()  # whoever has it ends the processes
+        self._ending = threading.Lock()  # held while the processes are ended
 
     @property
     def address(self) -> str:
-        """Where the router answers, HOST:PORT. RuntimeError where it was not started."""
+        """Where the router answers, HOST:PORT. Raises RuntimeError before the start."""
         for process in self._processes:
             if process.role == "router":
                 return process.address
@@ -142,7 +130,7 @@ class LocalCluster:
 
     @property
     def processes(self) -> tuple[ClusterProcess, ...]:
-        """The shards, pipeline by pipeline in the order of their layers, then the spares, then the router."""
+        """The shards, pipeline by pipeline and in the order of their layers, then the spares, then the router."""
         return tuple(
             ClusterProcess(process.name, process.child.pid, process.address, process.layers, process.role)
             for process in self._processes
@@ -150,11 +138,11 @@ class LocalCluster:
 
     @property
     def exits(self) -> tuple[ProcessExit, ...]:
-        """How the processes ended, in their order; empty while they run."""
+        """How the processes ended, in the order of `processes`; empty while they run."""
         return tuple(self._exits)
 
     def start(self) -> None:
-        """Returns when all pipelines are ready; after an error nothing runs."""
+        """Returns when all pipelines are ready. After an error no process is left."""
         self._stopped.clear()
         for attempts_left in reversed(range(NUM_START_ATTEMPTS)):
             try:
@@ -162,11 +150,11 @@ class LocalCluster:
                 return
             except BaseException as error:
                 self._end_all()
-                if not (attempts_left and isinstance(error, ProcessDied) and PORT_IS_TAKEN in error.message):
+                if not (attempts_left and _port_was_taken(error)):
                     raise
 
     def check(self) -> None:
-        """Raises ProcessDied if a process has ended; with `restart`, if it is not started again."""
+        """Raises ProcessDied if a process has ended; with `restart`, only if it is not started again."""
         if self._supervisor is None:
             for process in self._processes:
                 process.child.check()
@@ -174,14 +162,14 @@ class LocalCluster:
             raise self._supervisor.failure
 
     def wait(self) -> None:
-        """Blocks until `stop` is called; raises as `check` does as soon as that would."""
+        """Blocks until `stop` is called. Raises what `check` raises, as soon as it would."""
         while not self._stopped.wait(_POLL_INTERVAL_S):
             self.check()
 
     def stop(self) -> None:
-        """Ends all processes: asks the router, then the shards, and kills what is left after `stop_timeout_s`.
+        """Ends all processes: asks the router, then the shards, and kills those that are left after `stop_timeout_s`.
 
-        `exits` says how each of them took it. May be called more than once, and from any thread, but not by `on_event`.
+        `exits` says how each of them ended. It may be called more than once and from any thread, but not by `on_event`.
         """
         self._stopped.set()
         self._end_all()
@@ -203,7 +191,7 @@ class LocalCluster:
             process.child.start()
             self._processes.append(process)
         self._wait_until_ready()
-        with self._ending:  # no `stop` comes between, and finds nobody to stop
+        with self._ending:  # so that a `stop` either prevents the supervisor, or finds it and stops it
             if self._restart and not self._stopped.is_set():
                 self._supervisor = Supervisor(self._processes, self._look, self._on_event, self._clock)
                 self._supervisor.start()
@@ -229,7 +217,7 @@ class LocalCluster:
 
     def _end_all(self) -> None:
         with self._ending:
-            processes = self._processes[len(self._exits) :]  # all, or none: they have ended
+            processes = self._processes[len(self._exits) :]  # all of them or, if they have been ended, none
             deadline = self._clock() + self._stop_timeout_s
             try:
                 if self._supervisor is not None:
@@ -240,7 +228,7 @@ class LocalCluster:
                         child.terminate()
                     for child in group:
                         child.wait(max(0.0, deadline - self._clock()))
-            finally:  # also when a second ctrl-C ends the patience
+            finally:  # even if a second ctrl-C ends the wait
                 self._exits += [_end(process.child) for process in processes]
 
     def _wait_until_ready(self) -> None:
@@ -260,7 +248,7 @@ class LocalCluster:
                 raise Cancelled("the cluster was stopped while it started")
 
     def _not_ready(self) -> str | None:
-        """What the start has to wait for, or None when all pipelines are ready."""
+        """What the start still has to wait for; None when all pipelines are ready."""
         status = self._look()
         if status is None:
             return "the router is starting"
@@ -270,9 +258,9 @@ class LocalCluster:
         return reason if self.replicas == 1 else f"{status.num_ready} of {self.replicas} pipelines are ready: {reason}"
 
     def _look(self) -> ClusterStatus | None:
-        """What the router says; None: nothing.
+        """How the router says that the cluster is; None if it does not answer.
 
-        Each time with a new client: one that failed to connect would wait before it tries again.
+        It asks with a new client each time, since one that failed to connect would wait before it tries again.
         """
         try:
             with Client(self.address, max_retries=0, connect_timeout_s=_PROBE_TIMEOUT_S, tls=self.tls) as client:
@@ -285,6 +273,10 @@ def _at_least(limit: int, name: str, value: int) -> int:
     if value < limit:
         raise InvalidArgument(f"{name} must be {limit} or more; got {value}", field=name, limit=limit, value=value)
     return value
+
+
+def _port_was_taken(error: BaseException) -> bool:
+    return isinstance(error, ProcessDied) and error.ended is not None and error.ended.port_was_taken
 
 
 def _end(child: ChildProcess) -> ProcessExit:

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stagecoach_client import AsyncClient, Client
-from stagecoach_local.local_cluster import LocalCluster
+from stagecoach_local import LocalCluster
 
 PROMPTS = (
     "What is the capital of France?",

@@ -15,8 +15,8 @@ import pytest
 
 from stagecoach.errors import Cancelled
 from stagecoach_client import Client
-from stagecoach_local.child_process import ProcessDied
-from stagecoach_local.local_cluster import LocalCluster
+from stagecoach_local import LocalCluster
+from stagecoach_local.process_exit import ProcessDied
 from stagecoach_local.restarts import MAX_FAILED_STARTS
 from tests.integration.test_client_up import SHARD, FakeCommands, gone
 

@@ -23,9 +23,9 @@ from stagecoach.errors import ConfigError, DeadlineExceeded
 from stagecoach.topology import LayerRange
 from stagecoach_cli.demo import run_demo
 from stagecoach_client import Client
-from stagecoach_local.child_process import ProcessDied
-from stagecoach_local.commands import free_addresses
-from stagecoach_local.local_cluster import NUM_START_ATTEMPTS, LocalCluster, ProcessExit
+from stagecoach_local.addresses import free_addresses
+from stagecoach_local.local_cluster import NUM_START_ATTEMPTS, LocalCluster
+from stagecoach_local.process_exit import ProcessDied, ProcessExit
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="watches processes by pidfd, which is Linux's")

@@ -6,7 +6,8 @@ import os
 import signal
 from collections.abc import Sequence
 
-from stagecoach_local.child_process import ChildProcess, ProcessDied
+from stagecoach_local.child_process import ChildProcess
+from stagecoach_local.process_exit import ProcessDied
 
 KILL_TIMEOUT_S = 20.0
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stagecoach_cli.demo import EXPECTED, QUESTION, Answer, find_faults, finished_pieces
-from stagecoach_local.local_cluster import ProcessExit
+from stagecoach_local import ProcessExit
 
 RIGHT = Answer(QUESTION, 0.0, text=f"It is {EXPECTED}.")
 CLEAN = (ProcessExit("shard 0:4", 0, killed=False), ProcessExit("router", 0, killed=False))

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 import pytest
 
 from stagecoach.errors import ConfigError
-from stagecoach_local.child_process import ChildProcess, ProcessDied
+from stagecoach_local.child_process import ChildProcess
+from stagecoach_local.process_exit import ProcessDied
 
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up'); time.sleep(60)"
 

@@ -30,7 +30,7 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_sdk_needs_only_grpc_and_protobuf() -> None:
-    code = "import stagecoach_client, stagecoach_local.local_cluster, stagecoach_cli.load\n"
+    code = "import stagecoach_client, stagecoach_local, stagecoach_cli.load\n"
     code += "stagecoach_client.Client('127.0.0.1:1').close(); print(len(stagecoach_client.__all__))"
     result = run(code)
     assert result.returncode == 0, result.stderr

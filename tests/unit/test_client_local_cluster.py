@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from stagecoach.errors import CheckpointError, InvalidArgument, StagecoachError, TopologyError
 from stagecoach.topology import LayerRange
+from stagecoach_local import LocalCluster
 from stagecoach_local.commands import StagecoachCommands
 from stagecoach_local.layer_split import ModelShape, read_shape, split_layers
-from stagecoach_local.local_cluster import LocalCluster
 
 
 def test_stages_are_a_number_or_ranges() -> None:

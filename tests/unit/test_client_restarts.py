@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from stagecoach_local.child_process import Ended
+from stagecoach_local.process_exit import Ended
 from stagecoach_local.restarts import (
     FIRST_DELAY_S,
     MAX_DELAY_S,
@@ -15,7 +15,6 @@ from stagecoach_local.restarts import (
     GiveUp,
     Restarts,
     StartAgain,
-    is_mistake,
 )
 
 
@@ -77,7 +76,14 @@ def test_coming_up_once_is_a_new_beginning() -> None:
     ],
 )
 def test_a_mistake_in_the_settings_is_told_from_a_crash(end: Ended, mistake: bool) -> None:
-    assert is_mistake(end) == mistake
+    assert end.was_mistaken == mistake
+
+
+def test_a_port_that_somebody_else_has_is_told_from_other_ends() -> None:
+    error = "stagecoach-router: error: listen: cannot listen on 127.0.0.1:7: is the port in use?"
+    assert ended(1, "loading", error).port_was_taken
+    assert ended(1, "loading", error).died().ended == ended(1, "loading", error)
+    assert not ended(1, "stagecoach-router: error: shards: missing").port_was_taken
 
 
 def test_a_mistake_is_not_tried_again_unless_the_process_had_come_up() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from stagecoach.topology import LayerRange
-from stagecoach_local.supervisor import Process, can_serve
+from stagecoach_local.process import Process, can_serve
 
 FIRST, SECOND = LayerRange(0, 15), LayerRange(15, 30)
 

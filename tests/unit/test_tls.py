@@ -30,6 +30,7 @@ from stagecoach.security.tls import (
 from stagecoach.topology import LayerRange
 from stagecoach_cli.options import choose_tls
 from stagecoach_client import Tls
+from stagecoach_local import LocalCluster
 from stagecoach_local.certificates import (
     ClusterCertificates,
     Issued,
@@ -37,7 +38,6 @@ from stagecoach_local.certificates import (
     issue_cluster,
     throwaway_certificates,
 )
-from stagecoach_local.local_cluster import LocalCluster
 from stagecoach_router.settings import RouterSettings
 
 
