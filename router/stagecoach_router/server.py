@@ -37,7 +37,10 @@ from stagecoach_router.scheduling.scheduler import Scheduler
 from stagecoach_router.settings import RouterSettings
 from stagecoach_router.tenants.key_file import KeyFile
 from stagecoach_router.tenants.tenants import Tenants
+from stagecoach_router.text.chat_template import ChatTemplate
 from stagecoach_router.text.model_files import ModelFiles
+from stagecoach_router.text.prompt_encoder import PromptEncoder
+from stagecoach_router.text.template_process import TemplateProcess
 from stagecoach_router.text.tokenizer import Tokenizer
 
 SERVICE_NAME = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
@@ -101,6 +104,7 @@ async def serve(settings: RouterSettings, stop: asyncio.Event) -> None:
         if serving is not None:
             serving.accepted.close()
             await serving.engine.close()
+            await serving.encoder.close()
         await server.stop(STOP_GRACE_S)
 
 
@@ -166,6 +170,7 @@ async def _serve_pipelines(
         model.name = settings.model_name
     files = await _when_possible(lambda: _model_files(settings, shard.address, dial), service)
     tokenizer = await asyncio.to_thread(Tokenizer, files)
+    encoder = PromptEncoder(tokenizer, ChatTemplate.from_files(files, TemplateProcess()))
     engine = build_engine(settings, pipeline_manager, shard, tokenizer, health.set_ready)
     await _when_possible(engine.open_replica, service)
     accepted = RequestRegistry(engine, max_linger_s=settings.max_linger_s, log=journal)
@@ -175,7 +180,8 @@ async def _serve_pipelines(
         except BaseException:
             await engine.close()
             raise
-    service.serving = Serving(model, tokenizer, engine, accepted, pipeline_manager.registry, pipeline_manager.totals)
+    registry, totals = pipeline_manager.registry, pipeline_manager.totals
+    service.serving = Serving(model, tokenizer, encoder, engine, accepted, registry, totals)
     logger.info("%s ready: sequences of up to %d tokens", model.name, engine.capacity_tokens)
     await engine.run(pipeline_manager.another)
 

@@ -1,19 +1,28 @@
+"""A chat template renders as with transformers, reaches nothing outside of itself, and its errors are typed."""
+
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator
 from datetime import datetime
 
 import pytest
+import pytest_asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from stagecoach.errors import FailedPrecondition, InvalidArgument
+from stagecoach_router.text.chat_sandbox import chat_environment
 from stagecoach_router.text.chat_template import MAX_TEMPLATE_LENGTH, ChatTemplate
 from stagecoach_router.text.model_files import ModelFiles
+from stagecoach_router.text.template_process import TemplateProcess
+from stagecoach_router.text.template_worker import Outcome, answer
 
-USER = [("user", "hi")]
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+USER = [{"role": "user", "content": "hi"}]
 
 # What real templates use: loop control, namespaces, macros, filters, tests, whitespace rules.
 RICH = """
@@ -34,39 +43,63 @@ RICH = """
 """
 
 roles = st.sampled_from(["system", "user", "assistant"])
-conversations = st.lists(st.tuples(roles, st.text(max_size=12)), min_size=1, max_size=6)
+messages_of = st.builds(lambda role, content: {"role": role, "content": content}, roles, st.text(max_size=12))
+conversations = st.lists(messages_of, min_size=1, max_size=6)
 
 
-def reference(source: str, messages: list[tuple[str, str]], *, add_generation_prompt: bool) -> str:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def process() -> AsyncIterator[TemplateProcess]:
+    process = TemplateProcess()
+    yield process
+    await process.close()
+
+
+def reference(source: str, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.BPE({"<s>": 0}, [])), bos_token="<s>", chat_template=source
     )
-    dicts = [{"role": role, "content": content} for role, content in messages]
-    text = tokenizer.apply_chat_template(dicts, tokenize=False, add_generation_prompt=add_generation_prompt)
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     assert isinstance(text, str)
     return text
 
 
 @given(conversations, st.booleans())
-def test_renders_as_transformers_does(messages: list[tuple[str, str]], prompt: bool) -> None:
-    text = ChatTemplate(RICH, {"bos_token": "<s>"}).render(messages, add_generation_prompt=prompt)
+async def test_renders_as_transformers_does(
+    process: TemplateProcess, messages: list[dict[str, str]], prompt: bool
+) -> None:
+    text = await ChatTemplate(RICH, {"bos_token": "<s>"}, process).render(messages, add_generation_prompt=prompt)
     assert text == reference(RICH, messages, add_generation_prompt=prompt)
 
 
-def test_takes_pairs_and_mappings_alike() -> None:
-    template = ChatTemplate("{% for m in messages %}{{ m.role }}={{ m.content }}{% endfor %}", {})
-    assert template.render([("user", "hi")]) == template.render([{"role": "user", "content": "hi"}]) == "user=hi"
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ '%5d|%-3s|%.2f|%%' % (3, 'a', 1.5) }}{{ '%(a)s' % {'a': 1} }}{{ '{:>5}|{a[0]}'.format('x', a=[1]) }}",
+        "{{ 'a-b'.split('-') | join('+') }}{{ 'a\\nb' | indent(2) }}{{ [1, 2] | tojson(indent=1) }}{{ [1] * 3 }}",
+        "{{ ('a', 'b') == ('a', 'b') }}{{ 'a' in ('a', 'b') }}{{ {('a', 1): 2}[('a', 1)] }}{{ {}.fromkeys(['a'], 1) }}",
+        "{{ messages | map(attribute='role') | join(',') }}{{ messages }}{{ none }}{{ missing }}{{ 3.14 | round(1) }}",
+        "{% set a, b = 1, 2 %}{% for k, v in {'x': 1}.items() %}{{ k ~ v ~ a ~ b }}{% endfor %}{{ dict(x=1) }}",
+        "{{ dict.fromkeys([1], 2) }}{{ namespace(self=1).self }}{{ {'a': '<é>'} | tojson }}{{ range(3) | list }}",
+        "{% set ns = namespace() %}{% set ns.x = [ns] %}{{ ns.x }}",
+        "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m.content }}{% break %}{% endfor %}",
+    ],
+)
+async def test_what_templates_do_every_day_is_as_with_transformers(process: TemplateProcess, source: str) -> None:
+    messages = [*USER, {"role": "assistant", "content": "<b> & ü"}]
+    text = await ChatTemplate(source, {}, process).render(messages)
+    assert text == reference(source, messages, add_generation_prompt=True)
 
 
-def test_tells_the_time_by_the_given_clock() -> None:
-    template = ChatTemplate("{{ strftime_now('%d %b %Y') }}", {}, now=lambda: datetime(2025, 3, 4))
-    assert template.render(USER) == "04 Mar 2025"
+async def test_tells_the_time_by_its_clock() -> None:
+    environment = chat_environment(now=lambda: datetime(2025, 3, 4))
+    assert environment.from_string("{{ strftime_now('%d %b %Y') }}").render() == "04 Mar 2025"
+    assert answer("{{ strftime_now('%Y') }}", {}, 100) == (Outcome.RENDERED, f"{datetime.now():%Y}")
 
 
-def test_the_templates_own_refusal_is_the_callers_fault() -> None:
-    template = ChatTemplate("{{ raise_exception('roles must alternate') }}", {})
+async def test_the_templates_own_refusal_is_the_callers_fault(process: TemplateProcess) -> None:
+    template = ChatTemplate("{{ raise_exception('roles must alternate') }}", {}, process)
     with pytest.raises(InvalidArgument, match="roles must alternate") as caught:
-        template.render(USER)
+        await template.render(USER)
     assert caught.value.field == "messages"
 
 
@@ -81,18 +114,18 @@ def test_the_templates_own_refusal_is_the_callers_fault() -> None:
         "{% include 'other' %}",
     ],
 )
-def test_an_error_inside_the_template_is_typed(source: str) -> None:
+async def test_an_error_inside_the_template_is_typed(process: TemplateProcess, source: str) -> None:
     with pytest.raises(InvalidArgument) as caught:
-        ChatTemplate(source, {}).render(USER)
+        await ChatTemplate(source, {}, process).render(USER)
     assert caught.value.field == "messages"
 
 
 @pytest.mark.parametrize(
     "source", [None, "{% for %}", "{{ x | no_such_filter }}", "x" * (MAX_TEMPLATE_LENGTH + 1), "{{" + "(" * 10_000]
 )
-def test_without_a_usable_template_the_setup_is_at_fault(source: str | None) -> None:
+async def test_without_a_usable_template_the_setup_is_at_fault(process: TemplateProcess, source: str | None) -> None:
     with pytest.raises(FailedPrecondition, match="chat template"):
-        ChatTemplate(source, {}).render(USER)
+        await ChatTemplate(source, {}, process).render(USER)
 
 
 @pytest.mark.parametrize(
@@ -107,63 +140,25 @@ def test_without_a_usable_template_the_setup_is_at_fault(source: str | None) -> 
         "{{ lipsum(1) }}",
     ],
 )
-def test_a_template_cannot_reach_out(source: str) -> None:
+async def test_a_template_cannot_reach_out(process: TemplateProcess, source: str) -> None:
     with pytest.raises(InvalidArgument):
-        ChatTemplate(source, {}).render(USER)
+        await ChatTemplate(source, {}, process).render(USER)
 
 
-ROUNDS = "{% for a in range(9999) %}"
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        f"{ROUNDS * 3}{{% endfor %}}{{% endfor %}}{{% endfor %}}",
-        f"{ROUNDS * 2}{{% for a in range(9999) if false %}}x{{% endfor %}}{{% endfor %}}{{% endfor %}}",
-        "{% macro m(n) %}{{ m(n - 1) if n else '' }}{{ m(n - 1) if n else '' }}{% endmacro %}{{ m(40) }}",
-        "{% for a in [1] recursive %}{{ loop(range(9999)) }}{% endfor %}",
-        "{% set r = range(99999) %}" + ROUNDS + "{% set x = r | list | length %}{% endfor %}",
-        "{{ range(10 ** 9) }}",
-        "{{ 'a' * 10 ** 9 }}",
-        "{{ 10 ** 9 * [1] }}",
-        "{{ 2 ** (10 ** 9) }}",
-        "{% set ns = namespace(x='ab') %}{% for a in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
-        "{% set ns = namespace(x='ab') %}{% for a in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
-        "{% set ns = namespace(x=[1]) %}{% for a in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
-    ],
-)
-def test_a_template_without_end_is_stopped(source: str) -> None:
-    template = ChatTemplate(source, {}, max_steps=100_000)
-    with pytest.raises(InvalidArgument) as caught:
-        template.render(USER)
-    assert caught.value.field == "messages"
-
-
-def test_output_is_bounded() -> None:
-    template = ChatTemplate("{% for a in range(100) %}0123456789{% endfor %}", {}, max_output_length=500)
-    with pytest.raises(InvalidArgument) as caught:
-        template.render(USER)
-    assert caught.value.limit == "500"
-
-
-def test_steps_of_one_rendering_do_not_count_for_the_next() -> None:
-    template = ChatTemplate("{% for a in range(60) %}.{% endfor %}", {}, max_steps=100)
-    assert [template.render(USER) for _ in range(3)] == ["." * 60] * 3
-
-
-def test_a_template_may_look_at_every_message_for_each_message() -> None:
+async def test_a_template_may_look_at_every_message_for_each_message(process: TemplateProcess) -> None:
     source = "{% for m in messages %}{% for n in messages[:loop.index] %}{% endfor %}{{ m.content }}{% endfor %}"
-    messages = [("user", str(index % 10)) for index in range(1000)]
-    assert len(ChatTemplate(source, {}).render(messages)) == 1000
+    messages = [{"role": "user", "content": str(index % 10)} for index in range(1000)]
+    assert len(await ChatTemplate(source, {}, process).render(messages)) == 1000
 
 
-def test_the_file_comes_before_the_configuration_and_default_before_the_others() -> None:
+async def test_the_file_comes_before_the_configuration_and_default_before_the_others(process: TemplateProcess) -> None:
     several = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
     config = json.dumps({"chat_template": several}).encode()
     files = {"tokenizer_config.json": config}
-    assert ChatTemplate.from_files(ModelFiles(files), {}).render(USER) == "d"
-    assert ChatTemplate.from_files(ModelFiles({**files, "chat_template.jinja": b"file"}), {}).render(USER) == "file"
+    assert await ChatTemplate.from_files(ModelFiles(files), process).render(USER) == "d"
+    both = ModelFiles({**files, "chat_template.jinja": b"file"})
+    assert await ChatTemplate.from_files(both, process).render(USER) == "file"
     one = {"tokenizer_config.json": b'{"chat_template": "one"}'}
-    assert ChatTemplate.from_files(ModelFiles(one), {}).render(USER) == "one"
+    assert await ChatTemplate.from_files(ModelFiles(one), process).render(USER) == "one"
     with pytest.raises(FailedPrecondition):
-        ChatTemplate.from_files(ModelFiles({}), {}).render(USER)
+        await ChatTemplate.from_files(ModelFiles({}), process).render(USER)

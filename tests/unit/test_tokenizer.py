@@ -11,8 +11,10 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as LibraryTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from stagecoach.errors import CheckpointError, FailedPrecondition, InvalidArgument
+from stagecoach.errors import CheckpointError, InvalidArgument
+from stagecoach_router.text.chat_template import ChatTemplate
 from stagecoach_router.text.model_files import ModelFiles
+from stagecoach_router.text.template_process import TemplateProcess
 from stagecoach_router.text.tokenizer import Tokenizer
 
 TEXTS = [
@@ -72,13 +74,22 @@ class TestSmolLM2:
         ],
     )
     @pytest.mark.parametrize("prompt", [True, False])
-    def test_conversations_are_encoded_as_transformers_does(
-        self, ours: Tokenizer, reference: PreTrainedTokenizerBase, messages: list[tuple[str, str]], prompt: bool
+    async def test_conversations_are_encoded_as_transformers_does(
+        self,
+        smollm2: Path,
+        ours: Tokenizer,
+        reference: PreTrainedTokenizerBase,
+        messages: list[tuple[str, str]],
+        prompt: bool,
     ) -> None:
         dicts = [{"role": role, "content": content} for role, content in messages]
         expected = reference.apply_chat_template(dicts, add_generation_prompt=prompt, return_dict=False)
-        assert ours.apply_chat_template(messages, add_generation_prompt=prompt) == expected
-        assert ours.apply_chat_template(dicts, add_generation_prompt=prompt) == expected
+        process = TemplateProcess()
+        text = await ChatTemplate.from_files(ModelFiles.from_folder(smollm2), process).render(
+            dicts, add_generation_prompt=prompt
+        )
+        await process.close()
+        assert ours.encode_chat(text) == expected
 
     def test_knows_its_sizes_and_its_end(self, ours: Tokenizer) -> None:
         assert (ours.vocab_size, ours.num_known_ids) == (49152, 49152)
@@ -112,9 +123,8 @@ def test_special_tokens_go_around_a_prompt_as_with_transformers(
 
 
 def test_a_conversation_gets_no_second_bos() -> None:
-    template = {"bos_token": "<s>", "chat_template": "{{ bos_token }}{{ messages[0].content }}"}
-    tokenizer = Tokenizer(files(library(bos=True), tokenizer_config=template))
-    assert tokenizer.apply_chat_template([("user", "hi")]) == tokenizer.encode("hi")
+    tokenizer = Tokenizer(files(library(bos=True), tokenizer_config={"bos_token": "<s>"}))
+    assert tokenizer.encode_chat("<s>hi") == tokenizer.encode("hi")
     assert tokenizer.encode("hi")[0] == tokenizer.bos_token_id == 256
 
 
@@ -147,15 +157,12 @@ def test_saved_truncation_and_padding_do_not_touch_prompts() -> None:
     assert (len(tokenizer.encode("hello world")), len(tokenizer.encode("a"))) == (11, 1)
 
 
-def test_without_a_chat_template_a_conversation_is_refused() -> None:
-    with pytest.raises(FailedPrecondition, match="no chat template"):
-        Tokenizer(files(library())).apply_chat_template([("user", "hi")])
-
-
 def test_text_that_is_not_unicode_is_refused() -> None:
-    with pytest.raises(InvalidArgument) as caught:
-        Tokenizer(files(library())).encode("\ud800")
-    assert caught.value.field == "prompt"
+    tokenizer = Tokenizer(files(library()))
+    for encode, field in ((tokenizer.encode, "prompt"), (tokenizer.encode_chat, "messages")):
+        with pytest.raises(InvalidArgument) as caught:
+            encode("\ud800")
+        assert caught.value.field == field
 
 
 @pytest.mark.parametrize("content", [b"{}", b"[]", b"{", b'{"model": {"type": "BPE"}}'])

@@ -28,16 +28,14 @@ from stagecoach_router.requests.request import Request, check_delivery, check_pa
 from stagecoach_router.requests.request_state import RequestState
 from stagecoach_router.scheduling.retry_after import FIRST_S
 from stagecoach_router.tenants.tenants import Tenant, Tenants
+from stagecoach_router.text.prompt_encoder import PromptEncoder
 from stagecoach_router.text.tokenizer import Tokenizer
-from stagecoach_router.text.tokenizer_worker import TokenizerWorker
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 MAX_CHAT_MESSAGES = 4096
 MAX_REQUEST_ID_LENGTH = 128
 MAX_CACHE_SALT_LENGTH = 128
-# Of a request that is tokenized on the event loop; some 0.1 ms of work.
-MAX_BYTES_ON_LOOP = 4096
 # For the stages' figures of now. Where one does not answer in time, those that it sent last are shown.
 LOAD_REPORT_TIMEOUT_S = 1.0
 # Another router, or this one when it is back.
@@ -55,6 +53,7 @@ class Serving:
         self,
         model: model_pb2.ModelDescription,
         tokenizer: Tokenizer,
+        encoder: PromptEncoder,
         engine: Engine,
         accepted: RequestRegistry,
         registry: ShardRegistry,
@@ -62,6 +61,7 @@ class Serving:
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.encoder = encoder
         self.engine = engine
         self.accepted = accepted
         self.registry = registry
@@ -77,7 +77,6 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     def __init__(self, callers: Tenants, *, max_stall_s: float = math.inf) -> None:
         self._callers = callers
-        self._encoding = TokenizerWorker()
         self._stalled_writes = WriteTimeouts(max_stall_s)
         self.serving: Serving | None = None
         self.reason = "starting"
@@ -134,7 +133,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             caller = self._callers.identify(context.invocation_metadata())
             serving = self._require(request.model, caller)
             with caller.admit(time.monotonic()):
-                token_ids = await _tokens(request, serving.tokenizer, self._encoding)
+                token_ids = await _encode(request, serving.encoder)
         except errors.StagecoachError as error:
             await abort(context, error)
         return pb.TokenizeResponse(token_ids=token_ids, context_length=serving.model.context_length)
@@ -171,7 +170,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 return known
         self._check_new(request, serving)
         with caller.admit(time.monotonic()):
-            checked = await read_request(request, serving, caller, self._encoding)
+            checked = await read_request(request, serving, caller)
             caller.charge(len(checked.prompt_tokens), time.monotonic())
             digest = content_digest(request)
             # While it was read, another call may have brought the same.
@@ -204,9 +203,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         return self.serving
 
 
-async def read_request(
-    request: pb.GenerateRequest, serving: Serving, caller: Tenant, encoding: TokenizerWorker
-) -> Request:
+async def read_request(request: pb.GenerateRequest, serving: Serving, caller: Tenant) -> Request:
     """The request, checked against the model. Raises typed errors that name the field."""
     params = read_params(request.sampling)
     model = serving.model
@@ -219,7 +216,7 @@ async def read_request(
             "cache_salt: too long", field="cache_salt", limit=MAX_CACHE_SALT_LENGTH, value=len(request.cache_salt)
         )
     check_params(params, vocab_size=model.vocab_size)
-    prompt_tokens = tuple(await _tokens(request, serving.tokenizer, encoding))
+    prompt_tokens = tuple(await _encode(request, serving.encoder))
     check_prompt(prompt_tokens, vocab_size=model.vocab_size, context_length=model.context_length)
     return Request(
         request_id=request.request_id,
@@ -260,20 +257,10 @@ def read_params(message: pb.SamplingParams) -> SamplingParams:
     )
 
 
-async def _tokens(
-    request: pb.GenerateRequest | pb.TokenizeRequest, tokenizer: Tokenizer, encoding: TokenizerWorker
-) -> list[int]:
-    """The request's tokens. A long text is encoded on another thread: every stream waits for the event loop."""
-    num_bytes = request.ByteSize()
-    if num_bytes > MAX_BYTES_ON_LOOP and request.WhichOneof("input") != "token_ids":
-        return await encoding.encode(num_bytes, lambda: _encode(request, tokenizer))
-    return _encode(request, tokenizer)
-
-
-def _encode(request: pb.GenerateRequest | pb.TokenizeRequest, tokenizer: Tokenizer) -> list[int]:
+async def _encode(request: pb.GenerateRequest | pb.TokenizeRequest, encoder: PromptEncoder) -> list[int]:
     kind = request.WhichOneof("input")
     if kind == "prompt":
-        return tokenizer.encode(request.prompt)
+        return await encoder.encode_prompt(request.prompt)
     if kind == "chat":
         num_messages = len(request.chat.messages)
         if not 1 <= num_messages <= MAX_CHAT_MESSAGES:
@@ -284,7 +271,7 @@ def _encode(request: pb.GenerateRequest | pb.TokenizeRequest, tokenizer: Tokeniz
                 value=num_messages,
             )
         messages = [{"role": message.role, "content": message.content} for message in request.chat.messages]
-        return tokenizer.apply_chat_template(messages)
+        return await encoder.encode_chat(messages)
     if isinstance(request, pb.GenerateRequest) and kind == "token_ids":
         return list(request.token_ids.ids)
     raise errors.InvalidArgument("input: give a prompt, token_ids or messages", field="input")

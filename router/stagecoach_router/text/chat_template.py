@@ -1,119 +1,80 @@
-"""Renders a conversation with the checkpoint's chat template, as transformers does, but bounded.
+"""Renders a conversation with the checkpoint's chat template, as transformers does.
 
-A template is a program from whoever made the checkpoint. Bounded are its length, the output's length, loop rounds and
-calls together, the size of what one operation makes, and the time that all of them take. Messages that name a special
-token, such as <|im_end|>, become that token, as with transformers.
+Messages that name a special token, such as <|im_end|>, become that token, as with transformers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
+from stagecoach.errors import FailedPrecondition, InvalidArgument
+from stagecoach_router.text.model_files import ModelFiles, named_tokens
+from stagecoach_router.text.template_process import TemplateProcess
+from stagecoach_router.text.template_worker import Outcome
 
-from stagecoach.errors import FailedPrecondition, InvalidArgument, StagecoachError
-from stagecoach_router.text.chat_sandbox import ChatSandbox, step_budget
-from stagecoach_router.text.model_files import ModelFiles
+MAX_TEMPLATE_LENGTH = 1 << 20  # characters
 
-MAX_TEMPLATE_LENGTH = 1 << 20
-MAX_OUTPUT_LENGTH = 16 << 20
-# A loop round or a call is a step, of some 100 ns.
-MAX_STEPS = 2_000_000
-# Of the rendering thread's own time: what steps do not measure, such as copies of long texts.
-MAX_RENDER_S = 5.0
-
-Message = Mapping[str, Any] | tuple[str, str]
+# With at least "role" and "content".
+Message = Mapping[str, Any]
 
 
 class ChatTemplate:
     """A checkpoint's chat template.
 
     `source` is the template's text, None where the checkpoint has none. `variables` are what it may use besides the
-    messages, such as bos_token. `now` is the clock behind `strftime_now`.
+    messages, such as bos_token. It is rendered in `process`, which closes with it.
     """
 
-    def __init__(
-        self,
-        source: str | None,
-        variables: Mapping[str, str],
-        *,
-        now: Callable[[], datetime] = datetime.now,
-        max_output_length: int = MAX_OUTPUT_LENGTH,
-        max_steps: int = MAX_STEPS,
-        max_render_s: float = MAX_RENDER_S,
-    ) -> None:
+    def __init__(self, source: str | None, variables: Mapping[str, str], process: TemplateProcess) -> None:
+        self._source = source
         self._variables = dict(variables)
-        self._max_output_length = max_output_length
-        self._max_steps = max_steps
-        self._max_render_s = max_render_s
-        self._template: jinja2.Template | None = None
-        # A broken template must not keep a model from answering plain prompts: it is reported when it is needed.
-        self._problem = "the checkpoint has no chat template; send a prompt instead" if source is None else ""
-        if source is not None and len(source) > MAX_TEMPLATE_LENGTH:
-            self._problem = f"the chat template has {len(source):,} characters; at most {MAX_TEMPLATE_LENGTH:,}"
-        elif source is not None:
-            try:
-                self._template = ChatSandbox(now).compile_counted(source)
-            except Exception as error:  # the compiler of a foreign program: syntax, nesting, or a bug in it
-                self._problem = f"the checkpoint's chat template cannot be used: {error or type(error).__name__}"
+        self._process = process
 
     @classmethod
-    def from_files(cls, files: ModelFiles, variables: Mapping[str, str]) -> ChatTemplate:
+    def from_files(cls, files: ModelFiles, process: TemplateProcess) -> ChatTemplate:
         """From chat_template.jinja, or tokenizer_config.json: one text, or several of which "default" is taken."""
+        variables = named_tokens(files)
         if "chat_template.jinja" in files:
-            return cls(files.text("chat_template.jinja"), variables)
+            return cls(files.text("chat_template.jinja"), variables, process)
         entry = files.json("tokenizer_config.json").get("chat_template")
         if isinstance(entry, list):
             templates = [item for item in entry if isinstance(item, dict) and item.get("name") == "default"]
             entry = templates[-1].get("template") if templates else None
-        return cls(entry if isinstance(entry, str) else None, variables)
+        return cls(entry if isinstance(entry, str) else None, variables, process)
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+    async def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
         """The conversation as one text, to be encoded without adding special tokens: the template writes them.
 
         Raises FailedPrecondition where there is no usable template, and InvalidArgument(field="messages") where the
-        template refuses the messages, fails on them, or passes a bound.
+        template refuses the messages, fails on them, or passes a limit. Also see TemplateProcess.render.
         """
-        if self._template is None:
-            raise FailedPrecondition(self._problem, field="messages")
-        conversation = [_as_mapping(message) for message in messages]
+        # A broken template does not keep a model from answering plain prompts: it is reported when it is needed.
+        if self._source is None:
+            raise FailedPrecondition("the checkpoint has no chat template; send a prompt instead", field="messages")
+        if len(self._source) > MAX_TEMPLATE_LENGTH:
+            text = f"the chat template has {len(self._source):,} characters; at most {MAX_TEMPLATE_LENGTH:,}"
+            raise FailedPrecondition(text, field="messages")
         variables = {
             **self._variables,
-            "messages": conversation,
+            "messages": messages,
             "add_generation_prompt": add_generation_prompt,
             "tools": None,
             "documents": None,
         }
-        try:
-            with step_budget(self._max_steps, self._max_render_s):
-                return self._bounded_output(self._template, variables)
-        except StagecoachError:
-            raise
-        except Exception as error:  # whatever a foreign program may raise
-            reason = str(error) or type(error).__name__
+        num_characters = sum(len(str(message.get("content"))) for message in messages)
+        outcome, text = await self._process.render(self._source, variables, num_characters)
+        if outcome is Outcome.UNUSABLE:
+            raise FailedPrecondition(f"the checkpoint's chat template cannot be used: {text}", field="messages")
+        if outcome is Outcome.REFUSED:
+            raise InvalidArgument(f"the chat template does not take these messages: {text}", field="messages")
+        if outcome is Outcome.TOO_LONG:
+            limit = self._process.limits.max_output_length
             raise InvalidArgument(
-                f"the chat template does not take these messages: {reason}", field="messages"
-            ) from error
+                f"the chat template makes more than {limit:,} characters of the messages", field="messages", limit=limit
+            )
+        return text
 
-    def _bounded_output(self, template: jinja2.Template, variables: Mapping[str, Any]) -> str:
-        pieces, length = [], 0
-        for piece in template.generate(variables):
-            length += len(piece)
-            if length > self._max_output_length:
-                raise InvalidArgument(
-                    f"the chat template made more than {self._max_output_length:,} characters of the messages",
-                    field="messages",
-                    limit=self._max_output_length,
-                    value=length,
-                )
-            pieces.append(piece)
-        return "".join(pieces)
-
-
-def _as_mapping(message: Message) -> Mapping[str, Any]:
-    if isinstance(message, tuple):
-        role, content = message
-        return {"role": role, "content": content}
-    return dict(message)
+    async def close(self) -> None:
+        """Ends the process."""
+        await self._process.close()

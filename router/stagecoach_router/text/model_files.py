@@ -22,6 +22,8 @@ MAX_FILE_BYTES: Mapping[str, int] = {
     "chat_template.jinja": 1 << 20,
 }
 
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
 
 class ModelFiles:
     """A checkpoint's small files by name. Names outside MAX_FILE_BYTES are left out.
@@ -75,6 +77,23 @@ class ModelFiles:
         if not isinstance(content, dict):
             raise CheckpointError(f"{name} does not hold a JSON object", field=name)
         return content
+
+
+def named_tokens(files: ModelFiles) -> dict[str, str]:
+    """The tokens with a role, by the names that chat templates know them by."""
+    entries = {**files.json("special_tokens_map.json"), **files.json("tokenizer_config.json")}
+    named = {}
+    for name in _NAMED_TOKENS:
+        entry = entries.get(name)
+        content = entry.get("content") if isinstance(entry, dict) else entry
+        if isinstance(content, str) and _is_unicode(content):
+            named[name] = content
+    return named
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether UTF-8 can say it: JSON may hold halves of characters, which no text of a tokenizer is."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _check_size(name: str, num_bytes: int) -> None:

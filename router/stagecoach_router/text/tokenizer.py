@@ -8,15 +8,12 @@ import tokenizers
 from tokenizers import AddedToken
 
 from stagecoach.errors import CheckpointError, InvalidArgument
-from stagecoach_router.text.chat_template import ChatTemplate, Message
 from stagecoach_router.text.detokenizer import IncrementalDetokenizer, TokenSpelling, text_decoder
-from stagecoach_router.text.model_files import ModelFiles
-
-_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+from stagecoach_router.text.model_files import ModelFiles, named_tokens
 
 
 class Tokenizer:
-    """One checkpoint's tokenizer and chat template. Safe to use from several threads.
+    """One checkpoint's tokenizer. Safe to use from several threads.
 
     `vocab_size` is the number of logits the model gives; ids from `num_known_ids` on are padding without text.
     `eos_token_ids` are all that generation_config.json, config.json and tokenizer_config.json name.
@@ -26,9 +23,8 @@ class Tokenizer:
     def __init__(self, files: ModelFiles) -> None:
         self._tokenizer = _load(files)
         self._decoder = text_decoder(files.json("tokenizer.json").get("decoder"))
-        named = _named_tokens(files)
+        named = named_tokens(files)
         self._mark_special(list(named.values()))
-        self._chat_template = ChatTemplate.from_files(files, named)
         self._special_ids = frozenset(
             token_id for token_id, token in self._tokenizer.get_added_tokens_decoder().items() if token.special
         )
@@ -53,12 +49,8 @@ class Tokenizer:
         """
         return self._encode(text, "prompt", add_special_tokens=True)
 
-    def apply_chat_template(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
-        """The tokens of a conversation: messages are (role, content) or mappings with at least these two.
-
-        Raises FailedPrecondition without a chat template, InvalidArgument(field="messages") where it refuses them.
-        """
-        text = self._chat_template.render(messages, add_generation_prompt=add_generation_prompt)
+    def encode_chat(self, text: str) -> list[int]:
+        """The tokens of a rendered conversation: its special tokens are written in it, and none are added."""
         return self._encode(text, "messages", add_special_tokens=False)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -117,23 +109,6 @@ def _load(files: ModelFiles) -> tokenizers.Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
-
-
-def _named_tokens(files: ModelFiles) -> dict[str, str]:
-    """The tokens with a role, by the name that chat templates know them by."""
-    entries = {**files.json("special_tokens_map.json"), **files.json("tokenizer_config.json")}
-    named = {}
-    for name in _NAMED_TOKENS:
-        entry = entries.get(name)
-        content = entry.get("content") if isinstance(entry, dict) else entry
-        if isinstance(content, str) and _is_unicode(content):
-            named[name] = content
-    return named
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether UTF-8 can say it: JSON may hold halves of characters, which no text of a tokenizer is."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _ids(entry: object) -> list[int]:

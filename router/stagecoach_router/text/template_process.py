@@ -1,0 +1,138 @@
+"""The router's side of the process that renders chat templates: starts it, asks it, and ends it when it runs over."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from stagecoach.errors import InvalidArgument, Unavailable
+from stagecoach_router.text import template_worker
+from stagecoach_router.text.serial_queue import SerialQueue
+from stagecoach_router.text.template_worker import ANSWER_HEAD, REQUEST_HEAD, Outcome
+
+# Of our environment, what says where libraries are and what time it is. Nothing else: keys may be in it.
+_KEPT_VARIABLES = ("LD_LIBRARY_PATH", "PYTHONHOME", "TZ")
+
+
+@dataclass(frozen=True, slots=True)
+class RenderLimits:
+    """What rendering may take."""
+
+    max_output_length: int = 16 << 20  # characters
+    max_memory_bytes: int = 512 << 20  # of address space, of which Python and jinja take some 30 MiB
+    max_cpu_s: int = 5  # the kernel counts whole seconds
+    max_wall_s: float = 10.0  # from asking to the whole answer; more than CPU time, as other processes want the CPU
+
+
+class TemplateProcess:
+    """A worker that renders one template at a time, started when there is something to render.
+
+    A rendering that passes a limit fails alone: its worker is ended, and the next rendering gets a new one.
+    """
+
+    def __init__(self, limits: RenderLimits = RenderLimits(), queue: SerialQueue | None = None) -> None:
+        self._limits = limits
+        self._queue = queue or SerialQueue()
+        self._worker: _Worker | None = None
+
+    @property
+    def limits(self) -> RenderLimits:
+        return self._limits
+
+    async def render(self, source: str, variables: Mapping[str, Any], num_characters: int) -> tuple[Outcome, str]:
+        """What the worker answers. `num_characters` is about what there is to render.
+
+        Raises InvalidArgument(field="messages") past a limit, Overloaded where too much waits, and Unavailable where
+        no worker can be started.
+        """
+        return await self._queue.run(num_characters, lambda: asyncio.create_task(self._ask(source, variables)))
+
+    async def close(self) -> None:
+        """Ends the worker."""
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            await worker.close()
+
+    async def _ask(self, source: str, variables: Mapping[str, Any]) -> tuple[Outcome, str]:
+        request = json.dumps({"source": source, "variables": variables}).encode()
+        if self._worker is None or self._worker.has_ended:
+            await self.close()
+            self._worker = await _Worker.start(self._limits)
+        try:
+            async with asyncio.timeout(self._limits.max_wall_s):
+                return await self._worker.ask(request, max_bytes=4 * self._limits.max_output_length)
+        except (TimeoutError, EOFError, OSError, ValueError) as error:
+            await self.close()
+            raise InvalidArgument(
+                "the chat template takes more time or memory for these messages than it may", field="messages"
+            ) from error
+        except BaseException:
+            await self.close()  # an answer may be under way that nobody reads
+            raise
+
+
+class _Worker:
+    """One process. Its standard input and output are the one connection to us, and nothing else is open in it."""
+
+    def __init__(
+        self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self._process = process
+        self._reader = reader
+        self._writer = writer
+
+    @classmethod
+    async def start(cls, limits: RenderLimits) -> _Worker:
+        """Raises Unavailable where the system does not let us start one."""
+        try:
+            process, connection = _start_process(limits)
+            reader, writer = await asyncio.open_unix_connection(sock=connection)
+        except OSError as error:
+            raise Unavailable(f"the process that renders chat templates cannot be started: {error}") from error
+        return cls(process, reader, writer)
+
+    @property
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
+
+    async def ask(self, request: bytes, max_bytes: int) -> tuple[Outcome, str]:
+        """The answer, its text of at most `max_bytes`.
+
+        Raises EOFError or OSError where the process ends before it has answered, and ValueError for what is no answer.
+        """
+        self._writer.write(REQUEST_HEAD.pack(len(request)))
+        self._writer.write(request)
+        await self._writer.drain()
+        outcome, num_bytes = ANSWER_HEAD.unpack(await self._reader.readexactly(ANSWER_HEAD.size))
+        if num_bytes > max_bytes:
+            raise ValueError(num_bytes)
+        text = await self._reader.readexactly(num_bytes)
+        return Outcome(outcome), text.decode("utf-8", "surrogatepass")
+
+    async def close(self) -> None:
+        self._process.kill()
+        await asyncio.to_thread(self._process.wait)
+        self._writer.close()
+
+
+def _start_process(limits: RenderLimits) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """The process, and our end of the connection to it."""
+    numbers = (limits.max_memory_bytes, limits.max_cpu_s, limits.max_output_length)
+    command = [sys.executable, "-P", "-m", template_worker.__name__, *map(str, numbers)]
+    environment = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    ours, theirs = socket.socketpair()
+    with theirs:
+        try:
+            # Not asyncio's own way: under uvloop, that leaves other sockets open in the child.
+            return subprocess.Popen(command, stdin=theirs.fileno(), stdout=theirs.fileno(), env=environment), ours
+        except OSError:
+            ours.close()
+            raise

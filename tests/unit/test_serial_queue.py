@@ -1,0 +1,106 @@
+"""One job at a time, and only so many characters of them wait, also when their callers go away."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from stagecoach.errors import InvalidArgument, Overloaded
+from stagecoach_router.text.serial_queue import SerialQueue
+
+TIMEOUT_S = 10.0
+
+
+class Work:
+    """Takes until it may end; counts how much of it runs at a time."""
+
+    def __init__(self) -> None:
+        self.may_end = threading.Event()
+        self.num_begun = 0
+        self.num_running = 0
+        self.most_running = 0
+
+    def __call__(self) -> str:
+        self.num_begun += 1
+        self.num_running += 1
+        self.most_running = max(self.most_running, self.num_running)
+        assert self.may_end.wait(TIMEOUT_S)
+        self.num_running -= 1
+        return "tokens"
+
+
+def begin(work: Callable[[], object]) -> Callable[[], asyncio.Future[object]]:
+    return lambda: asyncio.get_running_loop().run_in_executor(None, work)
+
+
+async def begun(work: Work, count: int) -> None:
+    async with asyncio.timeout(TIMEOUT_S):
+        while work.num_begun < count:
+            await asyncio.sleep(0.001)
+
+
+async def test_one_at_a_time_and_in_order() -> None:
+    queue, work = SerialQueue(), Work()
+    tasks = [asyncio.create_task(queue.run(10, begin(work))) for _ in range(5)]
+    await begun(work, 1)
+    assert queue.num_characters == 50
+    work.may_end.set()
+    assert await asyncio.gather(*tasks) == ["tokens"] * 5
+    assert (work.most_running, queue.num_characters) == (1, 0)
+
+
+async def test_what_would_make_too_much_wait_is_refused_at_once() -> None:
+    queue, work = SerialQueue(max_characters=100), Work()
+    first = asyncio.create_task(queue.run(80, begin(work)))
+    await begun(work, 1)
+    with pytest.raises(Overloaded) as caught:
+        await queue.run(30, begin(work))
+    assert caught.value.retry_after_s > 0
+    assert queue.num_characters == 80
+    work.may_end.set()
+    await first
+
+
+async def test_a_text_above_the_limit_is_taken_where_no_other_waits() -> None:
+    work = Work()
+    work.may_end.set()
+    assert await SerialQueue(max_characters=100).run(1000, begin(work)) == "tokens"
+
+
+async def test_callers_that_go_away_do_not_make_more_than_one_thread_work() -> None:
+    queue, work = SerialQueue(max_characters=100), Work()
+    for _ in range(5):
+        task = asyncio.create_task(queue.run(10, begin(work)))
+        await asyncio.sleep(0)
+        await begun(work, 1)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    assert (work.num_begun, queue.num_characters) == (1, 10), "the first one's text is encoded still"
+    work.may_end.set()
+    assert await queue.run(10, begin(work)) == "tokens"
+    assert (work.most_running, queue.num_characters) == (1, 0)
+
+
+async def test_an_error_leaves_the_queue_as_it_was() -> None:
+    queue = SerialQueue()
+
+    def fail() -> None:
+        raise InvalidArgument("no text")
+
+    with pytest.raises(InvalidArgument):
+        await queue.run(10, begin(fail))
+    assert queue.num_characters == 0
+
+
+async def test_who_waits_too_long_for_a_turn_is_told_to_come_back() -> None:
+    queue, work = SerialQueue(max_wait_s=0.01), Work()
+    first = asyncio.create_task(queue.run(10, begin(work)))
+    await begun(work, 1)
+    with pytest.raises(Overloaded, match="no turn"):
+        await queue.run(10, begin(work))
+    assert queue.num_characters == 10
+    work.may_end.set()
+    assert await first == await queue.run(10, begin(work)) == "tokens"

@@ -1,0 +1,233 @@
+"""What a chat template may take is bounded by the process that renders it; a router outlives every template."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+import tracemalloc
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from stagecoach.errors import InvalidArgument
+from stagecoach_router.text.chat_template import ChatTemplate
+from stagecoach_router.text.template_process import RenderLimits, TemplateProcess
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+USER = [{"role": "user", "content": "hi"}]
+# Of this process, while the worker renders.
+MAX_PEAK_BYTES = 8 * RenderLimits().max_output_length
+ROUNDS = "{% for a in range(9999) %}"
+ENDLESS = [
+    f"{ROUNDS * 3}{{% endfor %}}{{% endfor %}}{{% endfor %}}",
+    f"{ROUNDS * 2}{{% for a in range(9999) if false %}}x{{% endfor %}}{{% endfor %}}{{% endfor %}}",
+    "{% macro m(n) %}{{ m(n - 1) if n else '' }}{{ m(n - 1) if n else '' }}{% endmacro %}{{ m(40) }}",
+    "{% for a in [1] recursive %}{{ loop(range(9999)) }}{% endfor %}",
+    "{% set r = range(99999) %}" + ROUNDS + "{% set x = r | list | length %}{% endfor %}",
+    "{{ range(10 ** 9) }}",
+    "{{ 'a' * 10 ** 9 }}",
+    "{{ 10 ** 9 * [1] }}",
+    "{{ 2 ** (10 ** 9) }}",
+    "{% set ns = namespace(x='ab') %}{% for a in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+    "{% set ns = namespace(x='ab') %}{% for a in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+    "{% set ns = namespace(x=[1]) %}{% for a in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+]
+BIG = "{% set x = 'a' * 9999999 %}"
+# A list that holds itself twice, forty times over: a few hundred bytes that come to terabytes when written.
+DEEP = "{% set ns = namespace(x=[1]) %}{% for a in range(40) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}"
+DEEP_PAIR = DEEP + DEEP.replace("ns", "other")
+
+HUGE = [
+    "{{ '%999999999d' % 1 }}",
+    "{{ '%*d' % (999999999, 1) }}",
+    "{{ '%.999999999f' % 1.5 }}",
+    "{{ '%999999999d' | format(1) }}",
+    "{{ '{:999999999}'.format(1) }}",
+    "{{ '{:{}}'.format(1, 999999999) }}",
+    "{{ '{a:999999999}'.format_map({'a': 1}) }}",
+    "{{ 'x'.ljust(999999999) }}",
+    "{{ 'x'.zfill(999999999) }}",
+    "{{ '\t'.expandtabs(999999999) }}",
+    "{{ 'x' | center(999999999) }}",
+    "{{ 'x' | indent(999999999, true) }}",
+    "{{ [1] | batch(999999999, 0) | list }}",
+    "{{ [1] | slice(999999999) | list }}",
+    "{{ 5 | round(-999999999) }}",
+    "{{ 5 | round(999999999, 'ceil') }}",
+    "{{ [[1]] | tojson(indent=999999999) }}",
+    BIG + "{{ x.replace('', x) }}",
+    BIG + "{{ x | replace('a', x) }}",
+    BIG + "{{ x.join(x) }}",
+    BIG + "{{ [x, x, x] | join(x) }}",
+    BIG + "{{ range(9999) | map('default', x) | list }}{{ [x, x, x] | string }}",
+    BIG + "{{ [none] * 999 | map('default', x, true) | join }}",
+    BIG + "{{ x ~ x ~ x }}",
+    BIG + "{{ '{0}{0}{0}'.format(x) }}",
+    BIG + "{{ '%(a)s%(a)s%(a)s' % {'a': x} }}",
+    BIG + "{{ x.translate({97: x}) }}",
+    DEEP + "{{ ns.x }}",
+    DEEP + "{{ ns.x | string }}",
+    DEEP + "{{ ns.x | tojson }}",
+    DEEP + "{{ ns.x ~ '' }}",
+    DEEP + "{{ '%s' % ns.x }}",
+    DEEP + "{{ '{}'.format(ns.x) }}",
+    DEEP_PAIR + "{{ ns.x == other.x }}",
+    DEEP_PAIR + "{{ ns.x in [other.x] }}",
+    DEEP_PAIR + "{{ [ns.x].index(other.x) }}",
+    DEEP.replace("[ns.x, ns.x]", "(ns.x, ns.x)") + "{{ {ns.x: 1} | length }}",
+]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def process() -> AsyncIterator[TemplateProcess]:
+    process = TemplateProcess(RenderLimits(max_cpu_s=1))
+    yield process
+    await process.close()
+
+
+@pytest.mark.parametrize("source", ENDLESS + HUGE)
+async def test_a_template_without_end_or_of_gigabytes_is_stopped(source: str) -> None:
+    process = TemplateProcess(RenderLimits(max_wall_s=0.7))
+    tracemalloc.start()
+    begin = time.monotonic()
+    try:
+        with pytest.raises(InvalidArgument) as caught:
+            await ChatTemplate(source, {}, process).render(USER)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+        await process.close()
+    assert caught.value.field == "messages"
+    assert peak < MAX_PEAK_BYTES
+    assert time.monotonic() - begin < 5.0  # without the limits: minutes, or the machine's memory
+
+
+@pytest.mark.parametrize(
+    ("source", "limits"),
+    [
+        (ENDLESS[0], RenderLimits(max_cpu_s=1, max_wall_s=60.0)),
+        (ENDLESS[0], RenderLimits(max_cpu_s=60, max_wall_s=1.0)),
+        ("{{ 'a' * 10 ** 9 }}", RenderLimits(max_cpu_s=60, max_wall_s=60.0)),
+    ],
+)
+async def test_each_limit_holds_by_itself_and_only_for_who_passes_it(source: str, limits: RenderLimits) -> None:
+    process = TemplateProcess(limits)
+    hostile = asyncio.create_task(ChatTemplate(source, {}, process).render(USER))
+    others = [asyncio.create_task(ChatTemplate(f"{index}", {}, process).render(USER)) for index in range(5)]
+    with pytest.raises(InvalidArgument, match="more time or memory") as caught:
+        await hostile
+    assert caught.value.field == "messages"
+    assert await asyncio.gather(*others) == list("01234"), "they waited, and a new worker renders them"
+    await process.close()
+
+
+async def test_the_time_of_one_rendering_does_not_count_for_the_next() -> None:
+    process = TemplateProcess(RenderLimits(max_cpu_s=1, max_wall_s=60.0))
+    source = "{% for a in range(9999) %}{% for b in range(30) %}{% endfor %}{% endfor %}."
+    before_s = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    for _ in range(50):
+        assert await ChatTemplate(source, {}, process).render(USER) == "."
+    await process.close()
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before_s > 1.0
+
+
+async def test_output_is_bounded() -> None:
+    process = TemplateProcess(RenderLimits(max_output_length=500))
+    with pytest.raises(InvalidArgument) as caught:
+        await ChatTemplate("{% for a in range(100) %}0123456789{% endfor %}", {}, process).render(USER)
+    assert caught.value.limit == "500"
+    assert await ChatTemplate("{{ 'ä' * 500 }}", {}, process).render(USER) == "ä" * 500
+    await process.close()
+
+
+async def test_a_caller_that_goes_away_takes_nobody_elses_answer(process: TemplateProcess) -> None:
+    for index in range(20):
+        gone = asyncio.create_task(ChatTemplate("gone", {}, process).render(USER))
+        for _ in range(index):
+            await asyncio.sleep(0)
+        gone.cancel()
+        assert await ChatTemplate("mine", {}, process).render(USER) == "mine"
+
+
+async def test_a_worker_that_somebody_killed_is_replaced(started: tuple[TemplateProcess, int]) -> None:
+    process, pid = started
+    os.kill(pid, signal.SIGKILL)
+    await ended(pid)
+    assert await ChatTemplate("hi", {}, process).render(USER) == "hi"
+
+
+async def test_the_worker_has_no_files_and_variables_of_ours(started: tuple[TemplateProcess, int]) -> None:
+    process, pid = started
+    proc = Path(f"/proc/{pid}")
+    assert sorted(os.listdir(proc / "fd")) == ["0", "1", "2"]
+    names = {entry.split(b"=")[0] for entry in (proc / "environ").read_bytes().split(b"\0")}
+    assert b"STAGECOACH_API_KEY" not in names
+    assert names <= {b"PYTHONPATH", b"LC_CTYPE", b"TZ", b"LD_LIBRARY_PATH", b"PYTHONHOME", b""}
+    assert f"{RenderLimits().max_memory_bytes}" in (proc / "limits").read_text()
+    await process.close()
+    assert pid not in worker_pids()
+
+
+async def test_a_worker_ends_with_its_router() -> None:
+    script = (
+        "import asyncio; from stagecoach_router.text.template_process import *;"
+        "asyncio.run(TemplateProcess().render('hi', {}, 2));"
+        "import os; print(open(f'/proc/self/task/{os.getpid()}/children').read(), flush=True); os.kill(os.getpid(), 9)"
+    )
+    router = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stdout=asyncio.subprocess.PIPE)
+    output, _ = await router.communicate()
+    await ended(int(output))
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def started(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[TemplateProcess, int]]:
+    """A process that has rendered something, and its worker's id. Secrets and open files lay about when it began."""
+    monkeypatch.setenv("STAGECOACH_API_KEY", "secret")
+    before = worker_pids()
+    process = TemplateProcess()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.set_inheritable(True)
+        await ChatTemplate("hi", {}, process).render(USER)
+    (pid,) = worker_pids() - before
+    yield process, pid
+    await process.close()
+
+
+def worker_pids() -> set[int]:
+    """Of this process's own workers."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return {int(pid) for pid in children if b"template_worker" in Path(f"/proc/{pid}/cmdline").read_bytes()}
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")")[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+async def ended(pid: int) -> None:
+    async with asyncio.timeout(10.0):
+        while is_running(pid):
+            await asyncio.sleep(0.001)
+
+
+async def test_every_message_may_be_gathered_into_a_list(process: TemplateProcess) -> None:
+    gather = "{% for m in messages %}{% set ns.l = ns.l + [m] %}{% endfor %}"
+    source = "{% set ns = namespace(l=[]) %}" + gather + "{{ ns.l | length }}"
+    assert await ChatTemplate(source, {}, process).render(USER * 1000) == "1000"
+
+
+async def test_a_deep_expression_compiles_in_no_time(process: TemplateProcess) -> None:
+    begin = time.monotonic()
+    with pytest.raises(InvalidArgument, match="no attribute"):
+        await ChatTemplate("{{ messages" + ".s" * 190 + " is defined }}", {}, process).render(USER)
+    assert time.monotonic() - begin < 1.5  # with jinja's optimizer: two seconds and more
