@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from stagecoach.errors import CheckpointError
 from stagecoach_shard.checkpoints.fingerprint import fingerprint
+from stagecoach_shard.checkpoints.json_file import read_json_object
 from stagecoach_shard.checkpoints.model_config import ModelConfig
 from stagecoach_shard.checkpoints.raw_config import RawConfig
+from stagecoach_shard.checkpoints.tensor_files import TensorFiles
 from stagecoach_shard.checkpoints.tensor_table import TensorEntry, read_tensor_table
 
 TOKENIZER_FILES = (
@@ -30,8 +28,7 @@ TOKENIZER_FILES = (
     "generation_config.json",
     "chat_template.jinja",
 )
-# config.json is kilobytes.
-_MAX_JSON_BYTES = 8 << 20
+_MAX_CONFIG_BYTES = 8 << 20  # a real one has kilobytes
 _LAYER = re.compile(r"model\.layers\.([0-9]+)(?:\.|$)")
 _MAX_DIGITS = 9
 # The dtypes that a weight may be stored in; it is cast to the stage's.
@@ -58,7 +55,7 @@ class Checkpoint:
         """
         if not path.is_dir():
             raise CheckpointError(f"{path} is not a folder", field="path", value=path)
-        config = read_config(RawConfig(read_json_object(path / "config.json")))
+        config = read_config(RawConfig(read_json_object(path / "config.json", _MAX_CONFIG_BYTES)))
         tensors = read_tensor_table(path)
         for name in tensors:
             layer = _LAYER.match(name)
@@ -83,7 +80,7 @@ class Checkpoint:
 
 
 class TensorReader:
-    """Reads tensors through memory maps that end with the `with` block, cast to one dtype on one device."""
+    """Reads tensors one at a time, cast to one dtype on one device, until its `with` block ends."""
 
     def __init__(
         self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, on_read: Callable[[], None] | None
@@ -92,8 +89,7 @@ class TensorReader:
         self._dtype = dtype
         self._device = device
         self._on_read = on_read
-        self._files: dict[Path, Any] = {}
-        self._stack = ExitStack()
+        self._files = TensorFiles()
 
     def __enter__(self) -> Self:
         return self
@@ -101,8 +97,7 @@ class TensorReader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._files.clear()
-        self._stack.close()
+        self._files.__exit__(kind, error, trace)
 
     def read(self, name: str, shape: Sequence[int]) -> Tensor:
         """The tensor, which must have exactly this shape."""
@@ -119,7 +114,7 @@ class TensorReader:
         stacked = torch.empty(rows, *entries[0].shape[1:], dtype=self._dtype, device=self._device)
         start = 0
         for entry in entries:
-            stacked[start : start + entry.shape[0]].copy_(self._load(entry))
+            stacked[start : start + entry.shape[0]].copy_(self._files.read(entry))
             start += entry.shape[0]
             self._checkpoint.names_read.append(entry.name)
             if self._on_read is not None:
@@ -147,35 +142,3 @@ class TensorReader:
                 value=entry.dtype,
             )
         return entry
-
-    def _load(self, entry: TensorEntry) -> Tensor:
-        try:
-            file = self._files.get(entry.file)
-            if file is None:
-                file = self._stack.enter_context(safe_open(entry.file, framework="pt"))
-                self._files[entry.file] = file
-            tensor: Tensor = file.get_tensor(entry.name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{entry.name} cannot be read from {entry.file.name}: {error}", field=entry.name
-            ) from error
-        assert math.prod(tensor.shape) == math.prod(entry.shape)
-        return tensor
-
-
-def read_json_object(path: Path) -> dict[str, object]:
-    """The JSON object in a file of the checkpoint. Raises CheckpointError with the file's name."""
-    try:
-        num_bytes = path.stat().st_size
-        if num_bytes > _MAX_JSON_BYTES:
-            raise CheckpointError(
-                f"{path.name} has {num_bytes} bytes", field=path.name, limit=_MAX_JSON_BYTES, value=num_bytes
-            )
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing", field=path.name) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}", field=path.name) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object", field=path.name)
-    return value

@@ -13,11 +13,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import asdict
 
-from stagecoach.errors import CheckpointError
+import torch
+
 from stagecoach_shard.checkpoints.model_config import ModelConfig
+from stagecoach_shard.checkpoints.tensor_files import TensorFiles
 from stagecoach_shard.checkpoints.tensor_table import TensorEntry
 
 _WINDOW_BYTES = 4096
@@ -27,23 +28,17 @@ _MAX_WINDOWS = 16_384
 
 
 def fingerprint(config: ModelConfig, tensors: Mapping[str, TensorEntry]) -> str:
-    """SHA-256, as 64 hexadecimal digits. Raises CheckpointError for a file that cannot be read."""
+    """SHA-256, as 64 hexadecimal digits. Raises CheckpointError for a tensor that cannot be read."""
     digest = hashlib.sha256()
     digest.update(json.dumps(asdict(config), sort_keys=True).encode())
     num_windows = max(1, min(_WINDOWS_A_TENSOR, _MAX_WINDOWS // max(1, len(tensors))))
-    with ExitStack() as stack:
-        files = {}
+    with TensorFiles() as files:
         for name in sorted(tensors):
             entry = tensors[name]
             digest.update(json.dumps([name, entry.dtype, entry.shape]).encode())
-            try:
-                if entry.file not in files:
-                    files[entry.file] = stack.enter_context(entry.file.open("rb", buffering=0))
-                for offset, length in _windows(entry.num_bytes, num_windows):
-                    files[entry.file].seek(entry.offset + offset)
-                    digest.update(files[entry.file].read(length))
-            except OSError as error:
-                raise CheckpointError(f"{name} cannot be read from {entry.file.name}: {error}", field=name) from error
+            stored = files.read(entry).reshape(-1).view(torch.uint8)  # [bytes]
+            for offset, length in _windows(len(stored), num_windows):
+                digest.update(stored[offset : offset + length].numpy().data)
     return digest.hexdigest()
 
 

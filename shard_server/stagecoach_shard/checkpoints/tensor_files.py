@@ -1,0 +1,48 @@
+"""Reads tensors out of safetensors files, which stay open and mapped into memory until a `with` block ends."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from stagecoach.errors import CheckpointError
+from stagecoach_shard.checkpoints.tensor_table import TensorEntry
+
+# Beside its own errors `safetensors` passes on what torch makes of a dtype or a size that it does not have.
+_READ_ERRORS = (SafetensorError, OSError, RuntimeError, TypeError, ValueError, AttributeError)
+
+
+class TensorFiles:
+    """Opens each file once. What it reads are views into the file, so only what is looked at is fetched from it."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, Any] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._files.clear()
+        self._stack.close()
+
+    def read(self, entry: TensorEntry) -> Tensor:
+        """The tensor as it was stored, on the CPU. Raises CheckpointError with its name."""
+        try:
+            file = self._files.get(entry.file)
+            if file is None:
+                file = self._stack.enter_context(safe_open(entry.file, framework="pt"))
+                self._files[entry.file] = file
+            tensor: Tensor = file.get_tensor(entry.name)
+        except _READ_ERRORS as error:
+            raise CheckpointError(
+                f"{entry.name} cannot be read from {entry.file.name}: {error}", field=entry.name
+            ) from error
+        return tensor
