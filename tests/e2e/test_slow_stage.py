@@ -21,7 +21,7 @@ TIMEOUT_S = 90.0
 TOKENS_BEFORE = 600
 TOKENS_AFTER = 50
 # It runs for so long, and then stands still for nine times as long: a step takes several turns.
-TURN_S = 0.005
+TURN_S = 0.002
 
 
 @contextmanager

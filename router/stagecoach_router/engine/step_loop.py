@@ -130,7 +130,7 @@ class StepLoop:
             self._on_token(False)
         stages = [StageSeconds(timing.queue_s, timing.compute_s) for timing in result.timings]
         self._scheduler.observe(step.plan, stages, round_trip_s)
-        slow = self._straggler.observe(step.shape, stages, time.monotonic())
+        slow = self._straggler.observe(step.shape, stages, round_trip_s, time.monotonic())
         if slow is not None:
             address = self._pipeline.stages[slow].address
             raise errors.Unavailable(f"stage {slow} at {address} has become many times slower")

@@ -1,102 +1,183 @@
-"""Whether a stage has become many times slower than it was. Pure.
+"""Straggler detection: whether a stage has become many times slower than it was. Pure.
 
-A stage says of every step how long it computed it. That is compared with what steps of that shape cost it some hundred
-steps ago: not with what they cost lately, since that learns from the slow ones too. One slow step says nothing (another
-process had the core, a cache was cold), so the sums over half the fault timeout are compared. Only steps that are all
-decodes count, and none with more rows than had been measured by then, or many more positions: what they would cost is
-a guess.
+A stage says of every step how long it computed it. That is compared with what a step of that shape used to cost this
+stage, as a ratio, so that it does not matter whether steps take half a millisecond or half a second. One step says
+little: where another process gets the core for one turn, a short step takes many times as long. So time is cut into
+slices, each long enough to hold many such turns. A stage's slowness in a slice is the compute time of all its steps
+there, divided by what they should have taken. A stage is a straggler when most of the latest slices are far slower than
+its slices usually are: noise that is always there is part of what is usual, and a stall or a short burst of noise
+spoils too few slices.
+
+What a step should take was learnt at least some hundred steps ago, and not while the stage looked slow: else the
+detector would get used to the slowness that it is to find. Only steps that are all decodes count, and only those within
+what had been measured by then, or not far beyond: what others would cost is a guess.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from statistics import quantiles
 
 from stagecoach_router.scheduling.cost_model import MIN_SECONDS, StageCost, StepShape
 from stagecoach_router.scheduling.pacing import Pacing, StageSeconds
 
-# Of what a stage's steps used to take. Neighbours on the same cores make it a few times as much.
-MAX_SLOWDOWN = 6.0
-# Each step, beyond what it used to take. Steps of a millisecond become many times as long where another process has the
-# core for one turn of the system's scheduler.
-MIN_EXCESS_S = 0.05
-# The costs that are compared with were learnt at least so many steps ago, and at most twice as many.
+# Beside a stage's usual slowness, which is the lower quartile of its slices before the window, as noise that comes and
+# goes is not usual. Neighbours on the same cores may well make it three times as much.
+MAX_SLOWDOWN = 5.0
+# The least that counts as usual. It is 1 where all is as when the costs were learnt, and less where that was noisier.
+MIN_USUAL = 0.5
+# A window has so many slices, and in so many of them a straggler is too slow.
+SLICES_PER_WINDOW = 8
+MIN_SLOW_SLICES = 6
+# Slices before the window, from which is known what is usual: at least, and at most.
+MIN_USUAL_SLICES = 8
+MAX_USUAL_SLICES = 64
+# The costs that are compared with were learnt at least so many steps ago.
 STEPS_BETWEEN_REFERENCES = 256
-# Positions attended to, beside the most that were measured by then: a lone stream's always grow beyond that. Even where
-# they are all that a step costs, it cannot get slower by more than this, which is less than MAX_SLOWDOWN.
+# Positions attended to, in the step and by each row, beside the most that were measured by then: a lone stream's always
+# grow beyond that. Even where they are all that a step costs, it cannot get slower by more than this, which is less
+# than MAX_SLOWDOWN.
 MAX_CONTEXT_RATIO = 3.0
-# Fewer steps than these are no sample.
-MIN_STEPS = 8
 
 
-class _Reference(NamedTuple):
-    """What steps cost each stage, up to so many decodes and positions that they attend to."""
+@dataclass(frozen=True, slots=True)
+class _Shapes:
+    """The steps that were measured: from and up to so many rows, positions in all, and positions for a row."""
+
+    min_decodes: int
+    max_decodes: int
+    min_context: int
+    max_context: int
+    max_row_context: float
+
+    @classmethod
+    def of(cls, shape: StepShape) -> _Shapes:
+        rows, context = shape.num_decodes, shape.decode_context
+        return cls(rows, rows, context, context, context / rows)
+
+    def with_step(self, shape: StepShape) -> _Shapes:
+        rows, context = shape.num_decodes, shape.decode_context
+        return _Shapes(
+            min(self.min_decodes, rows),
+            max(self.max_decodes, rows),
+            min(self.min_context, context),
+            max(self.max_context, context),
+            max(self.max_row_context, context / rows),
+        )
+
+    def is_near(self, shape: StepShape) -> bool:
+        """Whether a step is no larger than these, or only a little longer."""
+        rows, context = shape.num_decodes, shape.decode_context
+        return (
+            rows <= self.max_decodes
+            and context <= MAX_CONTEXT_RATIO * self.max_context
+            and context / rows <= MAX_CONTEXT_RATIO * self.max_row_context
+        )
+
+    def expected_s(self, cost: StageCost, shape: StepShape) -> float:
+        """What a step should take. One that is smaller than any of these may take as long as the smallest."""
+        rows, context = max(shape.num_decodes, self.min_decodes), max(shape.decode_context, self.min_context)
+        return max(cost.decode_s(rows, context), MIN_SECONDS)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reference:
+    """What steps of these shapes cost each stage at some time."""
 
     costs: list[StageCost]
-    max_decodes: int
-    max_context: int
+    shapes: _Shapes
+
+
+@dataclass(slots=True)
+class _StageHistory:
+    """How slow a stage was: so far in the slice that goes on, and in the latest ones."""
+
+    took_s: float = 0.0
+    expected_s: float = 0.0
+    slices: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_USUAL_SLICES + SLICES_PER_WINDOW))
+
+    def end_slice(self) -> None:
+        """Does not count one in which no step could be compared."""
+        if self.expected_s > 0.0:
+            self.slices.append(self.took_s / self.expected_s)
+        self.took_s = self.expected_s = 0.0
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether it was too slow in most of the latest window."""
+        limit = self._limit
+        return sum(slowness > limit for slowness in self._window) >= MIN_SLOW_SLICES
+
+    @property
+    def looks_slow(self) -> bool:
+        """Whether it was too slow in the last slice: that may be how a straggler begins."""
+        return any(slowness > self._limit for slowness in self._window[-1:])
+
+    @property
+    def _window(self) -> list[float]:
+        return list(self.slices)[-SLICES_PER_WINDOW:]
+
+    @property
+    def _limit(self) -> float:
+        before = list(self.slices)[:-SLICES_PER_WINDOW]
+        usual = quantiles(before, n=4)[0] if len(before) >= MIN_USUAL_SLICES else 1.0
+        return MAX_SLOWDOWN * max(MIN_USUAL, usual)
 
 
 class StragglerDetector:
-    """Compares a pipeline's steps, in windows of `window_s`, with what `pacing` knew of its stages before."""
+    """Finds the straggler among the stages whose steps `pacing` learns from.
+
+    It takes about `window_s`, or the time of SLICES_PER_WINDOW steps where that is longer.
+    """
 
     def __init__(self, pacing: Pacing, window_s: float) -> None:
         self._pacing = pacing
-        self._window_s = window_s
-        self.forget()
-
-    def forget(self) -> None:
-        """The stages may be others now."""
-        self._latest: _Reference | None = None
+        self._slice_s = window_s / SLICES_PER_WINDOW
+        self._slice_began_s: float | None = None
+        self._stages = [_StageHistory() for _ in range(pacing.num_stages)]
+        self._shapes: _Shapes | None = None
         self._reference: _Reference | None = None
-        self._num_steps = 0
-        self._max_decodes = self._max_context = 0
-        self._begin_window(0.0)
+        self._next_reference: _Reference | None = None
+        self._num_steps = 0  # since the next reference was learnt
+        self._last_s = 0.0  # when the last step came back
 
-    def _begin_window(self, now_s: float) -> None:
-        self._since_s = now_s
-        self._num_compared = 0
-        self._expected_s = [0.0] * self._pacing.num_stages
-        self._took_s = [0.0] * self._pacing.num_stages
-        self._num_slow = [0] * self._pacing.num_stages
-
-    def observe(self, shape: StepShape, stages: Sequence[StageSeconds], now_s: float) -> int | None:
-        """A step came back at `now_s`. Returns the stage that is too slow, if one is."""
-        if shape.num_prefill_tokens or len(stages) != self._pacing.num_stages:
-            return None
-        self._num_steps += 1
-        self._max_decodes = max(self._max_decodes, shape.num_decodes)
-        self._max_context = max(self._max_context, shape.decode_context)
-        if self._num_steps % STEPS_BETWEEN_REFERENCES == 0:
-            now = _Reference(self._pacing.stage_costs(), self._max_decodes, self._max_context)
-            self._reference, self._latest = self._latest, now
-        reference = self._reference
-        if reference is None or shape.num_decodes > reference.max_decodes:
-            return None
-        if shape.decode_context > MAX_CONTEXT_RATIO * reference.max_context:
-            return None
-        return self._compare(reference.costs, shape, stages, now_s)
-
-    def _compare(
-        self, costs: list[StageCost], shape: StepShape, stages: Sequence[StageSeconds], now_s: float
+    def observe(
+        self, shape: StepShape, stages: Sequence[StageSeconds], round_trip_s: float, now_s: float
     ) -> int | None:
-        if now_s - self._since_s > 2.0 * self._window_s:  # there was a pause
-            self._begin_window(now_s)
-        self._num_compared += 1
-        for index, (cost, stage) in enumerate(zip(costs, stages, strict=True)):
-            expected_s = max(cost.decode_s(shape.num_decodes, shape.decode_context), MIN_SECONDS)
-            self._expected_s[index] += expected_s
-            self._took_s[index] += stage.compute_s
-            self._num_slow[index] += stage.compute_s > max(MAX_SLOWDOWN * expected_s, expected_s + MIN_EXCESS_S)
-        if now_s - self._since_s < self._window_s or self._num_compared < MIN_STEPS:
+        """A step came back at `now_s`. Returns the index of the stage that is a straggler, if one is."""
+        if shape.num_prefill_tokens or len(stages) != len(self._stages):
             return None
-        excess_s = MIN_EXCESS_S * self._num_compared
-        sums = zip(self._took_s, self._expected_s, strict=True)
-        slow = [
-            index
-            for index, (took_s, expected_s) in enumerate(sums)
-            if took_s > max(MAX_SLOWDOWN * expected_s, expected_s + excess_s)
-            and self._num_slow[index] > self._num_compared / 2  # one stall says nothing, however long
-        ]
-        self._begin_window(now_s)
-        return slow[0] if slow else None
+        if self._slice_began_s is None:
+            self._slice_began_s = self._last_s = now_s
+        was_idle = now_s - self._last_s - round_trip_s > self._slice_s
+        self._last_s = now_s
+        self._num_steps += 1
+        self._shapes = _Shapes.of(shape) if self._shapes is None else self._shapes.with_step(shape)
+        if not was_idle:  # else caches and clocks may be cold
+            self._compare(shape, stages)
+        if now_s - self._slice_began_s < self._slice_s:
+            return None
+        self._slice_began_s = now_s
+        return self._end_slice(self._shapes)
+
+    def _compare(self, shape: StepShape, stages: Sequence[StageSeconds]) -> None:
+        reference = self._reference
+        if reference is None or not reference.shapes.is_near(shape):
+            return
+        for history, cost, stage in zip(self._stages, reference.costs, stages, strict=True):
+            history.took_s += stage.compute_s
+            history.expected_s += reference.shapes.expected_s(cost, shape)
+
+    def _end_slice(self, shapes: _Shapes) -> int | None:
+        for history in self._stages:
+            history.end_slice()
+        if self._num_steps >= STEPS_BETWEEN_REFERENCES and not any(history.looks_slow for history in self._stages):
+            learnt = _Reference(self._pacing.stage_costs(), shapes)
+            self._reference, self._next_reference = self._next_reference or learnt, learnt
+            self._num_steps = 0
+        for index, history in enumerate(self._stages):
+            if history.is_slow:
+                return index
+        return None
