@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from stagecoach_shard.models.families import open_checkpoint
+from stagecoach_shard.models.graphed_layers import GraphedLayers
 from tests.unit.parity_schedules import SCHEDULES, TOLERANCE, Known
 from tests.unit.stage_chain import Running, StageChain
 from tests.unit.tiny_models import MODELS, random_tokens, reference_logits, save_tiny_model
@@ -74,3 +75,35 @@ def test_decodes_run_in_a_kernel_that_serves_every_length(tmp_path: Path) -> Non
     names = [event.key for event in profile.key_averages() if "scaled_dot_product" in event.key]
     assert any("flash" in name or "efficient" in name for name in names), names
     assert not any("cudnn" in name for name in names), names
+
+
+@pytest.mark.parametrize("name", ["qwen3", "mistral-window"])
+def test_decodes_are_recorded_once_for_a_size_and_replayed(name: str, tmp_path: Path) -> None:
+    known = Known.make(name, tmp_path)
+    for split in SPLITS:
+        chain = known.chain(split, CUDA)
+        num_replays, num_recorded = 0, 0
+        for schedule in SCHEDULES:
+            schedule(known, chain)
+            chain.poison(range(96))
+        for stage in chain.stages:
+            assert isinstance(stage._layers, GraphedLayers)
+            num_replays += stage._layers.num_replays
+            num_recorded += len(stage._layers._recorded)
+        assert num_replays > 2 * num_recorded > 0
+
+
+def test_recorded_decodes_of_many_rows_in_half_precision(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path, MODELS["qwen3"])
+    chain = StageChain(open_checkpoint(tmp_path), [0, 4], num_blocks=33 * 10, dtype=torch.bfloat16, device=CUDA)
+    running = [Running(random_tokens(30, seed=row), list(range(10 * row, 10 * row + 10))) for row in range(33)]
+    for index, one in enumerate(running):
+        chain.step((one, 1 + index % 9))
+    while running[0].position < 21:
+        chain.step(*((one, 1) for one in running))
+    for one in running[::8]:
+        exact = reference_logits(model, one.token_ids[: one.position])
+        theirs = reference_logits(model.to(torch.bfloat16), one.token_ids[: one.position]).float()
+        model.to(torch.float32)
+        ours = (one.stacked().float() - exact).square().mean()
+        assert ours <= 2.0 * (theirs - exact).square().mean()

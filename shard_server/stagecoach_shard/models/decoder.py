@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -45,11 +47,25 @@ class TorchLayers:
         """What the weights take."""
         return sum(layer.num_bytes for layer in self._layers)
 
+    @property
+    def attention_shapes(self) -> set[AttentionShape]:
+        """The kinds of these layers."""
+        return {layer.shape for layer in self._layers}
+
     def forward(self, hidden_states: Tensor, batch: Batch, cache: KVCache) -> Tensor:
         """`hidden_states` [num_tokens, hidden_size] -> the same."""
-        rotation = Rotation.at(batch.positions, self._inverse_frequencies, self._dtype)
-        shapes = {layer.shape for layer in self._layers}
-        steps = {shape: self._attention.prepare(batch, shape, self._dtype) for shape in shapes}
+        steps = {shape: self._attention.prepare(batch, shape, self._dtype) for shape in self.attention_shapes}
+        return self.run(hidden_states, batch.positions, steps, cache)
+
+    def run(
+        self,
+        hidden_states: Tensor,
+        positions: Tensor,
+        steps: Mapping[AttentionShape, AttentionStep],
+        cache: KVCache,
+    ) -> Tensor:
+        """The same for a micro-batch that is prepared: `positions` int64 [num_tokens], and a step for each kind."""
+        rotation = Rotation.at(positions, self._inverse_frequencies, self._dtype)
         for layer, layer_cache in zip(self._layers, cache.layers, strict=True):
             hidden_states = layer.forward(hidden_states, rotation, steps[layer.shape], layer_cache)
         return hidden_states

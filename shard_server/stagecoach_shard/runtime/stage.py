@@ -19,6 +19,7 @@ from stagecoach_shard.checkpoints.model_config import ModelConfig
 from stagecoach_shard.kv_cache import KVCache
 from stagecoach_shard.memory import give_back_unused
 from stagecoach_shard.models.decoder import TorchLayers
+from stagecoach_shard.models.graphed_layers import GraphedLayers
 from stagecoach_shard.models.layer_weights import LayerWeights
 from stagecoach_shard.models.layers import Layers
 from stagecoach_shard.models.linear import Linear
@@ -59,9 +60,11 @@ class Stage:
         if library is not None:
             self._layers = NativeLayers(config, layers, reader, library)
         else:
-            self._layers = TorchLayers(
+            in_torch = TorchLayers(
                 config, layers, reader, dtype=dtype, device=device, attention=attention or SdpaAttention()
             )
+            is_recorded = device.type == "cuda" and attention is None
+            self._layers = GraphedLayers(in_torch, dtype=dtype, device=device) if is_recorded else in_torch
         self.is_native = library is not None
         self._norm: RMSNorm | None = None
         self._head: Linear | NativeLinear | None = None
