@@ -21,7 +21,8 @@ from stagecoach_shard.leases.assignment import Assignment
 from stagecoach_shard.leases.served_stage import ServedStage, StepLimits
 from stagecoach_shard.leases.wire import DTYPES
 from stagecoach_shard.rpc.service import ShardService
-from stagecoach_shard.runtime.stage_runner import LeaseLoad, Load, StageInput, StepTimes
+from stagecoach_shard.runtime.load import LoadMeter, StepTimes
+from stagecoach_shard.runtime.stage_runner import StageInput
 
 LEASE_ID = 77
 EPOCH = 3
@@ -96,17 +97,13 @@ class CheckingRunner:
             config=config,
         )
         self.cache: Any = SimpleNamespace(num_blocks=NUM_BLOCKS, total_bytes=1)
-        self.load = Load()
-        self.queue_depth = 0
+        self.meter = LoadMeter()
         self.num_steps = 0
-
-    def load_of(self, lease: LeaseLoad) -> LeaseLoad:
-        return lease
 
     def stop(self, timeout_s: float) -> bool:
         return True
 
-    def submit(self, step: StageInput, on_done: Any) -> None:
+    def submit(self, step: StageInput, on_done: Any, *, decode_s: float = 0.0) -> None:
         rows = step.batch
         assert rows.total_tokens <= MAX_BATCH_TOKENS
         assert int((rows.starts + rows.num_tokens).max()) <= CONTEXT_LENGTH
@@ -123,7 +120,7 @@ class CheckingRunner:
             if wanted.temperatures is not None:
                 assert bool(torch.isfinite(wanted.temperatures).all() and (wanted.temperatures >= 0).all())
         self.num_steps += 1
-        on_done(None if not self.stage.is_last else [], StepTimes(queue_s=0.0, compute_s=0.0))
+        on_done(None if not self.stage.is_last else [], StepTimes(decode_s, queue_s=0.0, compute_s=0.0))
 
 
 def _no_dial(address: str) -> NoReturn:

@@ -211,12 +211,12 @@ async def test_a_stage_that_answers_twice_loses_the_pipeline_and_does_not_hang_i
     deliver = forward_stream._deliver
     answered = []
 
-    def once_twice(stage, session, header, result, decode_s, times, on_sent):
-        deliver(stage, session, header, result, decode_s, times, on_sent)
+    def once_twice(stage, session, header, result, times, on_sent):
+        deliver(stage, session, header, result, times, on_sent)
         if not answered:
             answered.append(header.step)
             del header.timings[:]  # it is the step that is to be refused
-            deliver(stage, session, header, result, decode_s, times, lambda: None)
+            deliver(stage, session, header, result, times, lambda: None)
 
     shard = start_shard(tiny_model, "0:4")
     router = start_router([shard.address])

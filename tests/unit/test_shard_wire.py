@@ -20,8 +20,9 @@ from stagecoach_shard.attention.batch import Batch
 from stagecoach_shard.kv_cache import KVCache
 from stagecoach_shard.leases import wire
 from stagecoach_shard.models.families import open_checkpoint
+from stagecoach_shard.runtime.load import StepTimes
+from stagecoach_shard.runtime.outputs import Output
 from stagecoach_shard.runtime.stage import Stage
-from stagecoach_shard.runtime.stage_runner import Output, StepTimes
 from tests.unit.stage_chain import CPU
 from tests.unit.tiny_models import MODELS, save_tiny_model
 
@@ -223,9 +224,9 @@ def test_results_say_what_their_arrays_are(dtype: torch.dtype) -> None:
     frame = wire.write_result(
         pb.MicroBatchHeader(epoch=5, step=9, timings=timings),
         [
-            Output((logits,), 2, HIDDEN, candidates=False, log_sum_exp=False),
-            Output((token_ids, values), 1, 2, candidates=True, log_sum_exp=False),
-            Output((token_ids, values, sums, sums), 1, 2, candidates=True, log_sum_exp=True),
+            Output(logits),
+            Output(values, token_ids),
+            Output(values, token_ids, (sums, sums)),
         ],
     )
     message, payload = read_frame(pb.SessionResponse, frame)
@@ -262,7 +263,7 @@ def test_timings_that_no_stages_before_can_have_measured_are_refused(
 
 def test_a_stage_adds_its_timing_after_those_before_it() -> None:
     header = pb.MicroBatchHeader(timings=[pb.StageTiming(decode_s=1.0)])
-    wire.add_timing(header, 0.5, StepTimes(queue_s=0.25, compute_s=2.0))
+    wire.add_timing(header, StepTimes(decode_s=0.5, queue_s=0.25, compute_s=2.0))
     assert list(header.timings) == [
         pb.StageTiming(decode_s=1.0),
         pb.StageTiming(decode_s=0.5, queue_s=0.25, compute_s=2.0),

@@ -18,18 +18,16 @@ from stagecoach_shard.attention.sdpa import SdpaAttention, SdpaStep
 from stagecoach_shard.checkpoints.checkpoint import Checkpoint
 from stagecoach_shard.kv_cache import KVCache
 from stagecoach_shard.models.families import open_checkpoint
+from stagecoach_shard.runtime.load import Load, StepTimes
+from stagecoach_shard.runtime.outputs import Output, WantedOutput
 from stagecoach_shard.runtime.stage import Stage
 from stagecoach_shard.runtime.stage_runner import (
-    LeaseLoad,
-    Output,
     StageInput,
     StageResult,
     StageRunner,
-    StepTimes,
-    WantedOutput,
 )
 from tests.unit.stage_chain import CPU
-from tests.unit.tiny_models import MODELS, VOCAB_SIZE, reference_logits, save_tiny_model
+from tests.unit.tiny_models import MODELS, reference_logits, save_tiny_model
 
 BLOCK_SIZE, NUM_BLOCKS, TIMEOUT_S = 4, 8, 20.0
 TOKEN_IDS = [5, 60, 31, 7]
@@ -76,11 +74,20 @@ class Scene:
         *,
         outputs: tuple[WantedOutput, ...] = (),
         is_current: Callable[[], bool] = lambda: True,
-        lease: LeaseLoad | None = None,
+        lease: Load | None = None,
     ) -> None:
         inputs = torch.tensor(token_ids, dtype=torch.int32)
-        step = StageInput(inputs, make_batch(len(token_ids)), outputs, is_current, lease or LeaseLoad())
+        step = StageInput(inputs, make_batch(len(token_ids)), outputs, is_current, lease or Load())
         self.runner.submit(step, lambda answer, times: self._answers.put((name, answer, times)))
+
+    @property
+    def load(self) -> Load:
+        """The stage's, as of now."""
+        return self.runner.meter.read(Load())[0]
+
+    def load_of(self, lease: Load) -> Load:
+        """The lease's, as of now."""
+        return self.runner.meter.read(lease)[1]
 
     def answer(self, name: str) -> Answer:
         """The next answer, which must be that of `name`."""
@@ -133,10 +140,10 @@ def test_the_last_stage_answers_with_the_outputs_that_were_asked_for(
     assert isinstance(outputs, list)
     rows, candidates = outputs
     assert isinstance(rows, Output)
-    assert (rows.num_rows, rows.num_columns, rows.candidates) == (2, VOCAB_SIZE, False)
-    torch.testing.assert_close(rows.arrays[0], expected[[3, 0]], atol=1e-4, rtol=0)
-    assert (candidates.num_rows, candidates.num_columns, candidates.log_sum_exp) == (1, 3, True)
+    assert rows.token_ids is None
+    torch.testing.assert_close(rows.logits, expected[[3, 0]], atol=1e-4, rtol=0)
     token_ids, values, plain, scaled = candidates.arrays
+    assert (tuple(token_ids.shape), tuple(values.shape)) == ((1, 3), (1, 3))
     assert token_ids[0].tolist() == expected[2].topk(3).indices.tolist()
     torch.testing.assert_close(values[0], expected[2].topk(3).values, atol=1e-4, rtol=0)
     torch.testing.assert_close(plain[0], expected[2].logsumexp(0), atol=1e-4, rtol=0)
@@ -168,7 +175,7 @@ def test_a_step_that_fails_is_told_and_the_next_one_runs(scene: Scene) -> None:
     assert str(error) == "no luck"
     assert scene.answer("good again") == []
     assert scene.runner.alive
-    assert scene.runner.load.num_steps == 2
+    assert scene.load.num_steps == 2
 
 
 def test_a_result_that_cannot_be_given_back_ends_nothing(scene: Scene) -> None:
@@ -188,7 +195,7 @@ def test_a_step_whose_lease_has_ended_is_not_computed(scene: Scene) -> None:
     scene.submit("good")
     assert scene.answer("ended") is None
     assert scene.answer("good") == []
-    assert len(begun) == scene.runner.load.num_steps == 1
+    assert len(begun) == scene.load.num_steps == 1
 
 
 def test_whether_a_lease_stands_is_asked_when_its_turn_comes(scene: Scene) -> None:
@@ -203,17 +210,15 @@ def test_whether_a_lease_stands_is_asked_when_its_turn_comes(scene: Scene) -> No
     scene.submit("first")
     scene.submit("second", is_current=lambda: stands)
     assert begun.wait(TIMEOUT_S)
-    assert scene.runner.queue_depth == 1
-    assert scene.runner.busy_s > 0
-    seen = [scene.runner.load for _ in range(2)]
+    assert scene.load.queue_depth == 1
+    seen = [scene.load for _ in range(2)]
     assert 0 < seen[0].compute_s < seen[1].compute_s  # also of the step in hand
     assert seen[0].wait_s == seen[1].wait_s
     stands = False
     go_on.set()
     assert scene.answer("first") == []
     assert scene.answer("second") is None
-    assert scene.runner.queue_depth == 0
-    assert scene.runner.busy_s == 0
+    assert scene.load.queue_depth == 0
 
 
 def test_the_counters_add_up(scene: Scene) -> None:
@@ -225,7 +230,7 @@ def test_the_counters_add_up(scene: Scene) -> None:
     scene.attention.before = fail
     scene.submit("bad")
     assert isinstance(scene.answer("bad"), RuntimeError)
-    load = scene.runner.load
+    load = scene.load
     assert (load.num_steps, load.num_tokens) == (3, 7)
     assert load.compute_s > 0
     assert load.wait_s > 0
@@ -243,7 +248,7 @@ def test_the_times_of_steps_are_the_counters_parts(scene: Scene) -> None:
     held.set()
     times = [scene.timed_answer(name)[1] for name in ("first", "second")]
     assert times[1].queue_s > 0  # behind the first one
-    load = scene.runner.load
+    load = scene.load
     assert sum(one.queue_s for one in times) == pytest.approx(load.queue_s)
     assert sum(one.compute_s for one in times) == pytest.approx(load.compute_s)
 
@@ -255,23 +260,23 @@ def test_each_leases_figures_are_of_its_own_steps(scene: Scene) -> None:
         begun.set()
         assert go_on.wait(TIMEOUT_S)
 
-    ours, theirs = LeaseLoad(), LeaseLoad()
+    ours, theirs = Load(), Load()
     scene.attention.before = hold
     scene.submit("theirs", lease=theirs)
     scene.submit("ours", lease=ours)
     scene.submit("more of ours", lease=ours)
     assert begun.wait(TIMEOUT_S)
-    assert scene.runner.load_of(ours) == LeaseLoad(num_steps=0, compute_s=0.0, queue_depth=2)
-    seen = [scene.runner.load_of(theirs) for _ in range(2)]
+    assert scene.load_of(ours) == Load(queue_depth=2)
+    seen = [scene.load_of(theirs) for _ in range(2)]
     assert 0 < seen[0].compute_s < seen[1].compute_s  # also of the step in hand
     assert (seen[1].num_steps, seen[1].queue_depth) == (0, 0)
     go_on.set()
     times = {name: scene.timed_answer(name)[1].compute_s for name in ("theirs", "ours", "more of ours")}
-    after = [scene.runner.load_of(lease) for lease in (ours, theirs)]
+    after = [scene.load_of(lease) for lease in (ours, theirs)]
     assert [(load.num_steps, load.queue_depth) for load in after] == [(2, 0), (1, 0)]
     assert after[0].compute_s == pytest.approx(times["ours"] + times["more of ours"])
     assert after[1].compute_s == pytest.approx(times["theirs"])
-    assert sum(load.compute_s for load in after) == pytest.approx(scene.runner.load.compute_s)
+    assert sum(load.compute_s for load in after) == pytest.approx(scene.load.compute_s)
 
 
 def test_a_lost_device_fails_every_later_step_and_shows(scene: Scene) -> None:
@@ -285,14 +290,14 @@ def test_a_lost_device_fails_every_later_step_and_shows(scene: Scene) -> None:
     scene.attention.before = lambda batch: None
     scene.submit("second")
     assert isinstance(scene.answer("second"), torch.AcceleratorError)
-    assert scene.runner.load.num_steps == 0
+    assert scene.load.num_steps == 0
 
 
 def test_it_is_alive_from_start_to_stop_and_answers_what_was_queued(tiny: tuple[Checkpoint, torch.Tensor]) -> None:
     scene = Scene(tiny[0], LayerRange(0, 4))
     assert not scene.runner.alive
     scene.submit("early")
-    assert scene.runner.queue_depth == 1
+    assert scene.load.queue_depth == 1
     scene.runner.start()
     assert scene.runner.alive
     scene.submit("late")

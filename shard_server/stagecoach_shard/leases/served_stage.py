@@ -11,10 +11,11 @@ import secrets
 from dataclasses import dataclass
 
 from stagecoach import errors
-from stagecoach.rpc.framing import FrameCounter, write_frame
+from stagecoach.rpc.framing import FrameCounter
 from stagecoach.topology import LayerRange
 from stagecoach.v1 import shard_pb2
 from stagecoach_shard.checkpoints.checkpoint import Checkpoint
+from stagecoach_shard.leases import wire
 from stagecoach_shard.leases.block_ranges import BlockRanges
 from stagecoach_shard.leases.lease import Lease
 from stagecoach_shard.leases.session import LeaseSession, check_open
@@ -43,8 +44,6 @@ class ServedStage:
         self.limits = limits
         self.shard_id = secrets.token_hex(8)
         self.frames = FrameCounter()
-        self.decode_s = 0.0
-        self.encode_s = 0.0
         self._checkpoint = checkpoint
         self._blocks = BlockRanges(runner.cache.num_blocks)
         self._sessions: dict[int, LeaseSession] = {}
@@ -137,25 +136,7 @@ class ServedStage:
 
     def load_report(self, session: LeaseSession, number: int) -> bytes:
         """The frame of a load report for the router of `session`, as of now."""
-        own = self.runner.load_of(session.load)
-        load = self.runner.load  # after `own`, which is a part of it
-        report = shard_pb2.LoadReport(
-            num_steps=load.num_steps,
-            num_tokens=load.num_tokens,
-            compute_s=load.compute_s,
-            wait_s=load.wait_s,
-            queue_s=load.queue_s,
-            decode_s=self.decode_s,
-            encode_s=self.encode_s,
-            queue_depth=self.runner.queue_depth,
-            num_fast_frames=self.frames.num_fast_frames,
-            num_frames=self.frames.num_frames,
-            number=number,
-            lease_num_steps=own.num_steps,
-            lease_compute_s=own.compute_s,
-            lease_queue_depth=own.queue_depth,
-        )
-        return write_frame(shard_pb2.SessionResponse(load=report))
+        return wire.write_load_report(*self.runner.meter.read(session.load), self.frames, number)
 
     def drain(self) -> None:
         """Opens no lease from now on."""

@@ -16,8 +16,8 @@ from stagecoach.rpc.watch_clock import LOOKS_PER_TIMEOUT, Silence
 from stagecoach.v1 import shard_pb2
 from stagecoach_shard.leases import wire
 from stagecoach_shard.leases.lease import Lease
+from stagecoach_shard.runtime.load import Load
 from stagecoach_shard.runtime.stage import Stage
-from stagecoach_shard.runtime.stage_runner import LeaseLoad
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class LeaseSession:
 
     def __init__(self, lease: Lease, silence_timeout_s: float = 0.0) -> None:
         self.lease = lease
-        self.load = LeaseLoad()
+        self.load = Load()
         self.link: ForwardLink | None = None
         self.ended = False
         self.num_queued = 0  # micro-batches whose credit has not gone back

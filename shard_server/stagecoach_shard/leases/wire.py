@@ -11,9 +11,10 @@ from torch import Tensor
 
 from stagecoach.errors import InvalidArgument, OutOfRange
 from stagecoach.rpc.channel import MAX_SHARD_MESSAGE_BYTES
-from stagecoach.rpc.framing import write_frame
+from stagecoach.rpc.framing import FrameCounter, write_frame
 from stagecoach.v1 import model_pb2, shard_pb2
-from stagecoach_shard.runtime.stage_runner import Output, StepTimes, WantedOutput
+from stagecoach_shard.runtime.load import Load, StepTimes
+from stagecoach_shard.runtime.outputs import Output, WantedOutput
 
 DTYPES: dict[torch.dtype, model_pb2.DType] = {
     torch.float32: model_pb2.DTYPE_FLOAT32,
@@ -154,9 +155,9 @@ def check_timings(timings: Sequence[shard_pb2.StageTiming], first_layer: int) ->
                 raise InvalidArgument(f"timings: {seconds} s", field="timings", limit="[0, inf)", value=seconds)
 
 
-def add_timing(header: shard_pb2.MicroBatchHeader, decode_s: float, times: StepTimes) -> None:
+def add_timing(header: shard_pb2.MicroBatchHeader, times: StepTimes) -> None:
     """This stage's own timing, after those of the stages before it."""
-    header.timings.add(decode_s=decode_s, queue_s=times.queue_s, compute_s=times.compute_s)
+    header.timings.add(decode_s=times.decode_s, queue_s=times.queue_s, compute_s=times.compute_s)
 
 
 def write_hidden_states(header: shard_pb2.MicroBatchHeader, hidden_states: Tensor) -> bytes:
@@ -171,14 +172,35 @@ def write_result(header: shard_pb2.MicroBatchHeader, outputs: Sequence[Output]) 
     payload = []
     for output in outputs:
         result.outputs.add(
-            num_rows=output.num_rows,
-            num_columns=output.num_columns,
-            candidates=output.candidates,
-            log_sum_exp=output.log_sum_exp,
-            dtype=DTYPES[output.arrays[-1 if not output.candidates else 1].dtype],
+            num_rows=output.logits.shape[0],
+            num_columns=output.logits.shape[1],
+            candidates=output.token_ids is not None,
+            log_sum_exp=bool(output.log_sum_exps),
+            dtype=DTYPES[output.logits.dtype],
         )
         payload += [tensor_bytes(array) for array in output.arrays]
     return write_frame(shard_pb2.SessionResponse(result=result), payload)
+
+
+def write_load_report(total: Load, own: Load, frames: FrameCounter, number: int) -> bytes:
+    """The frame for a router that asked question `number`: the stage's load, and that of the router's lease."""
+    report = shard_pb2.LoadReport(
+        num_steps=total.num_steps,
+        num_tokens=total.num_tokens,
+        compute_s=total.compute_s,
+        wait_s=total.wait_s,
+        queue_s=total.queue_s,
+        decode_s=total.decode_s,
+        encode_s=total.encode_s,
+        queue_depth=total.queue_depth,
+        num_fast_frames=frames.num_fast_frames,
+        num_frames=frames.num_frames,
+        number=number,
+        lease_num_steps=own.num_steps,
+        lease_compute_s=own.compute_s,
+        lease_queue_depth=own.queue_depth,
+    )
+    return write_frame(shard_pb2.SessionResponse(load=report))
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

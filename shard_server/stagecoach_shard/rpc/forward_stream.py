@@ -25,7 +25,8 @@ from stagecoach_shard.leases import wire
 from stagecoach_shard.leases.assignment import Assignment
 from stagecoach_shard.leases.served_stage import ServedStage
 from stagecoach_shard.leases.session import LeaseSession
-from stagecoach_shard.runtime.stage_runner import StageInput, StageResult, StepTimes
+from stagecoach_shard.runtime.load import StepTimes
+from stagecoach_shard.runtime.stage_runner import StageInput, StageResult
 
 logger = logging.getLogger(__name__)
 
@@ -86,13 +87,10 @@ def accept(stage: ServedStage, data: bytes, credits: Credits) -> None:
         session.num_queued -= 1
         credits.put_nowait(1)
 
-    decode_s = time.perf_counter() - begin
-    stage.decode_s += decode_s
+    def done(result: StageResult | Exception | None, times: StepTimes) -> None:
+        loop.call_soon_threadsafe(_deliver, stage, session, header, result, times, give_credit_back)
 
-    def done(result: StageResult | BaseException | None, times: StepTimes) -> None:
-        loop.call_soon_threadsafe(_deliver, stage, session, header, result, decode_s, times, give_credit_back)
-
-    stage.runner.submit(step, done)
+    stage.runner.submit(step, done, decode_s=time.perf_counter() - begin)
 
 
 def read_step(
@@ -133,7 +131,7 @@ def read_step(
         if weights.is_last
         else [],
         is_current=lambda: not session.ended,
-        lease_load=session.load,
+        load=session.load,
     )
 
 
@@ -141,23 +139,22 @@ def _deliver(
     stage: ServedStage,
     session: LeaseSession,
     header: shard_pb2.MicroBatchHeader,
-    result: StageResult | BaseException | None,
-    decode_s: float,
+    result: StageResult | Exception | None,
     times: StepTimes,
     on_sent: Callable[[], None],
 ) -> None:
     """Sends a finished step on. Its credit goes back upstream only when it has left."""
     if session.ended:
         return
-    if result is None or isinstance(result, BaseException):
+    if result is None or isinstance(result, Exception):
         session.fail(errors.ShardFault(f"step {header.step} failed: {result!r}"), header.step)
         return
     begin = time.perf_counter()
-    wire.add_timing(header, decode_s, times)
+    wire.add_timing(header, times)
     if isinstance(result, list):
         session.outbox.put_nowait((wire.write_result(header, result), on_sent))
     else:
         assert session.link is not None, "every stage but the last has a next hop"
         header.first_layer = stage.runner.stage.layers.end
         session.link.send(wire.write_hidden_states(header, result), on_sent)
-    stage.encode_s += time.perf_counter() - begin
+    stage.runner.meter.encoded(time.perf_counter() - begin)
