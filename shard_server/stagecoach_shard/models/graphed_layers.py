@@ -25,6 +25,8 @@ BLOCK_SIZES = (2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 # groups of rows of like lengths are better. Steps of a few blocks cost a launch, whatever they read.
 MAX_PADDING = 4
 MIN_BLOCKS = 16
+# Of the keys and values that a layer of a recorded step gathers: the device keeps that much for all graphs together.
+MAX_GATHERED_BYTES = 256 << 20
 
 
 @dataclass(slots=True)
@@ -50,6 +52,8 @@ class GraphedLayers:
         self._met: set[tuple[int, int]] = set()
         self._recorded: dict[tuple[int, int], _Recorded] = {}
         self._cache: KVCache | None = None  # the one whose addresses the graphs have
+        # One graph runs at a time, and what it leaves is used before the next one: they share what lies between.
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.num_replays = 0
 
     @property
@@ -84,7 +88,13 @@ class GraphedLayers:
             return None
         rows, blocks = ROW_SIZES[bisect_left(ROW_SIZES, num_rows)], BLOCK_SIZES[bisect_left(BLOCK_SIZES, longest)]
         num_seen = max(int(blocks.sum()) for blocks in seen)
-        return (rows, blocks) if rows * blocks <= max(MAX_PADDING * num_seen, MIN_BLOCKS) else None
+        num_allowed = min(max(MAX_PADDING * num_seen, MIN_BLOCKS), MAX_GATHERED_BYTES // self._block_bytes(batch))
+        return (rows, blocks) if rows * blocks <= num_allowed else None
+
+    def _block_bytes(self, batch: Batch) -> int:
+        """What a block of keys and values takes in one layer."""
+        numbers = max(shape.num_kv_heads * shape.head_dim for shape in self._layers.attention_shapes)
+        return 2 * batch.block_size * numbers * self._dtype.itemsize
 
     def _record(self, size: tuple[int, int], hidden_size: int, batch: Batch, cache: KVCache) -> _Recorded:
         rows, blocks = size
@@ -99,7 +109,7 @@ class GraphedLayers:
                 step.fill(batch)  # what is recorded is not run, but block ids that are none would be refused
             recorded.graph = torch.cuda.CUDAGraph()
             # The event loop's threads may use the device meanwhile, and do not disturb this.
-            with torch.cuda.graph(recorded.graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(recorded.graph, pool=self._pool, capture_error_mode="thread_local"):
                 recorded.outputs = self._run(recorded, cache)
         return recorded
 
