@@ -1,4 +1,8 @@
-"""The `stagecoach` command. Each file is one subcommand; what is slow to import is imported inside of it."""
+"""The `stagecoach` command.
+
+Each subcommand has a file of its name. Whatever is slow to import is imported inside of the function that needs it, so
+that the command starts fast.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from stagecoach.errors import StagecoachError
 
 
 def main() -> None:
-    """The entry point."""
+    """The entry point of the `stagecoach` command."""
     try:
         import rich  # noqa: F401
         import typer  # noqa: F401
@@ -19,7 +23,7 @@ def main() -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs one command line. Returns the exit status: 1 for an error, 2 for wrong usage, 130 after ctrl-C."""
+    """Runs one command line. Returns the exit status: 0, 1 for an error, 2 for wrong usage, 130 after ctrl-C."""
     from stagecoach_cli.app import app
 
     try:
@@ -28,7 +32,7 @@ def run(arguments: Sequence[str]) -> int:
         sys.stdout.flush()
         print(f"error: {describe(error)}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:  # one that came after typer's own handling of it
+    except KeyboardInterrupt:  # typer handles it itself, except when it comes late
         return 130
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
@@ -36,7 +40,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def describe(error: StagecoachError) -> str:
-    """The error's message, with its field and limit where the message does not name them."""
+    """The error's message, followed by its field and its limit unless the message names them."""
     facts = [
         f"{name} {value}"
         for name, value in (("field", error.field), ("limit", error.limit))

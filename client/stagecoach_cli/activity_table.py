@@ -1,4 +1,4 @@
-"""What a cluster did, for people: the same in `stagecoach status` and `stagecoach bench`."""
+"""What a cluster did, for people to read. `stagecoach status` and `stagecoach bench` both show it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
 
     from stagecoach_client.activity import Activity, StageActivity
 
-# Times are per step, so that they can be compared: a stage's step is compute + codec, and what it waits for before.
+# All times are per step, so that they can be compared with each other.
 _COLUMNS = ("stage", "layers", "steps", "tokens", "busy", "bubble", "compute ms", "wait ms", "queue ms", "decode ms",
             "encode ms", "fast frames")  # fmt: skip
 
 
 def activity_line(done: Activity) -> str:
-    """The router's part, in one line."""
+    """What the router counted, in one line."""
     parts = [
         f"sequences ran for {done.active_s:.1f} s",
         f"prefix hits {format_fraction(done.prefix_hit_fraction)}",
@@ -33,7 +33,7 @@ def activity_line(done: Activity) -> str:
 
 
 def stage_table(title: str, done: Activity) -> Table:
-    """A row for each stage, and the pipeline it is in where there are several; times are per step."""
+    """A table with a row for each stage. If there are several pipelines, it says which one each stage is in."""
     from rich.table import Table
     from rich.text import Text
 

@@ -1,4 +1,4 @@
-"""All the commands in one."""
+"""The `stagecoach` command, put together from its subcommands."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def stagecoach(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Serve a language model that is too big for one machine, and talk to it."""

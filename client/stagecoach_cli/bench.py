@@ -1,4 +1,4 @@
-"""`stagecoach bench`: how fast a running cluster is, seen from a client."""
+"""`stagecoach bench`: how fast a running cluster is, as a client sees it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stagecoach import __version__
-from stagecoach.errors import ConfigError, InvalidArgument, OutOfRange
+from stagecoach.errors import ConfigError, OutOfRange
 from stagecoach_cli.options import (
     DEFAULT_TARGET,
     ApiKey,
@@ -24,6 +24,7 @@ from stagecoach_cli.options import (
     TlsKey,
     TlsServerName,
     choose_tls,
+    parse_whole_numbers,
 )
 
 if TYPE_CHECKING:
@@ -41,25 +42,26 @@ def bench(
     api_key: ApiKey = None,
     model: ModelName = "",
     concurrency: Annotated[
-        str, typer.Option(metavar="N,N,...", help="Simultaneous requests; one run each.")
+        str, typer.Option(metavar="N,N,...", help="How many requests are sent at a time. Each number is a run.")
     ] = "1,8,32",
-    prompt_tokens: Annotated[int, typer.Option(help="Of each request; random ones.")] = 128,
-    output_tokens: Annotated[int, typer.Option(help="Of each request; none stops earlier.")] = 64,
-    requests_per_client: Annotated[int, typer.Option(help="One after the other.")] = 1,
-    warmup: Annotated[bool, typer.Option(help="First do each run once with little output.")] = True,
-    seed: Annotated[int | None, typer.Option(help="Of the prompts; default: a new one.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of each prompt, chosen at random.")] = 128,
+    output_tokens: Annotated[int, typer.Option(help="Tokens that each request generates; none stops earlier.")] = 64,
+    requests_per_client: Annotated[int, typer.Option(help="Requests that each client sends, one after another.")] = 1,
+    warmup: Annotated[bool, typer.Option(help="Before each measurement, run it once with little output.")] = True,
+    seed: Annotated[int | None, typer.Option(help="Decides the prompts. By default it is different each time.")] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Also write the results here.")
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the results to this file as well.")
     ] = None,
     tls_ca: TlsCA = None,
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
     tls_server_name: TlsServerName = "",
 ) -> None:
-    """Measure throughput and latency. Prompts differ, so that the prefix cache does not help."""
+    """Measure throughput and latency. All prompts differ, so that the prefix cache does not help."""
     from stagecoach_cli.load import DEFINITIONS, Load
 
-    loads = [Load(count, prompt_tokens, output_tokens, requests_per_client) for count in parse_counts(concurrency)]
+    counts = parse_whole_numbers(concurrency, "concurrency")
+    loads = [Load(count, prompt_tokens, output_tokens, requests_per_client) for count in counts]
     if json_file is not None:
         _check_writable(json_file)
     seed = random.SystemRandom().randrange(2**32) if seed is None else seed
@@ -81,15 +83,6 @@ def bench(
             "results": [dataclasses.asdict(result) for result in results],
         }
         json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-
-
-def parse_counts(text: str) -> list[int]:
-    """The numbers in "1,8,32"."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        message = f"concurrency must be whole numbers separated by commas, for example 1,8,32; got {text!r:.80}"
-        raise InvalidArgument(message, field="concurrency", value=text) from error
 
 
 async def _run(
@@ -128,7 +121,7 @@ def _choose(models: tuple[Model, ...], name: str, target: str) -> Model:
 
 
 def _check_writable(path: Path) -> None:
-    """Before minutes of measuring rather than after. A file that was not there is not there afterwards either."""
+    """Raises ConfigError before minutes of measuring rather than after. It leaves no file that was not there before."""
     try:
         existed = path.exists()
         with path.open("a", encoding="utf-8"):

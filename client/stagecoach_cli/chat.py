@@ -8,24 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stagecoach.errors import InvalidArgument, OutOfRange, StagecoachError
+from stagecoach.errors import OutOfRange, StagecoachError
 from stagecoach_cli import describe
 from stagecoach_cli.options import (
     DEFAULT_TARGET,
     ApiKey,
-    MaxTokens,
     ModelName,
-    Seed,
     Target,
-    Temperature,
     TlsCA,
     TlsCert,
     TlsKey,
     TlsServerName,
-    TopK,
-    TopP,
     choose_tls,
 )
+from stagecoach_cli.sampling_options import MaxTokens, Seed, Temperature, TopK, TopP
 
 if TYPE_CHECKING:
     from stagecoach_client import Client, Message
@@ -37,7 +33,7 @@ def chat(
     target: Target = DEFAULT_TARGET,
     api_key: ApiKey = None,
     model: ModelName = "",
-    system: Annotated[str | None, typer.Option(help="What the model is told to be.")] = None,
+    system: Annotated[str | None, typer.Option(help="The system message, which says what the model should be.")] = None,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     top_k: TopK = None,
@@ -48,22 +44,28 @@ def chat(
     tls_key: TlsKey = None,
     tls_server_name: TlsServerName = "",
 ) -> None:
-    """Talk to a chat model. ctrl-C stops an answer; /new forgets the conversation; /exit or ctrl-D leaves."""
+    """Talk to a chat model. ctrl-C stops an answer, /new forgets the conversation, /exit or ctrl-D leaves."""
     from stagecoach_client import Client
 
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  # gives input() line editing and a history
+        import readline  # noqa: F401  # importing it gives input() line editing and a history
 
-    options = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    options = {name: value for name, value in options.items() if value is not None}
+    options = {
+        "model": model,
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+    }
     with Client(target, api_key=api_key, tls=choose_tls(tls_ca, tls_cert, tls_key, tls_server_name)) as client:
         names = [served.name for served in client.models()]
         print(f"{model or ', '.join(names)} at {target}. {_KEYS}")
-        converse(Conversation(client, system, {**options, "model": model}))
+        converse(Conversation(client, system, options))
 
 
 class Conversation:
-    """What was said so far. A turn that failed, or was stopped before it began, leaves no trace in it."""
+    """What was said so far. A question whose answer failed or never began is not kept."""
 
     def __init__(self, client: Client, system: str | None, options: dict[str, Any]) -> None:
         self._beginning: list[Message] = [] if system is None else [{"role": "system", "content": system}]
@@ -73,14 +75,15 @@ class Conversation:
 
     @property
     def is_new(self) -> bool:
+        """Whether nothing has been said yet."""
         return self.messages == self._beginning
 
     def forget(self) -> None:
-        """Goes back to the beginning."""
+        """Forgets what was said, but for the system message."""
         self.messages = self._beginning
 
     def say(self, text: str) -> None:
-        """Prints the model's answer to `text` as it comes. A KeyboardInterrupt ends the answer only."""
+        """Prints the model's answer to `text` as it comes. A KeyboardInterrupt stops the answer, and nothing else."""
         from stagecoach_cli.terminal import write_model_text
 
         messages: list[Message] = [*self.messages, {"role": "user", "content": text}]
@@ -95,7 +98,7 @@ class Conversation:
         except KeyboardInterrupt:
             write_model_text(" [stopped]")
         except StagecoachError:
-            if answer:  # what comes next is not part of it
+            if answer:  # the error is not part of the answer, so it begins a line
                 write_model_text("\n")
             raise
         write_model_text(" [cut off: no room for more tokens]\n" if finish_reason == "length" else "\n")
@@ -104,7 +107,9 @@ class Conversation:
 
 
 def converse(conversation: Conversation) -> None:
-    """Reads lines and says them, until standard input ends."""
+    """Reads lines from standard input until it ends, and has the model answer each."""
+    from stagecoach_cli.terminal import not_text
+
     while True:
         try:
             text = input("> ").strip()
@@ -115,8 +120,7 @@ def converse(conversation: Conversation) -> None:
             print("\n/exit or ctrl-D leaves")
             continue
         except UnicodeDecodeError as error:
-            message = f"standard input is not {error.encoding}: {error.reason} at byte {error.start}"
-            raise InvalidArgument(message, field="input", value=error.start) from error
+            raise not_text(error, "input") from error
         if text == "/exit":
             return
         if text == "/new":

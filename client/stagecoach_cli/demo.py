@@ -1,4 +1,4 @@
-"""`stagecoach demo`: a cluster, a few questions at the same time, their answers as they come, and a clean end."""
+"""`stagecoach demo`: starts a cluster, asks it a few questions at the same time, shows the answers, and stops it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import typer
 
 from stagecoach.errors import StagecoachError
 from stagecoach_cli import extras
-from stagecoach_cli.options import DType
+from stagecoach_cli.options import DType, Stages
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from stagecoach_client import AsyncClient, ClusterStatus
     from stagecoach_local import LocalCluster, ProcessExit
 
-# The first is the one whose answer is known; it is asked greedily, so the answer is the same every time.
+# The answer to the first question is known. It is asked greedily, so that the answer is the same every time.
 QUESTION = "What is the capital of France?"
 EXPECTED = "Paris"
 OTHER_QUESTIONS = (
@@ -36,13 +36,13 @@ OTHER_QUESTIONS = (
 MAX_TOKENS = 80
 SEED = 7
 _COLOURS = ("cyan", "green", "yellow", "magenta")
-# A sentence ends in a mark and a space, but not after a digit: "1. The Danube" is one piece.
-_END_OF_PIECE = re.compile(r"(?<=[^\d\s][.!?])\s+|\n")
+# A sentence ends in a mark and a space, but not after a digit: "1. The Danube" is one sentence.
+_END_OF_SENTENCE = re.compile(r"(?<=[^\d\s][.!?])\s+|\n")
 
 
 @dataclass(slots=True)
 class Answer:
-    """One question and what has come of its answer."""
+    """One question, and what has come of its answer so far."""
 
     question: str
     temperature: float
@@ -53,11 +53,13 @@ class Answer:
 
 
 def demo(
-    model: Annotated[Path, typer.Option(help="The checkpoint folder.")],
-    stages: Annotated[str, typer.Option(metavar="N|RANGES", help="Shards to split the layers over.")] = "2",
-    dtype: Annotated[DType, typer.Option(help="float32 answers the same everywhere.")] = DType.FLOAT32,
+    model: Annotated[Path, typer.Option(help="The folder of the model's checkpoint.")],
+    stages: Stages = "2",
+    dtype: Annotated[
+        DType, typer.Option(help="What the shards compute in. In float32 the answers are the same everywhere.")
+    ] = DType.FLOAT32,
 ) -> None:
-    """Show what Stagecoach does, on this machine. Exit status 1 if anything is not as it should be."""
+    """Show on this machine what Stagecoach does. The exit status is 1 if anything is not as it should be."""
     from stagecoach_cli.terminal import make_console
     from stagecoach_local import LocalCluster
 
@@ -83,14 +85,14 @@ def demo(
 
 
 def run_demo(cluster: LocalCluster, console: Console, progress: Status) -> list[str]:
-    """Starts the cluster, asks it, shows what came and stops it. Returns what was not as it should be."""
+    """Starts the cluster, asks it, shows the answers and stops it. Returns what was not as it should be."""
     with progress, cluster:
         progress.stop()
         began = time.monotonic()
         try:
             answers, status = asyncio.run(_ask_all(cluster.address, console))
         except StagecoachError:
-            cluster.check()  # the death of a process says more than what it did to a caller
+            cluster.check()  # if a process has died, that says more than what it did to a caller
             raise
         elapsed_s = time.monotonic() - began
         cluster.check()
@@ -133,18 +135,19 @@ async def _ask(client: AsyncClient, index: int, answer: Answer, console: Console
             answer.first_token_s = time.monotonic() - began
         answer.text += chunk.text
         answer.num_tokens += len(chunk.token_ids)
-        pieces, length = finished_pieces(answer.text[answer.num_printed :], last=chunk.finish_reason is not None)
+        lines, length = finished_lines(answer.text[answer.num_printed :], last=chunk.finish_reason is not None)
         answer.num_printed += length
-        for piece in pieces:
-            _print_line(console, index, piece)
+        for line in lines:
+            _print_line(console, index, line)
 
 
-def finished_pieces(text: str, *, last: bool) -> tuple[list[str], int]:
-    """The whole sentences and lines at the start of `text`, each line by itself, and how many characters they are.
+def finished_lines(text: str, *, last: bool) -> tuple[list[str], int]:
+    """The whole sentences at the start of `text`, as lines without line ends, and how many characters they take.
 
-    Answers come at the same time and share the screen, so less is not printed, except of one that has ended (`last`).
+    The answers come at the same time and share the screen, so nothing less than a sentence is printed. Of an answer
+    that has ended (`last`) all is.
     """
-    end = len(text) if last else max((match.end() for match in _END_OF_PIECE.finditer(text)), default=0)
+    end = len(text) if last else max((match.end() for match in _END_OF_SENTENCE.finditer(text)), default=0)
     return [line.strip() for line in text[:end].splitlines() if line.strip()], end
 
 
@@ -158,7 +161,7 @@ def _print_line(console: Console, index: int, text: str) -> None:
 
 
 def _table(cluster: LocalCluster, status: ClusterStatus) -> Table:
-    """Which process held what, and how long it computed."""
+    """Which process held which layers, and how long it computed."""
     from rich.table import Table
 
     from stagecoach_cli.terminal import format_bytes

@@ -1,4 +1,4 @@
-"""Whether the packages that a command starts are there. They are looked for, not imported: torch takes seconds."""
+"""Whether the packages that a command needs are installed. They are not imported for it: torch alone takes seconds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CERTIFICATES = ("cryptography",)
 
 
 def require(command: str, packages: Sequence[str], extras: str) -> None:
-    """Raises ConfigError with what `stagecoach COMMAND` misses, and the `extras` of our package that bring it."""
+    """Raises ConfigError if `stagecoach COMMAND` misses a package; it names the `extras` of ours that bring it."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         text = f"stagecoach {command} needs {', '.join(missing)}: install Stagecoach with its {extras}"

@@ -1,4 +1,4 @@
-"""`stagecoach generate`: one prompt, one answer."""
+"""`stagecoach generate`: an answer to one prompt."""
 
 from __future__ import annotations
 
@@ -9,48 +9,63 @@ from typing import Annotated, Any
 
 import typer
 
-from stagecoach.errors import InvalidArgument, StagecoachError
+from stagecoach.errors import StagecoachError
 from stagecoach_cli.options import (
     DEFAULT_TARGET,
     ApiKey,
-    MaxTokens,
     ModelName,
-    Seed,
     Target,
-    Temperature,
     TlsCA,
     TlsCert,
     TlsKey,
     TlsServerName,
+    choose_tls,
+    parse_whole_numbers,
+)
+from stagecoach_cli.sampling_options import (
+    FrequencyPenalty,
+    IgnoreEos,
+    Logprobs,
+    MaxTokens,
+    MinP,
+    NumCompletions,
+    PresencePenalty,
+    RepetitionPenalty,
+    Seed,
+    Stop,
+    Temperature,
     TopK,
     TopP,
-    choose_tls,
 )
 
 
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="The text to continue; - reads standard input.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="The text to continue. - reads it from standard input.")] = None,
     target: Target = DEFAULT_TARGET,
     api_key: ApiKey = None,
     model: ModelName = "",
-    chat: Annotated[bool, typer.Option("--chat", help="PROMPT is a user's message to a chat model.")] = False,
-    token_ids: Annotated[str | None, typer.Option(metavar="ID,ID,...", help="Instead of PROMPT.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Treat PROMPT as a user's message to a chat model.")] = False,
+    token_ids: Annotated[
+        str | None, typer.Option(metavar="ID,ID,...", help="Continue these tokens instead of PROMPT.")
+    ] = None,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
-    min_p: Annotated[float | None, typer.Option(help="Only tokens at least so likely, next to the likeliest.")] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: fewer repetitions.")] = None,
-    presence_penalty: Annotated[float | None, typer.Option(help="Off the logits of tokens in the output.")] = None,
-    frequency_penalty: Annotated[float | None, typer.Option(help="The same, for each time they are in it.")] = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    presence_penalty: PresencePenalty = None,
+    frequency_penalty: FrequencyPenalty = None,
     seed: Seed = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be given again.")] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Do not stop where the model would.")] = False,
-    logprobs: Annotated[int | None, typer.Option(help="With --json: log-probabilities, and the N likeliest.")] = None,
-    n: Annotated[int | None, typer.Option("--n", help="So many completions.")] = None,
-    priority: Annotated[int, typer.Option(help="Larger runs first.")] = 0,
-    cache_salt: Annotated[str, typer.Option(help="Share no K/V with requests of other salts.")] = "",
-    timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="Give up after this long.")] = None,
+    stop: Stop = None,
+    ignore_eos: IgnoreEos = False,
+    logprobs: Logprobs = None,
+    n: NumCompletions = None,
+    priority: Annotated[int, typer.Option(help="Requests with a larger priority run first.")] = 0,
+    cache_salt: Annotated[
+        str, typer.Option(metavar="SALT", help="Share no K/V with requests that have another salt.")
+    ] = "",
+    timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="Give up after so many seconds.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole answer as JSON.")] = False,
     tls_ca: TlsCA = None,
     tls_cert: TlsCert = None,
@@ -73,11 +88,13 @@ def generate(
         "stop": stop or None,
         "logprobs": logprobs,
         "n": n,
+        "ignore_eos": ignore_eos,
+        "model": model,
+        "priority": priority,
+        "cache_salt": cache_salt,
         "timeout_s": timeout,
+        **_input(prompt, token_ids, chat),
     }
-    options = {name: value for name, value in options.items() if value is not None}
-    options |= {"model": model, "priority": priority, "cache_salt": cache_salt, "ignore_eos": ignore_eos}
-    options |= _input(prompt, token_ids, chat)
     with Client(target, api_key=api_key, tls=choose_tls(tls_ca, tls_cert, tls_key, tls_server_name)) as client:
         if as_json:
             print(json.dumps(dataclasses.asdict(client.generate(**options)), ensure_ascii=False, indent=2))
@@ -93,25 +110,18 @@ def _input(prompt: str | None, token_ids: str | None, chat: bool) -> dict[str, A
     if token_ids is not None:
         if chat:
             raise typer.BadParameter("--chat goes with PROMPT, not with --token-ids")
-        return {"token_ids": _parse_ids(token_ids)}
+        return {"token_ids": parse_whole_numbers(token_ids, "token_ids")}
     text = _read_stdin() if prompt == "-" else prompt
     return {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
 
 
 def _read_stdin() -> str:
+    from stagecoach_cli.terminal import not_text
+
     try:
         return sys.stdin.read().removesuffix("\n")
     except UnicodeDecodeError as error:
-        message = f"standard input is not {error.encoding}: {error.reason} at byte {error.start}"
-        raise InvalidArgument(message, field="prompt", value=error.start) from error
-
-
-def _parse_ids(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        message = f"token_ids must be whole numbers separated by commas; got {text!r:.80}"
-        raise InvalidArgument(message, field="token_ids", value=text) from error
+        raise not_text(error, "prompt") from error
 
 
 def _print_stream(stream: Any) -> None:
@@ -124,7 +134,7 @@ def _print_stream(stream: Any) -> None:
                 write_model_text(chunk.text)
                 any_text = any_text or bool(chunk.text)
         except (StagecoachError, KeyboardInterrupt):
-            if any_text:  # what comes next is not part of the answer
+            if any_text:  # the error is not part of the answer, so it begins a line
                 write_model_text("\n")
             raise
     write_model_text("\n")

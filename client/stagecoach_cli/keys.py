@@ -24,20 +24,29 @@ def _keys() -> None:
 
 @keys.command()
 def new(
-    name: Annotated[str, typer.Option(help="Whose key it is. Keys of one name share their limits.")],
+    name: Annotated[str, typer.Option(help="Whose key it is. Keys of the same name share their limits.")],
     file: Annotated[
-        Path | None, typer.Option(help="Add the entry to this file of a router's --api-keys; default: print it.")
+        Path | None,
+        typer.Option(help="Add the entry to this file, for the router's --api-keys. By default, print the entry."),
     ] = None,
-    requests_per_minute: Annotated[int | None, typer.Option(help="Default: any number, as for the others.")] = None,
-    tokens_per_minute: Annotated[int | None, typer.Option(help="Of prompts and outputs together.")] = None,
-    max_concurrent: Annotated[int | None, typer.Option(help="Requests at a time.")] = None,
-    model: Annotated[list[str] | None, typer.Option(help="One that it may use; may be given again.")] = None,
-    max_priority: Annotated[int, typer.Option(help="The highest that its requests may ask for.")] = 0,
+    requests_per_minute: Annotated[
+        int | None, typer.Option(help="The most requests in a minute. By default, there is no limit.")
+    ] = None,
+    tokens_per_minute: Annotated[
+        int | None, typer.Option(help="The most tokens in a minute, of prompts and outputs. By default, no limit.")
+    ] = None,
+    max_concurrent: Annotated[
+        int | None, typer.Option(help="The most requests at the same time. By default, no limit.")
+    ] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="A model that the key may use. May be given again. By default, all.")
+    ] = None,
+    max_priority: Annotated[int, typer.Option(help="The highest priority that its requests may ask for.")] = 0,
     shares_cache: Annotated[
-        bool, typer.Option("--shares-cache", help="Share prefixes with the other names that do so.")
+        bool, typer.Option("--shares-cache", help="Share cached prefixes with the other names that have this option.")
     ] = False,
 ) -> None:
-    """Make a key and print it, this once: only what recognises it is kept."""
+    """Make a key and print it. It is shown only this once: what is kept can recognise the key, but not tell it."""
     grant = Grant(
         requests_per_minute=requests_per_minute,
         tokens_per_minute=tokens_per_minute,
@@ -59,15 +68,15 @@ def new(
 
 
 def _append(file: Path, entry: str) -> None:
-    """Adds the entry to the file, which is made if it is not there. Raises ConfigError, and then nothing was added."""
+    """Adds the entry to the file, which is made if it is absent. If it raises ConfigError, nothing was added."""
     try:
-        # For the owner only, where it is made. Keys cannot be told from their digests, but names and limits can.
+        # A new file is for its owner only. Its digests do not give the keys away, but it also has names and limits.
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, PRIVATE_MODE)
         with open(descriptor, "r+", encoding="utf-8") as opened:
             former = opened.read()
             separator = "" if not former else "\n" if former.endswith("\n") else "\n\n"
             read_entries(former + separator + entry)
-            opened.write(separator + entry)  # one write, at the end: a router that reads meanwhile sees all or nothing
+            opened.write(separator + entry)  # in one write: a router that reads meanwhile sees all of it or nothing
     except OSError as error:
         raise ConfigError(f"cannot write {file}: {error.strerror}", field="file", value=file) from error
     except UnicodeDecodeError as error:

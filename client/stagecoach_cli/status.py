@@ -1,4 +1,4 @@
-"""`stagecoach status`: who serves what, and how it goes."""
+"""`stagecoach status`: which shards serve what, and how busy they are."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ _NUMBERS = {"stage", "pid", "weights", "K/V", "queue"}
 def status(
     target: Target = DEFAULT_TARGET,
     api_key: ApiKey = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything, as JSON.")] = False,
     interval_s: Annotated[
         float,
-        typer.Option("--interval", min=0.0, metavar="SECONDS", help="What the stages did in so many seconds from now."),
+        typer.Option("--interval", min=0.0, metavar="SECONDS", help="Show what is done in so many seconds from now."),
     ] = 0.0,
     tls_ca: TlsCA = None,
     tls_cert: TlsCert = None,
     tls_key: TlsKey = None,
     tls_server_name: TlsServerName = "",
 ) -> None:
-    """Show the pipelines, their stages, how busy they were (since the router started, or for an interval), and spares.
+    """Show the pipelines, their stages and the spares, and how busy each stage was since the router started.
 
-    Exit status 1 if no pipeline is ready.
+    The exit status is 1 if no pipeline is ready.
     """
     from stagecoach_cli.activity_table import activity_line, stage_table
     from stagecoach_cli.terminal import make_console
@@ -91,7 +91,7 @@ def _faults(cluster: ClusterStatus) -> list[str]:
     if not cluster.pipelines:
         return ["no pipelines"]
     lost = [(index, pipeline) for index, pipeline in enumerate(cluster.pipelines) if not pipeline.ready]
-    if not lost or len(cluster.pipelines) == 1:  # then its table says it
+    if not lost or len(cluster.pipelines) == 1:  # the table of a single pipeline says it
         return []
     serving = (
         f"{cluster.num_ready} of {len(cluster.pipelines)} pipelines {'serves' if cluster.num_ready == 1 else 'serve'}"
@@ -136,7 +136,7 @@ def _pipeline_table(cluster: ClusterStatus, which: int) -> Table:
 
 
 def _elsewhere(cluster: ClusterStatus, address: str) -> str:
-    """Where a stage of a lost pipeline serves now, if it does."""
+    """For a stage of a lost pipeline that serves in another one by now: in which."""
     index = cluster.serving_pipeline(address)
     return "" if index is None else f" (now in pipeline {index})"
 

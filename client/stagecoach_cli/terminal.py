@@ -1,4 +1,4 @@
-"""How we write to a terminal."""
+"""Reading from and writing to a terminal."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import re
 import sys
 from typing import TYPE_CHECKING
 
+from stagecoach.errors import InvalidArgument
+
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Wide enough that no column of our tables is cut where there is no terminal to fit.
+# Characters. Without a terminal to fit into, no column of our tables is cut at this width.
 _WIDTH_WITHOUT_TERMINAL = 160
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def make_console() -> Console:
-    """A console on standard output that prints text as it is."""
+    """A console on standard output that prints text as it is, without marking anything up."""
     from rich.console import Console
 
     return Console(
@@ -24,18 +26,18 @@ def make_console() -> Console:
 
 
 def write_model_text(text: str) -> None:
-    """Writes what a model wrote, at once. A terminal does not get the control sequences that may be in it."""
+    """Writes text of a model at once. On a terminal, control sequences in it are left out."""
     sys.stdout.write(without_control(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
 def without_control(text: str) -> str:
-    """The text less its control characters, but for tabs and line ends."""
+    """The text without its control characters; tabs and line ends stay."""
     return _CONTROL.sub("", text)
 
 
 def format_bytes(count: int) -> str:
-    """With a binary unit, for people."""
+    """A number of bytes for people to read, with a binary unit."""
     size = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:
@@ -45,5 +47,11 @@ def format_bytes(count: int) -> str:
 
 
 def format_fraction(fraction: float | None) -> str:
-    """As a percentage; "-" for None."""
+    """A percentage, or "-" for None."""
     return "-" if fraction is None else f"{fraction:.0%}"
+
+
+def not_text(error: UnicodeDecodeError, field: str) -> InvalidArgument:
+    """The error to raise for standard input that cannot be decoded."""
+    text = f"standard input is not {error.encoding}: {error.reason} at byte {error.start}"
+    return InvalidArgument(text, field=field, value=error.start)

@@ -14,47 +14,48 @@ import typer
 from stagecoach.rpc.channel import check_address, split_address
 from stagecoach.security.tls import ROUTER_NAME
 from stagecoach_cli import extras
-from stagecoach_cli.options import DEFAULT_TARGET, DType
+from stagecoach_cli.options import DEFAULT_TARGET, DType, Stages
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.status import Status
 
     from stagecoach_local import LocalCluster
     from stagecoach_local.certificates import ClusterCertificates
 
 _COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red")
-_WILDCARD_HOSTS = ("0.0.0.0", "[::]")
+_TLS_HELP = (
+    "Encrypt the links between the processes, and to callers unless --listen is on loopback. "
+    "The certificates are made for this run."
+)
 
 
 def up(
-    model: Annotated[Path, typer.Option(help="The checkpoint folder.")],
-    stages: Annotated[
-        str, typer.Option(metavar="N|RANGES", help="Shards to split the layers over; or layer ranges, 0:10,10:30.")
-    ] = "2",
-    replicas: Annotated[int, typer.Option(min=1, help="Whole pipelines of --stages beside each other.")] = 1,
-    spares: Annotated[int, typer.Option(min=0, help="Shards that stand by for one that is lost.")] = 0,
+    model: Annotated[Path, typer.Option(help="The folder of the model's checkpoint.")],
+    stages: Stages = "2",
+    replicas: Annotated[int, typer.Option(min=1, help="How many pipelines of --stages there are.")] = 1,
+    spares: Annotated[int, typer.Option(min=0, help="How many shards stand by for one that is lost.")] = 0,
     listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where the router answers.")] = DEFAULT_TARGET,
-    dtype: Annotated[DType, typer.Option(help="To compute in.")] = DType.BFLOAT16,
+    dtype: Annotated[DType, typer.Option(help="What the shards compute in.")] = DType.BFLOAT16,
     device: Annotated[
-        str, typer.Option(help="cpu, cuda or cuda:N; or one for each shard, separated by commas.")
+        str, typer.Option(help="cpu, cuda or cuda:N. Several, separated by commas, are given to the shards in turn.")
     ] = "cpu",
     kv_cache_memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Of each shard, for example 2G; default: the shard decides.")
-    ] = None,
-    threads_per_shard: Annotated[int | None, typer.Option(min=1, help="Default: an even share of the cores.")] = None,
-    restart: Annotated[bool, typer.Option(help="Start a process again that ends by itself.")] = True,
-    tls: Annotated[
-        bool,
+        str | None,
         typer.Option(
-            help="Encrypt the links between the processes, and to callers unless --listen is on loopback, "
-            "with certificates made for this run."
+            metavar="SIZE", help="K/V memory of each shard, for example 2G. By default, a share of what is free."
         ),
-    ] = True,
+    ] = None,
+    threads_per_shard: Annotated[
+        int | None, typer.Option(min=1, help="Threads of each shard. By default, an even share of the cores.")
+    ] = None,
+    restart: Annotated[bool, typer.Option(help="Start a process that ends by itself again.")] = True,
+    tls: Annotated[bool, typer.Option(help=_TLS_HELP)] = True,
     insecure_listen: Annotated[
-        bool, typer.Option("--insecure-listen", help="With --no-tls: let other machines reach --listen.")
+        bool, typer.Option("--insecure-listen", help="With --no-tls, allow a --listen that other machines can reach.")
     ] = False,
 ) -> None:
-    """Start shards and a router here, and stay until ctrl-C."""
+    """Start shards and a router on this machine, and stay until ctrl-C."""
     from stagecoach_cli.terminal import make_console
     from stagecoach_local import LocalCluster
 
@@ -80,28 +81,34 @@ def up(
             on_event=log.say,
             on_wait=lambda reason: progress.update(f"starting: {reason}"),
         )
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, _interrupt)
-        try:
-            with cluster:
-                progress.stop()
-                _print_welcome(console, cluster)
-                cluster.wait()
-        except KeyboardInterrupt:
-            console.print("stopped")
+        _serve(cluster, console, progress)
+
+
+def _serve(cluster: LocalCluster, console: Console, progress: Status) -> None:
+    """Starts the cluster, and stops it on ctrl-C, SIGTERM or SIGHUP. Raises what ends a process for good."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    try:
+        with cluster:
+            progress.stop()
+            _print_welcome(console, cluster)
+            cluster.wait()
+    except KeyboardInterrupt:
+        console.print("stopped")
 
 
 def _certificates(listen: str, tls: bool) -> contextlib.AbstractContextManager[ClusterCertificates | None]:
     if not tls:
         return contextlib.nullcontext()
+    from stagecoach_local.addresses import WILDCARD_HOSTS
     from stagecoach_local.certificates import throwaway_certificates
 
     host, _ = split_address(check_address(listen, "listen", listening=True), "listen")
-    return throwaway_certificates(router_hosts=() if host in _WILDCARD_HOSTS else (host,))
+    return throwaway_certificates(router_hosts=() if host in WILDCARD_HOSTS else (host,))
 
 
 class _Log:
-    """Prints the processes' lines, each process in a colour of its own. Called from several threads."""
+    """Prints the processes' output, each process in a colour of its own. It may be called from several threads."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -109,6 +116,7 @@ class _Log:
         self._colours: dict[str, str] = {}
 
     def print(self, name: str, line: str) -> None:
+        """Prints a line of the process `name`."""
         from rich.text import Text
 
         with self._lock:
@@ -116,7 +124,7 @@ class _Log:
             self._console.print(Text.assemble((f"[{name}] ", colour), line), soft_wrap=True)
 
     def say(self, text: str) -> None:
-        """Something of our own."""
+        """Prints a line that no process has written."""
         with self._lock:
             self._console.print(text, style="bold", soft_wrap=True)
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stagecoach_cli.demo import EXPECTED, QUESTION, Answer, find_faults, finished_pieces
+from stagecoach_cli.demo import EXPECTED, QUESTION, Answer, find_faults, finished_lines
 from stagecoach_local import ProcessExit
 
 RIGHT = Answer(QUESTION, 0.0, text=f"It is {EXPECTED}.")
@@ -35,7 +35,7 @@ def test_a_process_that_did_not_stop_cleanly_is_a_fault(ended: ProcessExit, faul
 
 
 @pytest.mark.parametrize(
-    ("text", "last", "pieces", "rest"),
+    ("text", "last", "lines", "rest"),
     [
         ("The sky is", False, [], "The sky is"),
         ("It is blue. Beca", False, ["It is blue."], "Beca"),
@@ -47,9 +47,9 @@ def test_a_process_that_did_not_stop_cleanly_is_a_fault(ended: ProcessExit, faul
         ("", True, [], ""),
     ],
 )
-def test_answers_come_in_whole_sentences_and_lines(text: str, last: bool, pieces: list[str], rest: str) -> None:
-    found, length = finished_pieces(text, last=last)
-    assert (found, text[length:]) == (pieces, rest)
+def test_answers_come_in_whole_sentences_and_lines(text: str, last: bool, lines: list[str], rest: str) -> None:
+    found, length = finished_lines(text, last=last)
+    assert (found, text[length:]) == (lines, rest)
 
 
 @given(st.lists(st.text(alphabet="ab1. !\n", max_size=6), min_size=1))
@@ -57,7 +57,7 @@ def test_nothing_of_an_answer_is_lost_or_said_twice(chunks: list[str]) -> None:
     text, num_printed, said = "", 0, []
     for index, chunk in enumerate(chunks):
         text += chunk
-        pieces, length = finished_pieces(text[num_printed:], last=index == len(chunks) - 1)
+        lines, length = finished_lines(text[num_printed:], last=index == len(chunks) - 1)
         num_printed += length
-        said += pieces
+        said += lines
     assert "".join("".join(said).split()) == "".join(text.split())

@@ -7,7 +7,7 @@ import pytest
 
 from stagecoach.errors import InvalidArgument, StagecoachError
 from stagecoach_cli import describe, run
-from stagecoach_cli.bench import parse_counts
+from stagecoach_cli.options import parse_whole_numbers
 from stagecoach_cli.terminal import format_bytes, format_fraction, write_model_text
 
 
@@ -102,7 +102,7 @@ def test_a_bench_that_fails_leaves_no_file_behind(tmp_path: Path, capfd: pytest.
 
 
 def test_counts() -> None:
-    assert parse_counts("1,8, 32") == [1, 8, 32]
+    assert parse_whole_numbers("1,8, 32", "concurrency") == [1, 8, 32]
 
 
 def test_what_a_model_writes_is_not_changed_on_its_way_to_a_file(capfd: pytest.CaptureFixture[str]) -> None:
