@@ -22,9 +22,10 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from benchmarks import plots, report
-from stagecoach_cli.load import Load, LoadResult, run_load
+from stagecoach_cli.load import Load, run_load
+from stagecoach_cli.load_figures import LoadResult
 from stagecoach_client import AsyncClient
-from stagecoach_local.local_cluster import LocalCluster
+from stagecoach_local import LocalCluster
 
 PROMPT_TOKENS = 128
 OUTPUT_TOKENS = 64

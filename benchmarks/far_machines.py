@@ -23,9 +23,10 @@ from stagecoach.errors import ConfigError, Unavailable
 from stagecoach.topology import LayerRange
 from stagecoach_cli.load import Load, run_load
 from stagecoach_client import AsyncClient
-from stagecoach_local.commands import Commands, StagecoachCommands, free_addresses
+from stagecoach_local import LocalCluster
+from stagecoach_local.addresses import free_addresses
+from stagecoach_local.commands import Commands, StagecoachCommands
 from stagecoach_local.layer_split import read_shape, split_layers
-from stagecoach_local.local_cluster import LocalCluster
 
 PROMPT_TOKENS = 32
 NUM_WARM_UP_TOKENS = 48  # enough steps for the router to have measured what they take now

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from benchmarks import plots, report
 from benchmarks.timed_request import only_model, random_tokens, timed_request
 from stagecoach.errors import InternalError
-from stagecoach_cli.load import RequestTimes, percentile
+from stagecoach_cli.load_figures import RequestTimes, percentile
 from stagecoach_client import AsyncClient, Model
-from stagecoach_local.local_cluster import LocalCluster
+from stagecoach_local import LocalCluster
 
 STREAM_PROMPT_TOKENS = 128
 

@@ -26,9 +26,10 @@ from benchmarks.overload_callers import HANG_S, PATIENCE_S, Tally
 from benchmarks.router_scaling import cpu_s
 from benchmarks.timed_request import only_model
 from stagecoach.errors import InternalError, InvalidArgument
-from stagecoach_cli.load import percentile
+from stagecoach_cli.load_figures import percentile
 from stagecoach_client import AsyncClient
-from stagecoach_local.local_cluster import LocalCluster, StagecoachCommands
+from stagecoach_local import LocalCluster
+from stagecoach_local.commands import StagecoachCommands
 
 MAX_P99_RATIO = 2.0
 # Of each shard, 5,000 tokens of SmolLM2-135M. Its pages count as memory from when a block is first used.

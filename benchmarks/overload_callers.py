@@ -21,7 +21,7 @@ import uvloop
 from stagecoach import errors
 from stagecoach.rpc.channel import MAX_PUBLIC_MESSAGE_BYTES, channel_options
 from stagecoach.v1 import inference_pb2 as pb
-from stagecoach_cli.load import RequestTimes, token_gaps_s
+from stagecoach_cli.load_figures import RequestTimes, token_gaps_s
 
 GENERATE = "/stagecoach.v1.Inference/Generate"
 # A call that has not ended so long after its deadline hangs.

@@ -15,7 +15,7 @@ from benchmarks import plots, report
 from benchmarks.timed_request import only_model, random_tokens, timed_request
 from stagecoach.errors import InternalError
 from stagecoach_client import AsyncClient
-from stagecoach_local.local_cluster import LocalCluster
+from stagecoach_local import LocalCluster
 
 FIRST, SECOND, TAIL_ONLY = "first", "prefix known", "tail alone"
 NAMES = (FIRST, SECOND, TAIL_ONLY)

@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks import plots, report
 from stagecoach_client import AsyncClient
 from stagecoach_client.activity import activity
-from stagecoach_local.local_cluster import LocalCluster
+from stagecoach_local import LocalCluster
 
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},

@@ -26,7 +26,7 @@ from typing import Any
 
 from benchmarks import plots, report
 from stagecoach.errors import ConfigError, Unavailable
-from stagecoach_local.local_cluster import LocalCluster
+from stagecoach_local import LocalCluster
 
 SAMPLING: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from stagecoach.errors import InternalError, OutOfRange
-from stagecoach_cli.load import RequestTimes
+from stagecoach_cli.load_figures import RequestTimes
 from stagecoach_client import AsyncClient, Model
 
 

@@ -28,7 +28,8 @@ from stagecoach_cli.options import (
 )
 
 if TYPE_CHECKING:
-    from stagecoach_cli.load import Load, LoadResult
+    from stagecoach_cli.load import Load
+    from stagecoach_cli.load_figures import LoadResult
     from stagecoach_client import Model
     from stagecoach_client.tls import Tls
 
@@ -58,7 +59,8 @@ def bench(
     tls_server_name: TlsServerName = "",
 ) -> None:
     """Measure throughput and latency. All prompts differ, so that the prefix cache does not help."""
-    from stagecoach_cli.load import DEFINITIONS, Load
+    from stagecoach_cli.load import Load
+    from stagecoach_cli.load_figures import DEFINITIONS
 
     counts = parse_whole_numbers(concurrency, "concurrency")
     loads = [Load(count, prompt_tokens, output_tokens, requests_per_client) for count in counts]

@@ -6,14 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stagecoach.errors import InvalidArgument
-from stagecoach_cli.load import (
-    Load,
-    RequestTimes,
-    decode_tokens_per_s,
-    percentile,
-    summarize,
-    token_gaps_s,
-)
+from stagecoach_cli.load import Load
+from stagecoach_cli.load_figures import RequestTimes, decode_tokens_per_s, percentile, summarize, token_gaps_s
 
 floats = st.floats(-1e6, 1e6)
 
@@ -35,7 +29,7 @@ def test_figures_of_two_requests_at_a_time() -> None:
         RequestTimes(0.0, [(1.0, 1), (2.0, 1), (4.0, 4), (6.0, 1)]),
         RequestTimes(0.0, [(2.0, 1), (4.0, 2), (6.0, 2)], cached_tokens=3),
     ]
-    result = summarize(Load(2, prompt_tokens=10, output_tokens=7), requests)
+    result = summarize(2, 10, requests)
     assert (result.num_requests, result.generated_tokens, result.prompt_tokens, result.cached_tokens) == (2, 12, 20, 3)
     assert result.wall_s == 6.0
     assert result.e2e_tokens_per_s == 2.0
@@ -54,7 +48,7 @@ def test_decode_leaves_out_the_prefill_of_later_requests() -> None:
 
 def test_there_is_no_decode_rate_without_decoding() -> None:
     assert decode_tokens_per_s([RequestTimes(0.0, [(1.0, 5)])]) is None
-    result = summarize(Load(1, 1, 1), [RequestTimes(0.0, [(1.0, 1)])])
+    result = summarize(1, 1, [RequestTimes(0.0, [(1.0, 1)])])
     assert result.decode_tokens_per_s is None
     assert result.itl_s is None
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from stagecoach_cli.load import percentile
+from stagecoach_cli.load_figures import percentile
 from tests.unit.pipeline_simulation import Simulation, stage_cost
 
 # Two stages of a slow machine, of one where the weights dominate, and an uneven pair.
