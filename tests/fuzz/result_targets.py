@@ -19,6 +19,7 @@ from stagecoach.v1 import shard_pb2 as pb
 from stagecoach_client.retry import Attempts
 from stagecoach_router.engine.wire import OutputOrder, read_outputs
 from stagecoach_router.metrics.counters import StageTotals
+from stagecoach_router.metrics.load_report import StageCounters, read_load_report
 from stagecoach_router.pipelines.pipeline import check_timings
 from stagecoach_router.pipelines.shard_description import check_description
 from stagecoach_router.sampling.outputs import WHOLE_ROW, InsufficientCandidates, OutputWant, Sampled
@@ -130,26 +131,17 @@ def load_report(scratch: Path) -> Target:
         for number in (1, 2, 2**40)
     ]
     totals = StageTotals()
-    totals.add("a", pb.LoadReport())
-
-    def figures() -> tuple[float, ...]:
-        counters = (totals.num_steps, totals.num_tokens, totals.num_frames, totals.num_fast_frames)
-        return (*counters, totals.compute_s, totals.wait_s, totals.queue_s, totals.decode_s, totals.encode_s)
+    totals.add("a", StageCounters())
 
     def check(data: bytes) -> None:
         message, _ = read_frame(pb.SessionResponse, data)
         if message.WhichOneof("kind") != "load":
             raise errors.ShardFault("not a load report")
-        before = figures()
-        totals.add("a", message.load)
-        assert all(now >= then for now, then in zip(figures(), before, strict=True)), (before, figures())
-        inference_pb2.StageStatus(
-            num_steps=totals.num_steps,
-            num_tokens=totals.num_tokens,
-            num_frames=totals.num_frames,
-            num_fast_frames=totals.num_fast_frames,
-            queue_depth=message.load.queue_depth,
-        )
+        before = totals.counters
+        report = read_load_report(message.load)
+        totals.add("a", report.counters)
+        assert all(now >= then for now, then in zip(totals.counters, before, strict=True)), (before, totals.counters)
+        inference_pb2.StageStatus(queue_depth=report.queue_depth, **totals.counters._asdict())
 
     return Target("load_report", corpus, check, (*PROTOBUF_WORDS, *_DOUBLES), share=15)
 

@@ -82,7 +82,7 @@ async def test_a_result_has_a_timing_for_each_stage_in_order_also_after_a_reopen
         # In order: each stage's own times add up to what that stage reports.
         for index, address in enumerate(addresses):
             timings = [result.timings[index] for result in (*first, *results)]
-            stage = totals.stage(address)
+            stage = totals.stage(address).counters
             assert stage.num_steps == 6
             for name in ("decode_s", "queue_s", "compute_s"):
                 assert sum(getattr(timing, name) for timing in timings) == pytest.approx(getattr(stage, name), rel=1e-4)

@@ -10,17 +10,18 @@ from hypothesis import strategies as st
 from stagecoach.v1 import inference_pb2
 from stagecoach.v1 import shard_pb2 as pb
 from stagecoach_router.metrics.counters import ActiveTime, StageTotals
+from stagecoach_router.metrics.load_report import StageCounters, read_load_report
 
-COUNTERS = ("num_steps", "num_tokens", "compute_s", "wait_s", "queue_s", "decode_s", "encode_s", "num_frames",
-            "num_fast_frames")  # fmt: skip
+COUNTERS = StageCounters._fields
 
 
-def report(value: int) -> pb.LoadReport:
-    return pb.LoadReport(**{name: value * (index + 1) for index, name in enumerate(COUNTERS)})
+def report(value: int) -> StageCounters:
+    message = pb.LoadReport(**{name: value * (index + 1) for index, name in enumerate(COUNTERS)})
+    return read_load_report(message).counters
 
 
 def values(totals: StageTotals) -> list[float]:
-    return [getattr(totals, name) for name in COUNTERS]
+    return list(totals.counters)
 
 
 def test_what_a_shard_did_before_it_was_heard_of_is_left_out() -> None:
@@ -35,7 +36,7 @@ def test_a_restarted_shard_goes_on_from_the_former_ones_counts() -> None:
     totals = StageTotals()
     for shard_id, value in (("one", 0), ("one", 5), ("two", 0), ("two", 2)):
         totals.add(shard_id, report(value))
-    assert totals.num_steps == 7
+    assert totals.counters.num_steps == 7
 
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 50)), max_size=20))
@@ -79,8 +80,8 @@ def test_active_time_is_that_between_the_first_to_run_and_the_last() -> None:
 def test_whatever_a_shard_says_the_status_can_be_written(reports: list[pb.LoadReport]) -> None:
     totals = StageTotals()
     for message in reports:
-        totals.add("one", message)
-    status = inference_pb2.StageStatus(num_steps=totals.num_steps, compute_s=totals.compute_s)
+        totals.add("one", read_load_report(message).counters)
+    status = inference_pb2.StageStatus(**totals.counters._asdict())
     assert math.isfinite(status.compute_s)
 
 
@@ -88,7 +89,7 @@ def test_a_report_that_cannot_be_changes_nothing() -> None:
     totals = StageTotals()
     for value in (0, 3):
         totals.add("one", report(value))
-    totals.add("one", pb.LoadReport(num_steps=2**64 - 1, compute_s=5.0))
-    totals.add("one", pb.LoadReport(num_steps=9, compute_s=float("inf")))
+    totals.add("one", StageCounters(num_steps=2**64 - 1, compute_s=5.0))
+    totals.add("one", StageCounters(num_steps=9, compute_s=float("inf")))
     totals.add("one", report(4))
-    assert totals.num_steps == 4
+    assert totals.counters.num_steps == 4

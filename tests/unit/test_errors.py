@@ -33,10 +33,21 @@ KINDS = [
 def test_every_error_comes_back_as_what_it_was(kind):
     error = kind("why")
     error.field, error.limit, error.value, error.retry_after_s = "top_p", "(0, 1]", "7", 1.5
+    error.addresses = ("h:1", "h:2")
     again = errors.from_detail(errors.to_detail(error))
     assert type(again) is kind
     assert (again.field, again.limit, again.value, again.retry_after_s) == ("top_p", "(0, 1]", "7", 1.5)
+    assert again.addresses == ("h:1", "h:2")
     assert str(again) == "why"
+
+
+def test_a_failed_call_is_about_its_peer_unless_that_names_another():
+    bare = FailedCall(grpc.StatusCode.UNAVAILABLE)
+    assert errors.from_rpc_error(bare, "h:1").addresses == ("h:1",)
+    for named, expected in (((), ("h:1",)), (("h:2",), ("h:2",))):
+        detail = errors.to_detail(errors.Unavailable("why", addresses=named)).SerializeToString()
+        call = FailedCall(grpc.StatusCode.UNAVAILABLE, metadata=((errors.DETAIL_METADATA_KEY, detail),))
+        assert errors.from_rpc_error(call, "h:1").addresses == expected
 
 
 def test_an_error_of_a_later_version_is_still_an_error():

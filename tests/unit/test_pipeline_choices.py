@@ -76,12 +76,27 @@ def lose(some_pipelines, registry, addresses, error):
 def test_the_stage_that_a_loss_names_is_second_choice():
     some_pipelines, registry, _ = make_pipeline_manager(a="0:2", b="2:4", c="2:4")
     assert chosen(some_pipelines) == [A, B]
-    lose(some_pipelines, registry, [A, B], Unavailable(f"{B}: no answer for 4.0 s"))
+    lose(some_pipelines, registry, [A, B], Unavailable("no answer for 4.0 s", addresses=[B]))
     describe(registry, A, "0:2")
     describe(registry, B, "2:4")
     assert chosen(some_pipelines, [A, B]) == [A, C]
     registry.take([C], epoch=10)
     assert chosen(some_pipelines, [A, B]) == [A, B], "better than none"
+
+
+def test_an_address_that_begins_another_one_is_not_taken_for_it():
+    short, long = "10.0.0.1:5005", "10.0.0.1:50051"
+    registry = ShardRegistry([short, long], lease_id=1, timeout_s=1.0)
+    describe(registry, short, "0:2")
+    describe(registry, long, "2:4")
+    settings = PipelineSettings(
+        num_stages=0, num_replicas=0, kv_blocks=0, lanes=0, max_slots=4, faults=FaultLimits(5.0, 120.0)
+    )
+    manager = PipelineManager(registry, settings, lease_id=1, totals=PipelineTotals())
+    lose(manager, registry, [short, long], Unavailable(f"{long}: no answer for 4.0 s", addresses=[long]))
+    describe(registry, short, "0:2")
+    describe(registry, long, "2:4")
+    assert [member.is_quarantined for member in registry.members.values()] == [False, True]
 
 
 def test_where_a_loss_names_no_stage_others_are_taken_as_far_as_there_are_any():
@@ -94,7 +109,7 @@ def test_where_a_loss_names_no_stage_others_are_taken_as_far_as_there_are_any():
 
 def test_a_shard_that_was_started_again_is_not_to_blame():
     some_pipelines, registry, _ = make_pipeline_manager(a="0:2", b="2:4", c="2:4")
-    lose(some_pipelines, registry, [A, B], Unavailable(f"{B}: Socket closed"))
+    lose(some_pipelines, registry, [A, B], Unavailable("Socket closed", addresses=[B]))
     describe(registry, A, "0:2")
     describe(registry, B, "2:4", shard_id="another process")
     assert chosen(some_pipelines, [A, B]) == [A, B]
@@ -103,7 +118,7 @@ def test_a_shard_that_was_started_again_is_not_to_blame():
 def test_blame_ends(monkeypatch):
     some_pipelines, registry, _ = make_pipeline_manager(a="0:2", b="2:4", c="2:4")
     monkeypatch.setattr("stagecoach_router.pipelines.shard_registry.QUARANTINE_S", -1.0)
-    lose(some_pipelines, registry, [A, B], Unavailable(f"{B}: no answer"))
+    lose(some_pipelines, registry, [A, B], Unavailable("no answer", addresses=[B]))
     describe(registry, A, "0:2")
     describe(registry, B, "2:4")
     assert chosen(some_pipelines, [A, B]) == [A, B]
@@ -111,7 +126,7 @@ def test_blame_ends(monkeypatch):
 
 def test_while_a_blamed_shard_is_tried_again_a_spare_gets_ready():
     some_pipelines, registry, loads = make_pipeline_manager(a="0:2", b="2:4", c="auto")
-    lose(some_pipelines, registry, [A, B], Unavailable(f"{B}: no answer"))
+    lose(some_pipelines, registry, [A, B], Unavailable("no answer", addresses=[B]))
     describe(registry, A, "0:2")
     describe(registry, B, "2:4")
     assert chosen(some_pipelines, [A, B]) == [A, B]
@@ -120,7 +135,7 @@ def test_while_a_blamed_shard_is_tried_again_a_spare_gets_ready():
 
 def test_a_link_that_breaks_is_blamed_on_both_ends_and_a_spare_takes_one_of_them():
     some_pipelines, registry, loads = make_pipeline_manager(a="0:2", b="2:4", c="auto")
-    lose(some_pipelines, registry, [A, B], Unavailable(f"stage 0:2 at {A}: {B}: Socket closed"))
+    lose(some_pipelines, registry, [A, B], Unavailable("Socket closed", addresses=[A, B]))
     describe(registry, A, "0:2")
     describe(registry, B, "2:4")
     chosen(some_pipelines, [A, B])
@@ -131,7 +146,7 @@ def test_a_link_that_breaks_is_blamed_on_both_ends_and_a_spare_takes_one_of_them
 
 async def test_a_blamed_shard_is_taken_again_only_when_the_spare_takes_too_long(monkeypatch):
     some_pipelines, registry, _ = make_pipeline_manager(a="0:2", b="2:4", c="auto")
-    lose(some_pipelines, registry, [A, B], Unavailable(f"{B}: no answer"))
+    lose(some_pipelines, registry, [A, B], Unavailable("no answer", addresses=[B]))
     describe(registry, A, "0:2")
     describe(registry, B, "2:4")
 

@@ -7,10 +7,12 @@ import math
 
 import pytest
 
-from stagecoach.errors import ShardFault
+from stagecoach.errors import ShardFault, Unavailable, to_detail
+from stagecoach.v1 import model_pb2
 from stagecoach.v1 import shard_pb2 as pb
 from stagecoach_router.metrics.counters import PipelineTotals
-from stagecoach_router.pipelines.pipeline import Pipeline, check_timings
+from stagecoach_router.metrics.load_report import LoadReport
+from stagecoach_router.pipelines.pipeline import Pipeline, _read_fault, check_timings
 from stagecoach_router.pipelines.shard_client import Stage
 
 
@@ -34,7 +36,7 @@ async def test_it_waits_for_a_report_that_was_asked_for_after_it_was_wanted(pipe
     for number in (0, 1):  # by itself, and asked for
         for stage in pipeline.stages:
             assert not waiting.done()
-            pipeline._take_load(stage, pb.LoadReport(number=number, queue_depth=3))
+            pipeline._take_load(stage, LoadReport(number=number, queue_depth=3))
         await asyncio.sleep(0)
     await asyncio.wait_for(waiting, 5.0)
     assert [stage.queue_depth for stage in pipeline.stages] == [3, 3]
@@ -59,3 +61,11 @@ def test_timings_that_two_stages_cannot_have_are_a_fault(timings: list[pb.StageT
 @pytest.mark.parametrize("timings", [[], [pb.StageTiming(compute_s=1.0)] * 2])
 def test_timings_of_every_stage_or_of_none_will_do(timings: list[pb.StageTiming]) -> None:
     check_timings(pb.StepResult(timings=timings), 2)
+
+
+def test_a_fault_is_about_the_stage_that_reports_it_and_about_the_other_end_of_its_broken_link() -> None:
+    stage = Stage("a:1", pb.DescribeResponse(layers=model_pb2.LayerRange(start=0, end=2)))
+    own = pb.Fault(error=to_detail(ShardFault("step 3 failed")))
+    assert _read_fault(own, stage).addresses == ("a:1",)
+    link = pb.Fault(error=to_detail(Unavailable("b:1: Socket closed", addresses=["b:1"])))
+    assert _read_fault(link, stage).addresses == ("a:1", "b:1")

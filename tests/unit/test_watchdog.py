@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from stagecoach_router.pipelines.watchdog import MAX_SLOWDOWN, FaultLimits, StageWork, Watchdog
+from stagecoach_router.metrics.load_report import LoadReport, StageCounters
+from stagecoach_router.pipelines.watchdog import MAX_SLOWDOWN, FaultLimits, Watchdog
 
 STAGES = ("a:1", "b:2")
 LIMITS = FaultLimits(fault_timeout_s=5.0, step_timeout_s=60.0)
@@ -36,9 +37,10 @@ class Scene:
         began_s = self.now_s
         while self.now_s - began_s <= longest_s:
             self.number += 1
-            reason = self.dog.look(self.now_s, self.number)
-            if reason is not None:
-                return self.now_s - began_s, reason
+            finding = self.dog.look(self.now_s, self.number)
+            if finding is not None:
+                self.named = finding.address
+                return self.now_s - began_s, finding.reason
             for address in STAGES:
                 if address in self.busy:
                     self.compute_s[address] += self.dog.interval_s
@@ -51,14 +53,17 @@ class Scene:
         return None
 
     def answer(self, address: str, number: int) -> None:
-        work = StageWork(
-            num_steps=self.num_steps[address] + self.others_num_steps[address],
-            compute_s=self.compute_s[address] + self.others_compute_s[address],
+        report = LoadReport(
+            StageCounters(
+                num_steps=self.num_steps[address] + self.others_num_steps[address],
+                compute_s=self.compute_s[address] + self.others_compute_s[address],
+            ),
+            number=number,
             lease_num_steps=self.num_steps[address],
             lease_compute_s=self.compute_s[address],
             lease_queue_depth=address in self.queued,
         )
-        self.dog.answered(address, number, work)
+        self.dog.answered(address, report)
 
 
 def test_an_idle_pipeline_whose_stages_answer_is_left_alone():
@@ -75,6 +80,7 @@ def test_a_stage_that_stops_answering_is_found_within_the_timeout(address):
     assert found[0] <= LIMITS.fault_timeout_s
     assert found[0] > LIMITS.fault_timeout_s / 2
     assert address in found[1]
+    assert scene.named == address
 
 
 def test_reports_that_come_unasked_are_no_answer():
@@ -189,6 +195,7 @@ def test_the_steps_of_another_router_do_not_hide_one_that_got_lost(expected_s):
     assert found is not None
     assert found[0] <= LIMITS.fault_timeout_s
     assert "no stage has computed" in found[1]
+    assert scene.named is None
 
 
 @pytest.mark.parametrize("address", STAGES)

@@ -23,6 +23,8 @@ MAX_MESSAGE_LENGTH = 300
 # characters for a byte, twice in base64), the facts twice.
 MAX_MESSAGE_BYTES = 600
 MAX_FACT_BYTES = 256
+# Both ends of a link.
+MAX_ADDRESSES = 2
 # Calls beyond a server's limit are refused by gRPC itself, which says so and no more; the next one may find room.
 CALL_LIMIT_DETAILS = "Concurrent RPC limit exceeded"
 CALL_LIMIT_RETRY_AFTER_S = 1.0
@@ -31,7 +33,11 @@ MAX_RETRY_AFTER_S = 86_400.0
 
 
 class StagecoachError(Exception):
-    """The root. `field` names the request field at fault, `limit` what was passed and `value` by what ("" if none)."""
+    """The root. `field` names the request field at fault, `limit` what was passed and `value` by what ("" if none).
+
+    `addresses`: HOST:PORT of the processes that it is about, where it names any. Whom to avoid is told by these, never
+    by the text.
+    """
 
     code: grpc.StatusCode = grpc.StatusCode.UNKNOWN
     retryable: bool = False
@@ -44,6 +50,7 @@ class StagecoachError(Exception):
         limit: object = "",
         value: object = "",
         retry_after_s: float = 0.0,
+        addresses: Iterable[str] = (),
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -51,6 +58,7 @@ class StagecoachError(Exception):
         self.limit = str(limit)[:200]
         self.value = str(value)[:200]
         self.retry_after_s = retry_after_s
+        self.addresses = tuple(addresses)
 
 
 class InvalidArgument(StagecoachError):
@@ -233,6 +241,7 @@ def to_detail(error: StagecoachError) -> ErrorDetail:
         value=_within(error.value, MAX_FACT_BYTES),
         retryable=error.retryable,
         retry_after_s=_sane_wait(error.retry_after_s),
+        addresses=[_within(address, MAX_FACT_BYTES) for address in error.addresses[:MAX_ADDRESSES]],
     )
 
 
@@ -240,10 +249,11 @@ def from_detail(detail: ErrorDetail) -> StagecoachError:
     """The error a message describes; an unknown kind becomes an InternalError that names it."""
     kind = _KINDS.get(detail.kind)
     if kind is None:
-        return InternalError(f"{detail.kind}: {detail.message}", field=detail.field)
+        return InternalError(f"{detail.kind}: {detail.message}", field=detail.field, addresses=detail.addresses)
     error = kind(detail.message)
     error.field, error.limit, error.value = detail.field, detail.limit, detail.value
     error.retry_after_s = _sane_wait(detail.retry_after_s)
+    error.addresses = tuple(detail.addresses)
     return error
 
 
@@ -259,9 +269,10 @@ def from_trailing_metadata(metadata: Iterable[tuple[str, str | bytes]] | None) -
 
 
 def from_rpc_error(error: grpc.RpcError, peer: str) -> StagecoachError:
-    """The error behind a failed call to `peer` (HOST:PORT)."""
+    """The error behind a failed call to `peer` (HOST:PORT). It is about the peer, unless that says who else it is."""
     detailed = from_trailing_metadata(getattr(error, "trailing_metadata", lambda: ())())
     if detailed is not None:
+        detailed.addresses = detailed.addresses or (peer,)
         return detailed
     code = error.code() if hasattr(error, "code") else grpc.StatusCode.UNKNOWN
     details = error.details() if hasattr(error, "details") else str(error)
@@ -272,11 +283,11 @@ def from_rpc_error(error: grpc.RpcError, peer: str) -> StagecoachError:
         kind = InternalError  # the status itself was lost on its way
     if kind is Unavailable and details:
         if (reason := handshake.explain(details)) is not None:
-            return HandshakeFailed(f"{peer}: {reason}")
+            return HandshakeFailed(f"{peer}: {reason}", addresses=[peer])
         details += handshake.hint(details)
     is_call_limit = kind is Overloaded and CALL_LIMIT_DETAILS in (details or "")
     retry_after_s = CALL_LIMIT_RETRY_AFTER_S if is_call_limit else 0.0
-    return kind(f"{peer}: {details or code.name}", retry_after_s=retry_after_s)
+    return kind(f"{peer}: {details or code.name}", retry_after_s=retry_after_s, addresses=[peer])
 
 
 def _cut(text: str) -> str:

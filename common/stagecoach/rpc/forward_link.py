@@ -48,7 +48,8 @@ class ForwardLink:
             await asyncio.wait_for(asyncio.shield(self._opened), timeout_s)
         except TimeoutError:
             await self.close()
-            raise errors.Unavailable(f"{self.address}: no answer to Forward in {timeout_s:g} s") from None
+            text = f"{self.address}: no answer to Forward in {timeout_s:g} s"
+            raise errors.Unavailable(text, addresses=[self.address]) from None
         except errors.StagecoachError:
             await self.close()
             raise
@@ -96,13 +97,15 @@ class ForwardLink:
         try:
             while isinstance(response := await call.read(), ForwardResponse):
                 if not response.credits:
-                    raise errors.ShardFault(f"{self.address}: no credits in a credit message", field="credits", limit=1)
+                    text = f"{self.address}: no credits in a credit message"
+                    raise errors.ShardFault(text, field="credits", limit=1, addresses=[self.address])
                 self._credits += response.credits
                 self._wake.set()
                 if not self._opened.done():
                     self._opened.set_result(None)
             status = await call.code()
-            error = errors.Unavailable(f"{self.address}: the Forward stream ended ({status.name})")
+            text = f"{self.address}: the Forward stream ended ({status.name})"
+            error = errors.Unavailable(text, addresses=[self.address])
         except grpc.RpcError as rpc_error:
             error = errors.from_rpc_error(rpc_error, self.address)
         except errors.ShardFault as fault:

@@ -133,7 +133,8 @@ class StepLoop:
         slow = self._straggler.observe(step.shape, stages, round_trip_s, time.monotonic())
         if slow is not None:
             address = self._pipeline.stages[slow].address
-            raise errors.Unavailable(f"stage {slow} at {address} has become many times slower")
+            text = f"stage {slow} at {address} has become many times slower"
+            raise errors.Unavailable(text, addresses=[address])
 
     def _send(self, plan: Plan, *, is_probe: bool = False) -> None:
         pipeline = self._pipeline

@@ -69,16 +69,8 @@ def _stage_status(stage: Stage, totals: StageTotals) -> pb.StageStatus:
         kernels=description.kernels,
         weights_bytes=description.weights_bytes,
         kv_cache_bytes=description.kv_cache_bytes,
-        num_steps=totals.num_steps,
-        num_tokens=totals.num_tokens,
-        compute_s=totals.compute_s,
-        wait_s=totals.wait_s,
-        queue_s=totals.queue_s,
-        decode_s=totals.decode_s,
-        encode_s=totals.encode_s,
         queue_depth=stage.queue_depth,
-        num_frames=totals.num_frames,
-        num_fast_frames=totals.num_fast_frames,
+        **totals.counters._asdict(),
     )
 
 

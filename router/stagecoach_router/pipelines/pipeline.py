@@ -23,8 +23,9 @@ from stagecoach.rpc.framing import read_frame
 from stagecoach.rpc.shard_rpc import ShardStub
 from stagecoach.v1 import shard_pb2
 from stagecoach_router.metrics.counters import PipelineTotals
+from stagecoach_router.metrics.load_report import LoadReport, read_load_report
 from stagecoach_router.pipelines.shard_client import Stage
-from stagecoach_router.pipelines.watchdog import DEFAULT_LIMITS, FaultLimits, StageWork, Watchdog
+from stagecoach_router.pipelines.watchdog import DEFAULT_LIMITS, FaultLimits, Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -128,25 +129,19 @@ class Pipeline:
         """Asks every stage again and again whether it is there, until the watchdog gives the pipeline up."""
         while self.lost is None:
             self._num_report_requests += 1
-            reason = self._watchdog.look(time.monotonic(), self._num_report_requests)
-            if reason is not None:
-                self._lose(errors.Unavailable(reason))
+            finding = self._watchdog.look(time.monotonic(), self._num_report_requests)
+            if finding is not None:
+                named = [] if finding.address is None else [finding.address]
+                self._lose(errors.Unavailable(finding.reason, addresses=named))
                 return
             for stage in self.stages:
                 stage.report_wanted.set()
             await asyncio.sleep(self._watchdog.interval_s)
 
-    def _take_load(self, stage: Stage, report: shard_pb2.LoadReport) -> None:
+    def _take_load(self, stage: Stage, report: LoadReport) -> None:
         stage.queue_depth = report.queue_depth
-        self.totals.stage(stage.address).add(stage.description.shard_id, report)
-        work = StageWork(
-            num_steps=report.num_steps,
-            compute_s=report.compute_s,
-            lease_num_steps=report.lease_num_steps,
-            lease_compute_s=report.lease_compute_s,
-            lease_queue_depth=report.lease_queue_depth,
-        )
-        self._watchdog.answered(stage.address, report.number, work)
+        self.totals.stage(stage.address).add(stage.description.shard_id, report.counters)
+        self._watchdog.answered(stage.address, report)
         for number, arrived in stage.reports.items():
             if number <= report.number and not arrived.done():
                 arrived.set_result(None)
@@ -186,7 +181,8 @@ class Pipeline:
                 await call.write(shard_pb2.SessionRequest(open=request))
                 data = await call.read()
         except TimeoutError:
-            raise errors.Unavailable(f"{stage.address}: no answer to Open in {OPEN_TIMEOUT_S:g} s") from None
+            text = f"{stage.address}: no answer to Open in {OPEN_TIMEOUT_S:g} s"
+            raise errors.Unavailable(text, addresses=[stage.address]) from None
         except asyncio.InvalidStateError:
             data = grpc.aio.EOF
         except grpc.RpcError as error:
@@ -209,11 +205,9 @@ class Pipeline:
                     self._watchdog.returned()
                     self._on_result(message.result, payload)
                 elif kind == "load":
-                    self._take_load(stage, message.load)
+                    self._take_load(stage, read_load_report(message.load))
                 elif kind == "fault":
-                    self._lose(
-                        errors.ShardFault(f"stage {stage.layers} at {stage.address}: {message.fault.error.message}")
-                    )
+                    self._lose(_read_fault(message.fault, stage))
             error: errors.StagecoachError = await _why_ended(call, stage.address)
         except grpc.RpcError as rpc_error:
             error = errors.from_rpc_error(rpc_error, stage.address)
@@ -221,7 +215,8 @@ class Pipeline:
             error = typed
         except Exception as unforeseen:  # a bug, here or there: without this the streams would wait for ever
             logger.exception("reading from %s", stage.address)
-            error = errors.ShardFault(f"stage {stage.layers} at {stage.address}: {unforeseen!r}")
+            text = f"stage {stage.layers} at {stage.address}: {unforeseen!r}"
+            error = errors.ShardFault(text, addresses=[stage.address])
         self._lose(error)
 
     def _lose(self, error: errors.StagecoachError) -> None:
@@ -247,8 +242,19 @@ def check_timings(result: shard_pb2.StepResult, num_stages: int) -> None:
                 )
 
 
+def _read_fault(fault: shard_pb2.Fault, stage: Stage) -> errors.ShardFault:
+    """It is about the stage that reports it, and about whom that names: its next hop, where their link has broken."""
+    cause = errors.from_detail(fault.error)
+    text = f"stage {stage.layers} at {stage.address}: {cause.message}"
+    return errors.ShardFault(text, addresses=[stage.address, *cause.addresses])
+
+
 async def _why_ended(call: Session, address: str) -> errors.StagecoachError:
     """The error behind a session that the shard has ended."""
     code = await call.code()
     detailed = errors.from_trailing_metadata(await call.trailing_metadata())
-    return detailed or errors.Unavailable(f"{address}: the session ended ({code.name}: {await call.details()})")
+    if detailed is not None:
+        detailed.addresses = detailed.addresses or (address,)
+        return detailed
+    text = f"{address}: the session ended ({code.name}: {await call.details()})"
+    return errors.Unavailable(text, addresses=[address])

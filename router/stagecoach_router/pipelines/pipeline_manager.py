@@ -244,7 +244,7 @@ class PipelineManager:
     def _let_go(self, addresses: list[str], epoch: int, error: BaseException) -> None:
         """Gives up a pipeline's shards, and quarantines those that the error names; all, where it names none."""
         if isinstance(error, (errors.Unavailable, errors.ShardFault)):
-            named = [address for address in addresses if address in str(error)]
+            named = [address for address in addresses if address in error.addresses]
             self.registry.quarantine(named or addresses)
         self.registry.release(addresses, epoch)
 
@@ -258,7 +258,8 @@ class PipelineManager:
         for stage in stages:
             check_same_model(stage, model)
             if stage.description.layers.start != end:
-                raise errors.Unavailable(f"{stage.address} has other layers now: {stage.description.layers}")
+                text = f"{stage.address} has other layers now: {stage.description.layers}"
+                raise errors.Unavailable(text, addresses=[stage.address])
             end = stage.description.layers.end
         return stages
 
@@ -271,7 +272,7 @@ async def _open_as_described(pipeline: Pipeline, num_blocks: int, max_slots: int
     try:
         await pipeline.open(num_blocks=num_blocks, max_slots=max_slots)
     except (errors.ModelMismatch, errors.FailedPrecondition, errors.ShardFault) as error:
-        raise errors.Unavailable(str(error)) from error
+        raise errors.Unavailable(str(error), addresses=error.addresses) from error
 
 
 def _check_lanes(lanes: int, num_stages: int) -> None:

@@ -53,7 +53,8 @@ async def describe(
             description = await ShardStub(channel).describe(request, timeout=timeout_s)
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-                raise errors.Unavailable(f"{address}: no answer to Describe in {timeout_s:g} s") from error
+                text = f"{address}: no answer to Describe in {timeout_s:g} s"
+                raise errors.Unavailable(text, addresses=[address]) from error
             raise errors.from_rpc_error(error, address) from error
     _check_same("protocol_version", address, description.protocol_version, PROTOCOL_VERSION, "this router")
     check_description(address, description)
@@ -79,6 +80,7 @@ async def assign(address: str, layers: LayerRange, dial: Dial = dial_plainly, *,
             field="layers",
             limit=layers,
             value=f"{loaded.start}:{loaded.end}",
+            addresses=[address],
         )
 
 
@@ -110,7 +112,10 @@ async def fetch_files(address: str, dial: Dial = dial_plainly) -> dict[str, byte
                 total += len(chunk.data) + len(chunk.name)
                 if total > MAX_FILE_BYTES:
                     raise errors.OutOfRange(
-                        f"{address}: files of more than {MAX_FILE_BYTES} bytes", field="files", limit=MAX_FILE_BYTES
+                        f"{address}: files of more than {MAX_FILE_BYTES} bytes",
+                        field="files",
+                        limit=MAX_FILE_BYTES,
+                        addresses=[address],
                     )
                 files.setdefault(chunk.name, bytearray()).extend(chunk.data)
         except grpc.RpcError as error:
@@ -121,5 +126,9 @@ async def fetch_files(address: str, dial: Dial = dial_plainly) -> dict[str, byte
 def _check_same(field_name: str, address: str, theirs: object, ours: object, who: str) -> None:
     if theirs != ours:
         raise errors.ModelMismatch(
-            f"{field_name}: {address} has {theirs}, {who} has {ours}", field=field_name, limit=ours, value=theirs
+            f"{field_name}: {address} has {theirs}, {who} has {ours}",
+            field=field_name,
+            limit=ours,
+            value=theirs,
+            addresses=[address],
         )

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from stagecoach.rpc.watch_clock import LOOKS_PER_TIMEOUT, WatchClock
+from stagecoach_router.metrics.load_report import LoadReport
 
 # Of the timeout: up to two looks pass between the fault and the first sign of it.
 PATIENCE = 0.8
@@ -42,22 +43,19 @@ DEFAULT_LIMITS = FaultLimits()
 
 
 @dataclass(frozen=True, slots=True)
-class StageWork:
-    """What a stage did, for everybody and for our lease, up to now: see LoadReport in the contract."""
+class Finding:
+    """Why a pipeline has to be given up, and the stage that does it, where that is known."""
 
-    num_steps: int = 0
-    compute_s: float = 0.0
-    lease_num_steps: int = 0
-    lease_compute_s: float = 0.0
-    lease_queue_depth: int = 0  # micro-batches of ours that have arrived there and not begun
+    reason: str
+    address: str | None = None
 
 
 @dataclass(slots=True)
 class _Watched:
-    """What a stage was asked and not answered yet, as (number, when), and what it said last."""
+    """What a stage was asked and has not answered yet, as (number, when), and what it said last."""
 
     questions: deque[tuple[int, float]] = field(default_factory=deque)
-    work: StageWork | None = None
+    latest: LoadReport | None = None
     not_stuck_s: float = 0.0  # when it was last known to have finished somebody's step, or to have none to compute
 
 
@@ -88,35 +86,36 @@ class Watchdog:
             self._in_flight.popleft()
         self._oldest_since_s = self._clock.now_s
 
-    def answered(self, address: str, number: int, work: StageWork) -> None:
-        """A load report: an answer to question `number` and all before it; 0 where it came unasked."""
+    def answered(self, address: str, report: LoadReport) -> None:
+        """A load report came, asked for or not."""
         stage = self._stages[address]
-        while stage.questions and stage.questions[0][0] <= number:
+        while stage.questions and stage.questions[0][0] <= report.number:
             stage.questions.popleft()
-        before, stage.work = stage.work, work
+        before, stage.latest = stage.latest, report
         if before is None:
             return
         now_s = self._clock.now_s
-        if work.num_steps > before.num_steps or work.compute_s <= before.compute_s:
+        computed = report.counters.compute_s > before.counters.compute_s
+        computed_ours = report.lease_compute_s > before.lease_compute_s
+        if report.counters.num_steps > before.counters.num_steps or not computed:
             stage.not_stuck_s = now_s
-        if work.lease_compute_s > before.lease_compute_s:
+        if computed_ours:
             self._worked_s = now_s
-        if work.lease_num_steps > before.lease_num_steps:
+        if report.lease_num_steps > before.lease_num_steps:
             self._finished_s = now_s
-        computes_others = work.compute_s > before.compute_s and work.lease_compute_s <= before.lease_compute_s
         is_stuck = now_s - stage.not_stuck_s >= self._step_timeout_s
-        if work.lease_queue_depth and computes_others and not is_stuck:
-            self._worked_s = self._finished_s = now_s
+        if report.lease_queue_depth and computed and not computed_ours and not is_stuck:
+            self._worked_s = self._finished_s = now_s  # ours waits behind another router's
 
-    def look(self, monotonic_s: float, number: int) -> str | None:
+    def look(self, monotonic_s: float, number: int) -> Finding | None:
         """What is wrong, if anything. If nothing is, question `number` has to go out to every stage now."""
         now_s = self._clock.look(monotonic_s)
         for address, stage in self._stages.items():
             if stage.questions and now_s - stage.questions[0][1] >= self._patience_s:
-                return f"{address}: no answer for {now_s - stage.questions[0][1]:.1f} s"
+                return Finding(f"{address}: no answer for {now_s - stage.questions[0][1]:.1f} s", address)
         overdue = self._overdue(now_s) if self._in_flight else None
         if overdue is not None:
-            return overdue
+            return Finding(overdue)
         for stage in self._stages.values():
             stage.questions.append((number, now_s))
         return None
