@@ -22,7 +22,7 @@ from stagecoach.topology import LayerRange
 from stagecoach_shard.leases.assignment import STOP_COMPUTING_TIMEOUT_S, Assignment
 from stagecoach_shard.leases.served_stage import ServedStage, StepLimits
 from stagecoach_shard.models.families import open_checkpoint
-from stagecoach_shard.rpc.access import AllowedNames, Gate
+from stagecoach_shard.rpc.access import AccessControl, AllowedNames
 from stagecoach_shard.rpc.service import ShardService
 from stagecoach_shard.runtime.loading import Loader, find_device
 from stagecoach_shard.settings import ShardSettings
@@ -43,13 +43,13 @@ async def serve(settings: ShardSettings, stop: asyncio.Event) -> None:
         MAX_SHARD_MESSAGE_BYTES, settings.listen, identity=identity, insecure=settings.insecure_listen
     )
     dial = tls.shard_dial(identity, settings.tls_shard_name)
-    gate = Gate(allowed)
+    access = AccessControl(allowed)
     handlers = shard_handlers(
-        describe=gate.describe,
-        assign=gate.assign,
-        fetch_files=gate.fetch_files,
-        session=gate.session,
-        forward=gate.forward,
+        describe=access.describe,
+        assign=access.assign,
+        fetch_files=access.fetch_files,
+        session=access.session,
+        forward=access.forward,
     )
     server.add_generic_rpc_handlers((handlers,))
     health = Health(server, SERVICE_NAME)
@@ -61,7 +61,7 @@ async def serve(settings: ShardSettings, stop: asyncio.Event) -> None:
     try:
         await asyncio.wait([opening, stopped], return_when=asyncio.FIRST_COMPLETED)
         if opening.done():
-            assignment, gate.service = _service(opening.result(), settings, dial, health)
+            assignment, access.service = _service(opening.result(), settings, dial, health)
             await _live(assignment, layers, port, health, settings.drain_timeout_s, stopped)
     finally:
         logger.info("stopping")

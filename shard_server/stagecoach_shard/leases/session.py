@@ -105,21 +105,13 @@ class LeaseSession:
 
 def check_open(request: shard_pb2.OpenRequest, stage: Stage, fingerprint: str, block_size: int) -> None:
     """Raises ModelMismatch where the router expects another stage than this, InvalidArgument for a wrong next hop."""
-    pairs = {
-        "protocol_version": (request.protocol_version, PROTOCOL_VERSION),
-        "model_fingerprint": (request.model_fingerprint, fingerprint),
-        "layers": ((request.layers.start, request.layers.end), (stage.layers.start, stage.layers.end)),
-        "dtype": (request.dtype, wire.DTYPES[stage.dtype]),
-        "block_size": (request.block_size, block_size),
-    }
-    for field, (theirs, ours) in pairs.items():
-        if theirs != ours:
-            raise errors.ModelMismatch(
-                f"{field}: the router expects {theirs}, this shard has {ours}",
-                field=field,
-                limit=ours,
-                value=theirs,
-            )
+    check_agreement(
+        protocol_version=(request.protocol_version, PROTOCOL_VERSION),
+        model_fingerprint=(request.model_fingerprint, fingerprint),
+        layers=((request.layers.start, request.layers.end), (stage.layers.start, stage.layers.end)),
+        dtype=(request.dtype, wire.DTYPES[stage.dtype]),
+        block_size=(request.block_size, block_size),
+    )
     timeout_s = request.silence_timeout_s
     if timeout_s and not MIN_SILENCE_TIMEOUT_S <= timeout_s <= MAX_SILENCE_TIMEOUT_S:
         limit = f"0 or [{MIN_SILENCE_TIMEOUT_S}, {MAX_SILENCE_TIMEOUT_S}]"
@@ -132,3 +124,12 @@ def check_open(request: shard_pb2.OpenRequest, stage: Stage, fingerprint: str, b
         )
     if request.next_hop:
         check_address(request.next_hop, "next_hop")
+
+
+def check_agreement(**pairs: tuple[object, object]) -> None:
+    """Raises ModelMismatch for a field whose two values, the router's and this shard's, differ."""
+    for field, (theirs, ours) in pairs.items():
+        if theirs != ours:
+            raise errors.ModelMismatch(
+                f"{field}: the router expects {theirs}, this shard has {ours}", field=field, limit=ours, value=theirs
+            )

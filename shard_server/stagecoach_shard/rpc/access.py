@@ -25,7 +25,7 @@ class AllowedNames:
         return cls(tls.read_names(allow_peer, "allow_peer"), tls.read_names(allow_assign, "allow_assign"))
 
 
-class Gate:
+class AccessControl:
     """Passes calls on to `service` once it is set, and answers Unavailable before.
 
     `allowed`: None where links are not encrypted.

@@ -20,6 +20,7 @@ from stagecoach_shard.checkpoints.checkpoint import Checkpoint
 from stagecoach_shard.leases import wire
 from stagecoach_shard.leases.assignment import Assignment
 from stagecoach_shard.leases.served_stage import ServedStage, StepLimits
+from stagecoach_shard.leases.session import check_agreement
 from stagecoach_shard.rpc.forward_stream import serve_forward
 from stagecoach_shard.rpc.session_stream import serve_session
 
@@ -60,7 +61,10 @@ class ShardService:
     async def assign(self, request: shard_pb2.AssignRequest, context: Context) -> shard_pb2.AssignResponse:
         """Answered when the layers are there, which may take minutes; see `Assignment.assign`."""
         try:
-            self._check_same_model(request)
+            check_agreement(
+                protocol_version=(request.protocol_version, PROTOCOL_VERSION),
+                model_fingerprint=(request.model_fingerprint, self._checkpoint.fingerprint),
+            )
             stage = await self._assignment.assign(self._range(request.layers))
         except errors.ConfigError as error:  # of loading: nothing that the caller said is wrong
             failure = errors.FailedPrecondition(error.message, field=error.field, limit=error.limit, value=error.value)
@@ -118,20 +122,6 @@ class ShardService:
             description.weights_bytes = weights.weights_bytes
             description.kernels = "native" if weights.is_native else "torch"
         return description
-
-    def _check_same_model(self, request: shard_pb2.AssignRequest) -> None:
-        pairs = {
-            "protocol_version": (request.protocol_version, PROTOCOL_VERSION),
-            "model_fingerprint": (request.model_fingerprint, self._checkpoint.fingerprint),
-        }
-        for field, (theirs, ours) in pairs.items():
-            if theirs != ours:
-                raise errors.ModelMismatch(
-                    f"{field}: the router expects {theirs}, this shard has {ours}",
-                    field=field,
-                    limit=ours,
-                    value=theirs,
-                )
 
     def _range(self, layers: model_pb2.LayerRange) -> LayerRange:
         """Raises InvalidArgument for an empty range, OutOfRange for layers that the model does not have."""

@@ -14,6 +14,7 @@ from stagecoach.topology import LayerRange
 from stagecoach_shard.checkpoints.checkpoint import Checkpoint
 from stagecoach_shard.kv_cache import KVCache
 from stagecoach_shard.memory import free_bytes, num_kv_blocks
+from stagecoach_shard.models.stage_tensors import StageTensors
 from stagecoach_shard.native.layers import Kernels, native_library
 from stagecoach_shard.runtime.stage import Stage
 from stagecoach_shard.runtime.stage_runner import StageRunner
@@ -81,9 +82,8 @@ class Loader:
 
     def _check_room(self, layers: LayerRange) -> None:
         """Before reading: a system that lends more memory than it has would end the process when it is used."""
-        if layers.end > self.checkpoint.config.num_layers:
-            return  # which Stage.load says
-        needed, free = Stage.bytes_to_read(self.checkpoint, layers, self.dtype), free_bytes(self.device)
+        needed = StageTensors.of(self.checkpoint, layers).num_bytes(self.checkpoint, self.dtype)
+        free = free_bytes(self.device)
         if needed > free:
             raise ConfigError(
                 f"layers: {layers} take {needed} bytes, {free} free", field="layers", limit=free, value=needed

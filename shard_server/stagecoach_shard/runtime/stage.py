@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stagecoach.errors import CheckpointError, TopologyError
 from stagecoach.topology import LayerRange
 from stagecoach_shard.attention.batch import Batch
 from stagecoach_shard.attention.interface import Attention
@@ -20,15 +18,11 @@ from stagecoach_shard.kv_cache import KVCache
 from stagecoach_shard.memory import give_back_unused
 from stagecoach_shard.models.decoder import TorchLayers
 from stagecoach_shard.models.graphed_layers import GraphedLayers
-from stagecoach_shard.models.layer_weights import LayerWeights
 from stagecoach_shard.models.layers import Layers
 from stagecoach_shard.models.linear import Linear
 from stagecoach_shard.models.rms_norm import RMSNorm
+from stagecoach_shard.models.stage_tensors import FINAL_NORM, StageTensors
 from stagecoach_shard.native.layers import Kernels, NativeLayers, NativeLinear, native_library
-
-EMBEDDING = "model.embed_tokens.weight"
-FINAL_NORM = "model.norm.weight"
-HEAD = "lm_head.weight"
 
 
 class Stage:
@@ -39,9 +33,8 @@ class Stage:
         config: ModelConfig,
         layers: LayerRange,
         reader: TensorReader,
+        tensors: StageTensors,
         *,
-        embedding_name: str,
-        head_name: str,
         dtype: torch.dtype,
         device: torch.device,
         attention: Attention | None,
@@ -55,7 +48,7 @@ class Stage:
         self.is_last = layers.end == config.num_layers
         library = None if attention is not None else native_library(kernels, config, dtype, device)
         table = [config.vocab_size, config.hidden_size]
-        self._embedding = reader.read(embedding_name, table) if self.is_first else None
+        self._embedding = reader.read(tensors.embedding, table) if self.is_first else None
         self._layers: Layers
         if library is not None:
             self._layers = NativeLayers(config, layers, reader, library)
@@ -71,9 +64,9 @@ class Stage:
         self._is_tied = False  # head and embedding are both here, and one tensor
         if self.is_last:
             self._norm = RMSNorm(reader.read(FINAL_NORM, [config.hidden_size]), config.rms_norm_eps)
-            tied = self._embedding if head_name == embedding_name else None
+            tied = self._embedding if tensors.head == tensors.embedding else None
             self._is_tied = tied is not None
-            head = reader.read(head_name, table) if tied is None else tied
+            head = reader.read(tensors.head, table) if tied is None else tied
             self._head = Linear(head) if library is None else NativeLinear(head, None, library)
 
     @classmethod
@@ -95,47 +88,29 @@ class Stage:
         Raises TopologyError for layers that the model does not have, CheckpointError for tensors that are missing, of
         another shape than the configuration's, not floating point, or not expected in a layer.
         """
-        config = checkpoint.config
-        if layers.end > config.num_layers:
-            raise TopologyError(
-                f"layers {layers} were asked for; {checkpoint.name} has {config.num_layers}",
-                field="layers",
-                limit=f"0:{config.num_layers}",
-                value=str(layers),
-            )
-        embedding_name, head_name = _table_names(checkpoint)
-        expected = _tensor_names(config, layers, embedding_name, head_name)
-        _refuse_strangers(checkpoint, layers, expected)
+        tensors = StageTensors.of(checkpoint, layers)
         num_done = 0
 
         def on_read() -> None:
             nonlocal num_done
             num_done += 1
             if progress is not None:
-                progress(num_done, len(expected))
+                progress(num_done, len(tensors.names))
 
         with torch.inference_mode(), checkpoint.reader(dtype, device, on_read) as reader:
             stage = cls(
-                config,
+                checkpoint.config,
                 layers,
                 reader,
-                embedding_name=embedding_name,
-                head_name=head_name,
+                tensors,
                 dtype=dtype,
                 device=device,
                 attention=attention,
                 kernels=kernels,
             )
-        assert num_done == len(expected)
+        assert num_done == len(tensors.names)
         give_back_unused()
         return stage
-
-    @staticmethod
-    def bytes_to_read(checkpoint: Checkpoint, layers: LayerRange, dtype: torch.dtype) -> int:
-        """What the tensors of `layers` take in `dtype`: the least that the stage takes, as some are packed besides."""
-        expected = _tensor_names(checkpoint.config, layers, *_table_names(checkpoint))
-        entries = [checkpoint.tensors[name] for name in expected if name in checkpoint.tensors]
-        return dtype.itemsize * sum(math.prod(entry.shape) for entry in entries)
 
     @property
     def weights_bytes(self) -> int:
@@ -176,37 +151,3 @@ class Stage:
         if hidden_states.shape[0] == 0:
             return hidden_states.new_empty(0, self.config.vocab_size)
         return self._head(self._norm(hidden_states))
-
-
-def _table_names(checkpoint: Checkpoint) -> tuple[str, str]:
-    """The tensors that hold embedding and head.
-
-    With tied weights either may be absent; where both are there each is used, which is what transformers does.
-    """
-    if not checkpoint.config.tie_word_embeddings:
-        return EMBEDDING, HEAD
-    embedding = HEAD if EMBEDDING not in checkpoint.tensors and HEAD in checkpoint.tensors else EMBEDDING
-    return embedding, HEAD if HEAD in checkpoint.tensors else EMBEDDING
-
-
-def _tensor_names(config: ModelConfig, layers: LayerRange, embedding_name: str, head_name: str) -> set[str]:
-    names = {name for index in range(layers.start, layers.end) for name in LayerWeights.tensor_names(config, index)}
-    if layers.start == 0:
-        names.add(embedding_name)
-    if layers.end == config.num_layers:
-        names |= {FINAL_NORM, head_name}
-    return names
-
-
-def _refuse_strangers(checkpoint: Checkpoint, layers: LayerRange, expected: set[str]) -> None:
-    """A tensor in our layers that we would not use means that the model is not what its config.json says."""
-    own = {f"model.layers.{index}" for index in range(layers.start, layers.end)}
-    for name in checkpoint.tensors:
-        # Early Llama checkpoints store the rotation's frequencies, which follow from the configuration.
-        if name in expected or name.endswith(".rotary_emb.inv_freq"):
-            continue
-        if ".".join(name.split(".")[:3]) in own:
-            raise CheckpointError(
-                f"{name} is not a tensor of a layer of model_type {checkpoint.config.family!r} with this config.json",
-                field=name,
-            )
