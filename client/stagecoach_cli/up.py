@@ -15,10 +15,13 @@ from stagecoach.rpc.channel import check_address, split_address
 from stagecoach.security.tls import ROUTER_NAME
 from stagecoach_cli import extras
 from stagecoach_cli.options import DEFAULT_TARGET, DType, Stages
+from stagecoach_cli.output_relay import OutputRelay
+from stagecoach_cli.terminal import without_control
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.status import Status
+    from rich.text import Text
 
     from stagecoach_local import LocalCluster
     from stagecoach_local.certificates import ClusterCertificates
@@ -77,24 +80,32 @@ def up(
             threads_per_shard=threads_per_shard,
             certificates=certificates,
             insecure_listen=insecure_listen,
-            on_line=log.print,
-            on_event=log.say,
+            on_line=log.line_of,
+            on_event=lambda text: log.say(text, style="bold"),
             on_wait=lambda reason: progress.update(f"starting: {reason}"),
         )
-        _serve(cluster, console, progress)
+        _serve(cluster, log, progress)
 
 
-def _serve(cluster: LocalCluster, console: Console, progress: Status) -> None:
-    """Starts the cluster, and stops it on ctrl-C, SIGTERM or SIGHUP. Raises what ends a process for good."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+def _serve(cluster: LocalCluster, log: _Log, progress: Status) -> None:
+    """Starts the cluster, and stops it on ctrl-C, SIGTERM or SIGHUP. Raises what ends a process for good.
+
+    SIGINT is handled even where it was ignored at the start, as in a script's background job, for which it would
+    otherwise be lost. SIGHUP stays ignored where it was: that is what nohup asks for.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _interrupt)
     try:
         with cluster:
-            progress.stop()
-            _print_welcome(console, cluster)
+            with contextlib.suppress(OSError):  # of an output that is full or gone
+                progress.stop()
+            _say_welcome(log, cluster)
             cluster.wait()
     except KeyboardInterrupt:
-        console.print("stopped")
+        log.say("stopped")
+    finally:
+        log.close()
 
 
 def _certificates(listen: str, tls: bool) -> contextlib.AbstractContextManager[ClusterCertificates | None]:
@@ -108,37 +119,48 @@ def _certificates(listen: str, tls: bool) -> contextlib.AbstractContextManager[C
 
 
 class _Log:
-    """Prints the processes' output, each process in a colour of its own. It may be called from several threads."""
+    """What is printed while the cluster runs: the processes' output, each in a colour of its own, and our own lines.
+
+    May be called from several threads, none of which waits for the terminal.
+    """
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        self._relay = OutputRelay(lambda count: self._print(f"({count} lines could not be written)", style="dim"))
         self._lock = threading.Lock()
         self._colours: dict[str, str] = {}
 
-    def print(self, name: str, line: str) -> None:
-        """Prints a line of the process `name`."""
+    def line_of(self, name: str, line: str) -> None:
+        """Prints a line of the process `name`, without the control characters that it may hold."""
         from rich.text import Text
 
         with self._lock:
             colour = self._colours.setdefault(name, _COLOURS[len(self._colours) % len(_COLOURS)])
-            self._console.print(Text.assemble((f"[{name}] ", colour), line), soft_wrap=True)
+        text = Text.assemble((f"[{name}] ", colour), without_control(line))
+        self._relay.put(lambda: self._print(text))
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, style: str | None = None) -> None:
         """Prints a line that no process has written."""
-        with self._lock:
-            self._console.print(text, style="bold", soft_wrap=True)
+        self._relay.put(lambda: self._print(text, style=style))
+
+    def close(self) -> None:
+        """Returns when everything is printed, or that takes too long."""
+        self._relay.close()
+
+    def _print(self, text: str | Text, style: str | None = None) -> None:
+        self._console.print(text, style=style, soft_wrap=True)
 
 
-def _print_welcome(console: Console, cluster: LocalCluster) -> None:
+def _say_welcome(log: _Log, cluster: LocalCluster) -> None:
     for process in cluster.processes:
-        console.print(f"  {process.name:<16} pid {process.pid:<8} {process.address}", soft_wrap=True)
+        log.say(f"  {process.name:<16} pid {process.pid:<8} {process.address}")
     where = f"--target {cluster.address}" + (f" --tls-ca {cluster.tls.ca}" if cluster.tls is not None else "")
-    console.print(f"ready at {cluster.address}. Try, in another terminal:", soft_wrap=True)
-    console.print(f"  stagecoach chat {where}", soft_wrap=True)
-    console.print(f'  stagecoach generate "Once upon a time" {where}', soft_wrap=True)
+    log.say(f"ready at {cluster.address}. Try, in another terminal:")
+    log.say(f"  stagecoach chat {where}")
+    log.say(f'  stagecoach generate "Once upon a time" {where}')
     if cluster.tls is not None:
-        console.print(f"At another of this machine's addresses, add --tls-server-name {ROUTER_NAME}.", soft_wrap=True)
-    console.print("ctrl-C stops it.")
+        log.say(f"At another of this machine's addresses, add --tls-server-name {ROUTER_NAME}.")
+    log.say("ctrl-C stops it.")
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:

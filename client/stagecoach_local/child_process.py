@@ -14,13 +14,15 @@ from stagecoach_local import die_with_parent
 from stagecoach_local.process_exit import Ended
 
 NUM_KEPT_LINES = 20
+MAX_LINE_LENGTH = 1 << 16  # characters; a longer line is taken for several
 _READER_JOIN_TIMEOUT_S = 1.0
 
 
 class ChildProcess:
     """Runs `command` in a session of its own, so that a ctrl-C in the terminal does not reach it.
 
-    `on_line(name, line)` is called with each line of its output, from another thread. On Linux the child is killed when
+    `on_line(name, line)` is called with each line of its output, from another thread; it must not wait for anything,
+    and what it raises costs the line. On Linux the child is killed when
     this process dies, however that happens.
     """
 
@@ -28,6 +30,7 @@ class ChildProcess:
         self.name = name
         self._command = list(command)
         self._on_line = on_line
+        self.num_lost_lines = 0  # that `on_line` did not take
         self._last_lines: deque[str] = deque(maxlen=NUM_KEPT_LINES)
         self._started = threading.Event()
         self._process: subprocess.Popen[str] | None = None
@@ -119,11 +122,16 @@ class ChildProcess:
         self._started.set()
         assert process.stdout is not None
         with process.stdout as output:
-            for line in output:
+            while line := output.readline(MAX_LINE_LENGTH):
                 self._take(line.rstrip())
         process.wait()
 
     def _take(self, line: str) -> None:
         self._last_lines.append(line)
-        if self._on_line is not None:
+        if self._on_line is None:
+            return
+        try:
             self._on_line(self.name, line)
+        except Exception:
+            # Whatever is wrong with a line's receiver, reading goes on: the kernel ends the child with this thread.
+            self.num_lost_lines += 1

@@ -1,15 +1,17 @@
 """`stagecoach up` with its processes killed: streams go on, the processes come back, and the cluster is whole again."""
 
+import contextlib
 import os
 import signal
+import subprocess
 import sys
 import time
 
 import pytest
 
-from stagecoach_client import Client
+from stagecoach_client import Client, Unavailable
 from tests.cluster import free_port
-from tests.e2e.processes import running
+from tests.e2e.processes import command, running
 
 TIMEOUT_S = 60.0
 POLL_INTERVAL_S = 0.1
@@ -58,3 +60,51 @@ def test_killed_processes_cost_a_pause(tiny_model):
         assert up.stop() == 0
     assert len(set(pids)) == 4
     assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+
+
+@pytest.mark.parametrize("output", ["full disk", "stopped reader"])
+def test_an_output_that_takes_nothing_costs_lines_only(tiny_model, output):
+    """And SIGHUP, which nohup has made ignored, ends nothing."""
+    listen = f"127.0.0.1:{free_port()}"
+    arguments = ["--model", str(tiny_model), "--listen", listen, "--dtype", "float32", "--stages", "1"]
+    reading, writing = os.pipe()
+    target = os.open("/dev/full", os.O_WRONLY) if output == "full disk" else writing
+    if output == "stopped reader":
+        os.set_blocking(writing, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writing, bytes(4096))
+        os.set_blocking(writing, True)
+    process = subprocess.Popen(
+        command("stagecoach", "up", *arguments),
+        stdin=subprocess.DEVNULL,
+        stdout=target,
+        stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN) and None,
+    )
+    try:
+        with Client(listen, max_retries=100) as client:
+            answer = until_answered(client)
+            pids = [stage.pid for pipeline in client.status().pipelines for stage in pipeline.stages]
+            os.kill(pids[0], signal.SIGKILL)  # and what is said of it goes nowhere either
+            process.send_signal(signal.SIGHUP)
+            assert until_answered(client) == answer
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(TIMEOUT_S) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(writing)
+        os.close(reading)
+
+
+def until_answered(client):
+    """The completions of PROMPT, as soon as there is a cluster to compute them."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while True:
+        try:
+            return client.generate(**PROMPT).completions
+        except Unavailable:
+            assert time.monotonic() < deadline
+            time.sleep(POLL_INTERVAL_S)

@@ -57,6 +57,27 @@ def test_output_is_passed_on_with_the_name(lines: Lines, started: list[ChildProc
     assert sorted(lines.seen) == [("child", "err"), ("child", "out")]
 
 
+def test_a_receiver_that_fails_costs_the_line_and_not_the_child(started: list[ChildProcess]) -> None:
+    def fail(name: str, line: str) -> None:
+        raise OSError(f"cannot print {line}")
+
+    child = ChildProcess("child", [sys.executable, "-c", "for i in range(100): print(i)\ninput()\n"], fail)
+    child.start()
+    started.append(child)
+    assert child.wait(10)
+    ended = child.ended()
+    assert ended is not None
+    assert child.num_lost_lines > 100
+    assert "EOFError" in ended.last_lines[-1]
+
+
+def test_a_line_without_an_end_does_not_grow_without_bound(lines: Lines, started: list[ChildProcess]) -> None:
+    child = python("import sys; sys.stdout.write('x' * 1_000_000)", lines, started)
+    assert child.wait(10)
+    assert max(len(line) for _, line in lines.seen) <= 1 << 16
+    assert "".join(line for _, line in lines.seen) == "x" * 1_000_000
+
+
 def test_a_death_is_reported_with_the_last_lines(lines: Lines, started: list[ChildProcess]) -> None:
     child = python("print('\\n'.join(map(str, range(50)))); raise SystemExit(3)", lines, started)
     assert child.wait(10)

@@ -1,0 +1,65 @@
+"""Writes the lines of several processes to one output that may be slow, full, stopped or gone, and never waits for it.
+
+Whoever has something to say puts it into a line; one thread writes. What finds the line full, or cannot be written, is
+dropped and counted, and the count is written when writing works again. So a terminal that was stopped with ctrl-S, a
+full disk or `| head` costs log lines, and no process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable
+
+MAX_WAITING_LINES = 1000
+_CLOSE_TIMEOUT_S = 1.0
+
+# Writes what it was made for; raises OSError, or ValueError where the output was closed.
+Write = Callable[[], None]
+
+
+class OutputRelay:
+    """Calls what it is given, in order, on a thread of its own. `write_dropped(count)` says how much was left out."""
+
+    def __init__(self, write_dropped: Callable[[int], None], max_waiting: int = MAX_WAITING_LINES) -> None:
+        self._write_dropped = write_dropped
+        self._waiting: queue.Queue[Write | None] = queue.Queue(max_waiting)
+        self._lock = threading.Lock()
+        self._num_dropped = 0
+        # A daemon: it may hang in a write to a stopped terminal for ever, and the process ends all the same.
+        self._thread = threading.Thread(target=self._run, name="output", daemon=True)
+        self._thread.start()
+
+    def put(self, write: Write) -> None:
+        """Has `write` called soon, or counts it as dropped. Returns at once."""
+        try:
+            self._waiting.put_nowait(write)
+        except queue.Full:
+            self._drop(1)
+
+    def close(self, timeout_s: float = _CLOSE_TIMEOUT_S) -> None:
+        """Returns when everything is written, or after `timeout_s`."""
+        with contextlib.suppress(queue.Full):
+            self._waiting.put(None, timeout=timeout_s)
+            self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while (write := self._waiting.get()) is not None:
+            num_dropped = self._take_dropped()
+            try:
+                if num_dropped:
+                    self._write_dropped(num_dropped)
+                    num_dropped = 0
+                write()
+            except (OSError, ValueError):
+                self._drop(num_dropped + 1)
+
+    def _drop(self, count: int) -> None:
+        with self._lock:
+            self._num_dropped += count
+
+    def _take_dropped(self) -> int:
+        with self._lock:
+            num_dropped, self._num_dropped = self._num_dropped, 0
+        return num_dropped
