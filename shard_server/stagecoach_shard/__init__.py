@@ -1,1 +1,1 @@
-"""The muscle of a cluster: holds a contiguous range of a model's layers and computes what a router sends."""
+"""A shard server: holds a contiguous range of a model's layers, and computes the micro-batches that routers send."""

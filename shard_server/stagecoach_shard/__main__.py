@@ -1,4 +1,4 @@
-"""`stagecoach-shard`."""
+"""The `stagecoach-shard` command: reads its settings, then serves until it is told to stop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PROGRAM = "stagecoach-shard"
 
 
 def main() -> None:
-    """Reads the settings first: a mistake in them, or --help, need not wait for what is slow to import."""
+    """Reads the settings before torch is imported, so that --help or a mistake in them is answered at once."""
     with _the_extra():
         from stagecoach.process.logs import configure_logging
         from stagecoach.process.settings import read_settings
@@ -28,7 +28,7 @@ def main() -> None:
 
 @contextlib.contextmanager
 def _the_extra() -> Iterator[None]:
-    """The bare install has this command, too, but not what it needs."""
+    """Ends the process with a hint where a package is missing: the bare install has this command, too."""
     try:
         yield
     except ModuleNotFoundError as error:

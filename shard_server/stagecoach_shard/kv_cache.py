@@ -1,4 +1,4 @@
-"""K/V memory of a shard: one allocation, cut into a paged tensor for each of its layers."""
+"""The K/V memory of a shard: one allocation, cut into a paged tensor for each of its layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stagecoach_shard.checkpoints.model_config import ModelConfig
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
-    """The layers' caches, each of the shape that the model gives that layer (`ModelConfig.cache_shape`)."""
+    """The caches of all layers of a stage, each of the shape that the model gives its layer (`cache_shape`)."""
 
     layers: tuple[Tensor, ...]  # one for each layer of the range, in order; views of one allocation
     num_blocks: int
@@ -50,7 +50,7 @@ class KVCache:
 
     @staticmethod
     def bytes_per_block(config: ModelConfig, layers: LayerRange, *, block_size: int, dtype: torch.dtype) -> int:
-        """What one block takes over all of `layers`."""
+        """How many bytes one block takes in all of `layers` together."""
         return dtype.itemsize * sum(
             math.prod(config.cache_shape(layer, num_blocks=1, block_size=block_size))
             for layer in range(layers.start, layers.end)

@@ -12,9 +12,9 @@ from stagecoach.process.settings import parse_size
 
 
 def give_back_unused() -> None:
-    """Returns to the system what was freed between allocations that stay, such as weights before they were packed.
+    """Returns memory that was freed to the system, and to the device, which would otherwise be kept for later.
 
-    And to the device what torch keeps of it for later.
+    Loading leaves much of it: each weight is freed once a packed copy is made, between copies that stay.
     """
     torch.cuda.empty_cache()  # nothing, where no device is in use
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
@@ -23,7 +23,7 @@ def give_back_unused() -> None:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory on the device, after what is loaded."""
+    """How much memory of the device is free now; of a CPU, how much the system can give without swapping."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)

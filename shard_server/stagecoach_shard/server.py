@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 async def serve(settings: ShardSettings, stop: asyncio.Event) -> None:
-    """Takes the port, loads, serves until `stop`."""
+    """Takes the port, loads its layers if it has a range of its own, and serves until `stop` is set."""
     layers = settings.layer_range()
     identity = tls.read_identity(settings.tls_cert, settings.tls_key, settings.tls_ca)
     allowed = None if identity is None else AllowedNames.read(settings.allow_peer, settings.allow_assign)
@@ -128,7 +128,10 @@ async def _live(
     drain_timeout_s: float,
     stopped: asyncio.Task[bool],
 ) -> None:
-    """From the open checkpoint until there is nothing left to do."""
+    """Loads `layers`, if any, then serves until `stopped` is done or the compute thread has ended.
+
+    Raises what loading raises, and InternalError where the compute thread ended by itself.
+    """
     if layers is None:
         health.set_ready(True)
         logger.info("no layers yet; ready on port %d for those that a router assigns", port)
@@ -152,7 +155,7 @@ async def _live(
 
 
 async def _drain(timeout_s: float, assignment: Assignment, compute_ended: asyncio.Task[None]) -> None:
-    """Opens no new leases, and returns when those that are open have ended, or their time or the computing has."""
+    """Opens no new lease. Returns when the open ones have ended, after `timeout_s`, or when the compute thread has."""
     if num_leases := assignment.drain():
         logger.info("draining: %d leases have %g s to end; a second signal stops at once", num_leases, timeout_s)
     drained = asyncio.create_task(assignment.leases_ended())
@@ -163,7 +166,7 @@ async def _drain(timeout_s: float, assignment: Assignment, compute_ended: asynci
 
 
 async def _end_loading(opening: asyncio.Task[Loader], assignment: Assignment | None) -> None:
-    """Waits for what was abandoned, but not for long: there is nothing that it could leave behind."""
+    """Waits for a load that was abandoned, but not for long: what it has read so far is lost with the process."""
     try:
         async with asyncio.timeout(ABANDON_TIMEOUT_S):
             await asyncio.wait([opening])

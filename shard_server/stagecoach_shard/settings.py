@@ -50,7 +50,7 @@ class ShardSettings(LinkSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     def layer_range(self) -> LayerRange | None:
-        """The range that `layers` names; None for those to be assigned. Raises InvalidArgument."""
+        """The range that `layers` names, or None where a router assigns one. Raises InvalidArgument."""
         if self.layers.strip() == AUTO_LAYERS:
             return None
         try:

@@ -1,1 +1,1 @@
-"""Attention over paged K/V."""
+"""Attention over paged K/V, and the rows of a micro-batch that it attends for."""

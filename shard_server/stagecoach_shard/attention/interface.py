@@ -18,7 +18,7 @@ from stagecoach_shard.attention.batch import Batch
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """A kind of layer; layers of one kind share what was prepared for the micro-batch."""
+    """A kind of layer. Layers of one kind share what is prepared for a micro-batch."""
 
     num_heads: int
     num_kv_heads: int  # query head h reads key head h // (num_heads / num_kv_heads)
@@ -39,8 +39,8 @@ class AttentionStep(Protocol):
 
 
 class Attention(Protocol):
-    """An implementation."""
+    """A way to compute attention, on whichever device."""
 
     def prepare(self, batch: Batch, shape: AttentionShape, dtype: torch.dtype) -> AttentionStep:
-        """What `batch` needs in every layer of this shape; `dtype` is that of queries and cache."""
+        """Prepares `batch` for every layer of this shape. `dtype` is that of queries and cache."""
         ...

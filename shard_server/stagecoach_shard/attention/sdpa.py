@@ -30,18 +30,18 @@ _DEFAULT_GROUP_BYTES = 256 << 20
 
 @dataclass(frozen=True, slots=True)
 class _Decodes:
-    """Rows of one token each, padded to `num_blocks` blocks."""
+    """A group of rows of one token each, all padded to the same number of blocks."""
 
     tokens: Tensor | None  # int64 [rows], their places in the micro-batch; None: it is all of them, in order
     blocks: Tensor  # int64 [rows * num_blocks]
     num_rows: int
-    keys: slice  # of the gathered positions, those that any row sees
+    keys: slice  # which of the gathered positions any row sees
     mask: Tensor | None  # [rows, 1, 1, keys], 0 or -inf; None: every row sees all of them
 
 
 @dataclass(frozen=True, slots=True)
 class _Tile:
-    """A run of one row's queries."""
+    """A run of consecutive queries of one row, which are attended for together."""
 
     tokens: slice  # of the micro-batch's
     keys: slice  # of the row's gathered positions
@@ -57,7 +57,7 @@ class _Prefill:
 
 
 class SdpaAttention:
-    """The one implementation that runs everywhere."""
+    """Attention that runs on every device that torch has."""
 
     def __init__(self) -> None:
         # On a CUDA device torch would rather take cuDNN's kernel, which compiles a plan for every shape it has not met

@@ -37,12 +37,12 @@ _WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is known of a model before any weight is read."""
+    """An opened checkpoint folder: all that is known of a model before its weights are read."""
 
     name: str  # the folder's
     path: Path
     config: ModelConfig
-    fingerprint: str  # see the module of that name for what it covers
+    fingerprint: str  # two checkpoints with the same one are taken for the same model
     tensors: dict[str, TensorEntry]
     names_read: list[str] = field(default_factory=list)  # tensors whose data was read, in order
 
@@ -69,7 +69,7 @@ class Checkpoint:
         return cls(path.resolve().name, path, config, fingerprint(config, tensors), tensors)
 
     def tokenizer_files(self) -> dict[str, Path]:
-        """Those that are present of the files a router needs to tokenize and to render chats, by name."""
+        """By name, the files that a router needs to tokenize and to render chats, as far as they are there."""
         return {name: self.path / name for name in TOKENIZER_FILES if (self.path / name).is_file()}
 
     def reader(

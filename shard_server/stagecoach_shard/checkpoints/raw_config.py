@@ -13,7 +13,7 @@ MAX_INTEGER = 2**31 - 1
 
 
 class RawConfig:
-    """A JSON object read field by field. `null` counts as absent, as it does for transformers."""
+    """A JSON object, read field by field. A field that is `null` counts as absent, as it does for transformers."""
 
     def __init__(self, fields: Mapping[str, object], prefix: str = "") -> None:
         self._fields = fields
@@ -46,7 +46,7 @@ class RawConfig:
         return float(value)
 
     def boolean(self, name: str, default: bool) -> bool:
-        """True or false."""
+        """True or false; `default` where it is absent."""
         value = self.get(name)
         if value is None:
             return default
@@ -80,15 +80,15 @@ class RawConfig:
         return value
 
     def get(self, name: str) -> object:
-        """The field as it is; None where it is absent."""
+        """The field's value, unchecked; None where it is absent."""
         return self._fields.get(name)
 
     def is_null(self, name: str) -> bool:
-        """Whether the field is there and says null, for the few where that differs from being absent."""
+        """Whether the field is there and null, which for a few fields means something else than its absence."""
         return name in self._fields and self._fields[name] is None
 
     def names(self) -> list[str]:
-        """The fields that are there and not null."""
+        """The names of the fields that are there and not null."""
         return [name for name, value in self._fields.items() if value is not None]
 
     def refuse(self, name: str, why: str, *, limit: object = "") -> NoReturn:
@@ -104,7 +104,7 @@ class RawConfig:
 
 
 def _is_finite(value: float) -> bool:
-    """Also for a whole number that no float can hold."""
+    """Whether it is finite as a float, which some whole numbers of JSON are not."""
     try:
         return math.isfinite(value)
     except OverflowError:

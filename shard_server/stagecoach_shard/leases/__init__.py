@@ -1,1 +1,1 @@
-"""What routers hold of this shard: assigned layers, leases of K/V blocks, and every check of what they send."""
+"""Leases: what a router may use of the stage that is served, and all checks of what it sends."""

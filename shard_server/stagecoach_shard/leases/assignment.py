@@ -1,7 +1,7 @@
-"""Which layers this process serves: none yet, those that are being loaded, or those of a stage. Changes between them.
+"""Which layers this process serves, and how they change: from none, or from those of a stage, to others.
 
-One load at a time, on a thread; the event loop stays free, and the load goes on whoever stops waiting for it. A stage
-is let go before the next one is loaded, as there may be no room for both.
+There is one load at a time. It runs on a thread, so that the event loop stays free, and goes on when those who wait for
+it go away. The former stage is let go before the next one is loaded, as there may be no room for both.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ logger = logging.getLogger(__name__)
 
 ALIVE_CHECK_INTERVAL_S = 1.0
 STOP_COMPUTING_TIMEOUT_S = 10.0
-# For who asks while layers are loaded.
+# When to ask again, for those who ask while layers are loaded.
 LOADING_RETRY_AFTER_S = 1.0
 
 LoadLayers = Callable[[LayerRange], StageRunner]
 
 
 class Assignment:
-    """The stage of this process, and how it comes by another.
+    """The stage of this process, and how it gets another one.
 
-    `load` loads a range, on a thread, and `serve` makes a stage of what came of it. `assignable`: which range is for
-    others to say. `on_ready` is told whether this process can do what it was told to: not while it loads.
+    `load` loads a range of layers, on a thread; `serve` makes the served stage of the result. `assignable`: a router
+    says which range. `on_ready` is told whether this process is ready: while it loads it is not, and without layers it
+    is if it waits for a router to assign some.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Assignment:
         self._on_ready = on_ready
         self._loading: LayerRange | None = None
         self._task: asyncio.Task[ServedStage] | None = None
-        self._former: StageRunner | None = None  # whose thread has yet to end
+        self._former: StageRunner | None = None  # of the stage before, if its thread has yet to end
         self._is_stopping = False
         self._is_stuck = False
 
@@ -64,11 +65,11 @@ class Assignment:
 
     @property
     def is_stuck(self) -> bool:
-        """Whether a step of layers that were let go does not end: nothing but a new process gets rid of it."""
+        """Whether a step of a former stage never ended: only the end of the process gets rid of its thread."""
         return self._is_stuck
 
     def check_available(self) -> None:
-        """Raises Unavailable where no lease can be had: the process is about to stop, or layers are loaded."""
+        """Raises Unavailable where no lease can be opened: the process is stopping, or it is loading layers."""
         self._check_not_stopping()
         self.check_not_loading()
 
@@ -83,11 +84,11 @@ class Assignment:
             )
 
     async def assign(self, layers: LayerRange) -> ServedStage:
-        """The stage of `layers`, once it is there: at once where it is, else when it has been loaded.
+        """The stage of `layers`: at once if it is served already, otherwise when it has been loaded.
 
-        Who stops waiting stops nothing. Raises FailedPrecondition where the range is not to be chosen, or leases are
-        open on another one, Unavailable while another is loaded or the process is about to stop, and what loading
-        raises: then there are no layers any more.
+        A caller that stops waiting does not stop the load. Raises FailedPrecondition where this shard takes no other
+        range than its own, or leases are open on other layers; Unavailable while other layers are loaded or the process
+        is stopping; and what loading raises, after which there are no layers any more.
         """
         if not self.assignable:
             raise errors.FailedPrecondition(
@@ -109,7 +110,7 @@ class Assignment:
         return await asyncio.shield(self.begin(layers))
 
     def begin(self, layers: LayerRange) -> asyncio.Task[ServedStage]:
-        """Begins to load `layers`, instead of those there are."""
+        """Begins to load `layers` in place of those that are served. The task is done when they are, or raises."""
         assert self._loading is None, "one load at a time"
         self._loading = layers
         self._on_ready(False)
@@ -118,12 +119,12 @@ class Assignment:
         return self._task
 
     async def loaded(self) -> None:
-        """Returns when no load is going on, however it ended."""
+        """Returns when no load is going on any more, however it ended."""
         if self._task is not None:
             await asyncio.wait([self._task])
 
     async def computing_ended(self) -> None:
-        """Returns when the compute thread of the stage has ended, which only a bug makes it do, or `is_stuck`."""
+        """Returns when the compute thread has ended, which only a bug or a lost device makes it do, or `is_stuck`."""
         # A thread has no event to wait for.
         while not self._is_stuck and (self.stage is None or self.stage.runner.alive):  # noqa: ASYNC110
             await asyncio.sleep(ALIVE_CHECK_INTERVAL_S)
@@ -179,7 +180,7 @@ class Assignment:
         raise failure
 
     async def _let_go(self) -> None:
-        """Gives back what the stage has, and waits for its compute thread."""
+        """Drops the served stage: waits for its compute thread, then gives its memory back."""
         if self.stage is not None:
             logger.info("layers %s are let go", self.stage.layers)
             self._former, self.stage = self.stage.runner, None
@@ -200,7 +201,7 @@ def _give_back_memory() -> None:
 
 
 def _failure(error: Exception, layers: LayerRange) -> errors.StagecoachError:
-    """The error to answer with. The frames that it passed let go of the tensors that had been loaded by then."""
+    """The error to answer with. Frees the tensors that had been loaded, as its traceback's frames still hold them."""
     passed: BaseException | None = error
     while passed is not None:
         traceback.clear_frames(passed.__traceback__)

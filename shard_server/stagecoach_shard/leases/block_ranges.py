@@ -1,4 +1,4 @@
-"""How a shard's K/V blocks are shared among leases: each has one contiguous range of them."""
+"""How a shard's K/V blocks are divided among leases: each lease has one contiguous range of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class BlockRanges:
         return self.num_free_without(None)
 
     def num_free_without(self, former: int | None) -> int:
-        """The same, once the range that begins at `former` has been given back."""
+        """What `num_free` would be if the range that begins at `former` were given back; None: as it is now."""
         used = sorted((first, num) for first, num in self._used.items() if first != former)
         starts = [0, *(first + num for first, num in used)]
         ends = [*(first for first, _ in used), self.num_blocks]

@@ -1,4 +1,4 @@
-"""What one router may use of a shard: a range of blocks, its slots' block tables, and the order of its steps.
+"""A lease is what one router may use of a shard: a range of blocks, its slots' block tables, its steps in their order.
 
 Block ids on the wire are relative to the lease, so a router can name no block but its own. Everything that comes from
 the wire is checked here before it is used.
@@ -53,10 +53,10 @@ class Lease:
         self._written = WrittenPositions(first_block, num_blocks, block_size, max_slots)
 
     def accept(self, header: pb.MicroBatchHeader) -> Batch:
-        """Checks a micro-batch, applies its block-table updates, and returns its rows.
+        """Checks a micro-batch, applies its block-table updates, and lays out its rows.
 
         Raises StaleEpoch for another epoch or a gap in the steps, InvalidArgument and OutOfRange for rows, slots,
-        blocks and positions that are not this lease's. Deltas before the one at fault are then applied; no row is.
+        blocks and positions that are not this lease's. Updates before the one at fault are then applied; no row is.
         """
         if header.epoch != self.epoch:
             raise StaleEpoch(

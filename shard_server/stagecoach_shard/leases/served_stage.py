@@ -1,6 +1,6 @@
-"""The stage that this process serves now: who holds how much of it, and what it did since it was loaded.
+"""The stage that this process serves now, with the leases on it.
 
-It lives on the event loop; the computing is the runner's.
+It belongs to the event loop. What computes is the runner, on a thread of its own.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from stagecoach_shard.runtime.stage_runner import StageRunner
 
 logger = logging.getLogger(__name__)
 
-# For who wants a lease of a shard that will be gone soon: another may take its place by then.
+# When a router that wants a lease of a stopping shard should ask again: another shard may have taken its place.
 STOPPING_RETRY_AFTER_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class StepLimits:
-    """What this shard takes, whatever its layers."""
+    """The limits of a micro-batch that this shard computes, whichever layers it has."""
 
     block_size: int  # positions in a K/V block
     max_batch_tokens: int  # in one micro-batch
-    max_queued_steps: int  # micro-batches of one lease
+    max_queued_steps: int  # micro-batches of one lease that may wait here, which is its credit
 
 
 class ServedStage:
-    """One load of one range of layers, with the leases on it."""
+    """One range of layers that has been loaded, and the sessions that have a lease on it."""
 
     def __init__(self, checkpoint: Checkpoint, runner: StageRunner, limits: StepLimits) -> None:
         self.runner = runner
@@ -52,21 +52,21 @@ class ServedStage:
 
     @property
     def layers(self) -> LayerRange:
-        """Those of the model that are computed here."""
+        """The layers that are computed here."""
         return self.runner.stage.layers
 
     @property
     def num_leases(self) -> int:
-        """Those that are open."""
+        """How many leases are open."""
         return len(self._sessions)
 
     @property
     def num_blocks(self) -> int:
-        """In all."""
+        """How many K/V blocks there are, leased or free."""
         return self._blocks.num_blocks
 
     def num_free_blocks(self, lease_id: int) -> int:
-        """The most that a lease can have now, or that the lease `lease_id` can have when it is opened anew."""
+        """The most blocks that a lease can have now; if `lease_id` is open, that it can have when it is reopened."""
         session = self._sessions.get(lease_id)
         return self._blocks.num_free_without(None if session is None else session.lease.first_block)
 
@@ -110,7 +110,7 @@ class ServedStage:
         return session
 
     def release(self, session: LeaseSession) -> None:
-        """Takes the lease's blocks back, and ends its session. Doing it again does nothing."""
+        """Takes the lease's blocks back and ends its session. A second call does nothing."""
         session.ended = True
         if self._sessions.get(session.lease.lease_id) is session:
             del self._sessions[session.lease.lease_id]
@@ -119,7 +119,7 @@ class ServedStage:
         session.outbox.put_nowait(None)
 
     def session_of(self, header: shard_pb2.MicroBatchHeader) -> LeaseSession:
-        """The session that a micro-batch belongs to. Raises StaleEpoch."""
+        """The session that a micro-batch belongs to. Raises StaleEpoch where there is none in that epoch."""
         session = self._sessions.get(header.lease_id)
         if session is None:
             raise errors.StaleEpoch(

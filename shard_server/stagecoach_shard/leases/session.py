@@ -1,4 +1,4 @@
-"""A router's session with this shard: the lease it opened, what it expects of us, and the way back to it."""
+"""A router's session with this shard: its lease, the queue of what goes back to it, and how long it may be silent."""
 
 from __future__ import annotations
 
@@ -24,23 +24,26 @@ logger = logging.getLogger(__name__)
 # What a router may ask for, in seconds.
 MIN_SILENCE_TIMEOUT_S = 0.1
 MAX_SILENCE_TIMEOUT_S = 86_400.0
-# A router may say nothing for at least so long before its first question: its other stages, and the link into the
-# first, may take as long to open, and what it asks afterwards is no measure of that.
+# A router may say nothing for at least this long before its first question, as its other stages, and the link into the
+# first one, may take as long to open. The timeout that it asks for says nothing of that.
 MIN_OPENING_SILENCE_S = 20.0
 
 
 @dataclass(slots=True)
 class LoadReportDue:
-    """A place in the line for a load report. `number`: of the latest question; 0 where none was asked."""
+    """A load report that is queued. It is made when its turn comes, so that it is of then.
+
+    `number`: of the latest question that it answers; 0 where none was asked.
+    """
 
     number: int = 0
 
 
 class LeaseSession:
-    """A lease with its way out: frames for the router, and the link to the next stage where there is one.
+    """A lease with the ways out of this shard: frames for the router, and the link to the next stage if there is one.
 
-    `silence_timeout_s`: for how long the router may say nothing once it has asked for a load report, which it does from
-    when its pipeline is open; 0: for ever.
+    `silence_timeout_s`: for how long the router may say nothing after it has first asked for a load report, as it does
+    regularly once its pipeline is open. 0: for ever.
     """
 
     def __init__(self, lease: Lease, silence_timeout_s: float = 0.0) -> None:
@@ -49,19 +52,19 @@ class LeaseSession:
         self.link: ForwardLink | None = None
         self.ended = False
         self.num_queued = 0  # micro-batches whose credit has not gone back
-        # Frames with what to call when gRPC has taken them, and load reports to be made when it is their turn; None
-        # ends the session.
+        # What goes back to the router: frames, each with what to call when gRPC has taken it, and load reports.
+        # None ends the session.
         self.outbox: asyncio.Queue[tuple[bytes, Callable[[], None] | None] | LoadReportDue | None] = asyncio.Queue()
         self._report_due: LoadReportDue | None = None
         self._silence_timeout_s = silence_timeout_s
-        # Of a router that has yet to ask.
+        # At first that of a router which has yet to ask.
         self._silence = Silence(max(silence_timeout_s, MIN_OPENING_SILENCE_S))
         self._has_asked = False
 
     def ask_for_report(self, number: int = 0) -> None:
-        """Queues a load report that answers question `number`, and all before it.
+        """Queues a load report that answers question `number` and all before it.
 
-        There is one at a time, so that a router that asks and does not read fills no memory.
+        At most one is queued, so that a router which asks and does not read fills no memory.
         """
         if self._report_due is None:
             self._report_due = LoadReportDue()
@@ -69,7 +72,7 @@ class LeaseSession:
         self._report_due.number = max(self._report_due.number, number)
 
     def asked_for_report(self, number: int) -> None:
-        """The router asks question `number`: a sign of life, of which the next is due in the silence timeout."""
+        """The router has asked question `number`, which shows that it is alive. The silence timeout begins anew."""
         if not self._has_asked and self._silence_timeout_s:
             self._silence = Silence(self._silence_timeout_s)
         self._has_asked = True
@@ -77,15 +80,15 @@ class LeaseSession:
         self.ask_for_report(number)
 
     def report_is_sent(self) -> None:
-        """The next question is answered by another report."""
+        """The queued report is on its way: another one will answer the next question."""
         self._report_due = None
 
     def is_silent(self, monotonic_s: float) -> bool:
-        """Looks whether the router has said nothing for too long: then it is gone, or as good as gone."""
+        """Whether the router has said nothing for too long, so that it counts as gone. To be asked regularly."""
         return self._silence_timeout_s > 0.0 and self._silence.is_over_limit(monotonic_s)
 
     async def wait_for_silence(self) -> None:
-        """Returns when the router has said nothing for too long; never, where it may."""
+        """Returns when the router has said nothing for too long; never where it may be silent for ever."""
         if not self._silence_timeout_s:
             await asyncio.Event().wait()
         interval_s = self._silence_timeout_s / LOOKS_PER_TIMEOUT
@@ -94,7 +97,7 @@ class LeaseSession:
         logger.warning("lease %x: its router has been silent for %g s", self.lease.lease_id, self._silence.timeout_s)
 
     def fail(self, error: errors.StagecoachError, step: int = 0) -> None:
-        """Tells the router; the lease runs nothing more."""
+        """Ends the lease with a fault, which the router is told. Only the first one counts."""
         if self.ended:
             return
         self.ended = True

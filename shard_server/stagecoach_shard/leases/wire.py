@@ -1,4 +1,4 @@
-"""Between the contract's messages and the shard's tensors. Sizes are checked before a tensor is made of them."""
+"""Turns the contract's messages into tensors and back. Sizes are checked before a tensor is made of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DTYPES: dict[torch.dtype, model_pb2.DType] = {
 }
 
 MAX_CANDIDATES = 4096
-# What a step's result may come to, with room for what is around the arrays: more could not be sent.
+# The most bytes of a step's result that can be sent, with room for what is around the arrays.
 MAX_RESULT_BYTES = MAX_SHARD_MESSAGE_BYTES - (1 << 20)
 
 # A received frame is `bytes`; we never write into the tensors that look into it.
@@ -40,12 +40,13 @@ def read_inputs(
     dtype: torch.dtype | None,
     vocab_size: int,
 ) -> tuple[Tensor, bool]:
-    """The tensor in a micro-batch's payload, a view of it, and whether it had to be copied after all.
+    """The tensor in a micro-batch's payload, which is a view of it, and whether it had to be copied after all.
 
-    That is so where the payload begins at an address that is not a multiple of the element's size, which a frame
-    that `write_frame` wrote never has it do.
-    `dtype` None: token ids, int32 [num_tokens]; else hidden states [num_tokens, hidden_size] of that dtype.
-    Raises InvalidArgument where dtype or size differ from that, OutOfRange for a token id outside the vocabulary.
+    `dtype` None: token ids, int32 [num_tokens]; otherwise hidden states [num_tokens, hidden_size] of that dtype.
+
+    It is copied where the payload begins at an address that is not a multiple of the element's size, which never
+    happens in a frame of `write_frame`. Raises InvalidArgument where dtype or size are others, OutOfRange for a token
+    id outside the vocabulary.
     """
     expected = dtype or torch.int32
     shape = (num_tokens,) if dtype is None else (num_tokens, hidden_size)
@@ -83,7 +84,7 @@ def _check_token_ids(token_ids: Tensor, vocab_size: int) -> None:
 
 
 def read_wanted(groups: Sequence[shard_pb2.OutputGroup], num_tokens: int, vocab_size: int) -> list[WantedOutput]:
-    """The output groups of a micro-batch. Raises InvalidArgument and OutOfRange."""
+    """The logits that a micro-batch asks for. Raises InvalidArgument and OutOfRange."""
     num_left, result_bytes = num_tokens, 0
     wanted = []
     for group in groups:
@@ -139,8 +140,8 @@ def _read_group(group: shard_pb2.OutputGroup, num_tokens: int) -> WantedOutput:
 def check_timings(timings: Sequence[shard_pb2.StageTiming], first_layer: int) -> None:
     """Raises InvalidArgument for timings that the stages before layer `first_layer` cannot have measured.
 
-    Each of them has a layer at the least, so there are not more of them than layers. Fewer are let pass: nothing is
-    decided by them here.
+    Each of those stages has at least one layer, so there are not more timings than layers. Fewer are accepted, as
+    nothing is decided by them here.
     """
     if len(timings) > first_layer:
         raise InvalidArgument(
@@ -156,18 +157,18 @@ def check_timings(timings: Sequence[shard_pb2.StageTiming], first_layer: int) ->
 
 
 def add_timing(header: shard_pb2.MicroBatchHeader, times: StepTimes) -> None:
-    """This stage's own timing, after those of the stages before it."""
+    """Appends this stage's timing to those of the stages before it."""
     header.timings.add(decode_s=times.decode_s, queue_s=times.queue_s, compute_s=times.compute_s)
 
 
 def write_hidden_states(header: shard_pb2.MicroBatchHeader, hidden_states: Tensor) -> bytes:
-    """The frame for the next stage: the same header, our hidden states."""
+    """The frame for the next stage: the header as it came, with this stage's hidden states."""
     header.dtype = DTYPES[hidden_states.dtype]
     return write_frame(shard_pb2.MicroBatch(header=header), [tensor_bytes(hidden_states)])
 
 
 def write_result(header: shard_pb2.MicroBatchHeader, outputs: Sequence[Output]) -> bytes:
-    """The frame for the router: what the step of `header` came to, and the timings that it gathered."""
+    """The frame for the router: the result of the step of `header`, with the timings of all its stages."""
     result = shard_pb2.StepResult(epoch=header.epoch, step=header.step, timings=header.timings)
     payload = []
     for output in outputs:

@@ -1,4 +1,4 @@
-"""Which positions of a lease's blocks it has written itself.
+"""Which positions of its blocks a lease has written itself.
 
 A lease gets blocks that others had before it, with their K/V still in them. A row attends to every position before its
 first one, so a row may only begin where all of those were written under this lease: by an earlier step, or by another
@@ -19,7 +19,7 @@ IntArray = npt.NDArray[np.int64]
 class WrittenPositions:
     """One byte for each position of the lease's blocks, which are `num_blocks` of the shard's from `first_block` on.
 
-    Of each slot it keeps up to where its table is known to be written, so that a decode looks at nothing before it.
+    For each slot it keeps up to where its table is known to be written, so that a decode need not look further back.
     """
 
     def __init__(self, first_block: int, num_blocks: int, block_size: int, max_slots: int) -> None:
@@ -29,14 +29,14 @@ class WrittenPositions:
         self._readable = np.zeros(max_slots, dtype=np.int64)
 
     def table_changed(self, slot: int, first: int) -> None:
-        """From entry `first` on the slot's table names other blocks than it did."""
+        """The slot's table has been changed from entry `first` on."""
         self._readable[slot] = min(self._readable[slot], first * self._block_size)
 
     def write(self, slots: IntArray, batch: Batch) -> tuple[int, int] | None:
         """Enters a step's rows, all or none; `slots` [num_rows] are theirs.
 
-        Returns None, or for a row that begins behind a position which was not written its index and that position;
-        nothing is entered then.
+        Returns None, or, where a row begins after a position that was never written, the row's index and that position.
+        Then nothing is entered.
         """
         places = batch.cache_slots.numpy() - self._first_block * self._block_size
         written = self._written.reshape(-1)

@@ -1,1 +1,1 @@
-"""The model families, and their layers in plain torch."""
+"""The families of models, one file each, and the decoder layers that they are made of."""

@@ -44,7 +44,7 @@ class TorchLayers:
 
     @property
     def num_bytes(self) -> int:
-        """What the weights take."""
+        """How many bytes the weights take."""
         return sum(layer.num_bytes for layer in self._layers)
 
     @property
@@ -87,7 +87,7 @@ class DecoderLayer:
 
     @property
     def num_bytes(self) -> int:
-        """What the layer's weights take."""
+        """How many bytes the layer's weights take."""
         linears = (self._qkv, self._output, self._gate_up, self._down)
         norms = self._input_norm.num_bytes + self._mlp_norm.num_bytes
         norms += self._head_norm.num_bytes if self._head_norm is not None else 0

@@ -1,4 +1,4 @@
-"""The tensors of one decoder layer, as a checkpoint names them and as the layers want them: projections stacked."""
+"""The tensors of one decoder layer: their names in a checkpoint, and how layers want them, projections stacked."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class LayerWeights:
 
     @staticmethod
     def tensor_names(config: ModelConfig, index: int) -> list[str]:
-        """The tensors of layer `index`."""
+        """What a checkpoint calls the tensors of layer `index`."""
         norms = ["input_layernorm", "post_attention_layernorm"]
         norms += ["self_attn.q_norm", "self_attn.k_norm"] if config.qk_norm else []
         attention, mlp = ["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj", "down_proj"]

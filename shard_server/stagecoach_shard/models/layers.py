@@ -11,11 +11,11 @@ from stagecoach_shard.kv_cache import KVCache
 
 
 class Layers(Protocol):
-    """A stage's layers, one after the other."""
+    """The decoder layers of a stage, computed one after the other."""
 
     @property
     def num_bytes(self) -> int:
-        """What the weights take."""
+        """How many bytes the weights take."""
         ...
 
     def forward(self, hidden_states: Tensor, batch: Batch, cache: KVCache) -> Tensor:

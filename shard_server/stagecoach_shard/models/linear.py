@@ -1,4 +1,4 @@
-"""A linear map, computed the way this machine computes it fastest."""
+"""A linear map in torch, computed in the way that is fastest on this machine."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Linear:
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, wide_from: int | None = None) -> None:
         """`weight` [out_features, in_features], `bias` [out_features] of the same dtype. Keeps one copy.
 
-        `wide_from` None: measured, once in a process.
+        `wide_from` None: as measured once in a process.
         """
         self.out_features, self.in_features = weight.shape
         self.num_bytes = weight.nbytes + (0 if bias is None else bias.nbytes)

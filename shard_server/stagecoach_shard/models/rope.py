@@ -3,7 +3,7 @@
 Formulas are those of transformers' `modeling_rope_utils` (5.23): "default" is RoFormer's (arXiv 2104.09864), "linear"
 is position interpolation (arXiv 2306.15595), "llama3" is that of Llama 3.1.
 
-"dynamic" is computed as "default", and its `factor` changes nothing: transformers stretches the base only for
+"dynamic" is computed as "default", and its `factor` changes nothing. Transformers stretches the base only for
 sequences longer than `max_position_embeddings`, and that is the context length, which we refuse to exceed. Whoever
 wants a longer context of it does not get it here. Beyond, the result would depend on how a prompt was cut, as a cached
 key keeps the rotation of the length at which it was computed.

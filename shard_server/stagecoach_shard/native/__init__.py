@@ -1,1 +1,1 @@
-"""A layer in our own C kernels: bfloat16 on CPUs."""
+"""Layers in our own C kernels, for bfloat16 on CPUs."""

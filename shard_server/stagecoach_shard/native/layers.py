@@ -67,7 +67,10 @@ def native_library(kernels: Kernels, config: ModelConfig, dtype: torch.dtype, de
 
 
 class NativeLinear:
-    """x -> x @ weight.T + bias, the weight in bfloat16, all else in float32. A row's result is its own."""
+    """x -> x @ weight.T + bias, the weight in bfloat16, all else in float32.
+
+    A row's result does not depend on what other rows there are.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, functions: Library) -> None:
         """`weight` [out_features, in_features], `bias` [out_features], bfloat16 on the CPU. Keeps a copy."""
@@ -81,7 +84,7 @@ class NativeLinear:
 
     @property
     def num_bytes(self) -> int:
-        """What weight and bias take."""
+        """How many bytes weight and bias take."""
         return self.words.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -108,10 +111,10 @@ class NativeLinear:
 
 
 class NativeLayers:
-    """Layers computed by kernels.c, each in one call. `cache` is bfloat16 and of the config's shape."""
+    """Layers computed by kernels.c, each in one call. The K/V cache is bfloat16."""
 
     def __init__(self, config: ModelConfig, layers: LayerRange, reader: TensorReader, functions: Library) -> None:
-        """Reads `layers`. Raises CheckpointError as LayerWeights does."""
+        """Reads `layers` and packs them. Raises CheckpointError as LayerWeights does."""
         self._functions = functions
         self._is_last = layers.end == config.num_layers
         self._inverse_frequencies = inverse_frequencies(config.rope, config.head_dim)
@@ -124,7 +127,7 @@ class NativeLayers:
 
     @property
     def num_bytes(self) -> int:
-        """What the weights take."""
+        """How many bytes the weights take."""
         return sum(layer.num_bytes for layer in self._layers)
 
     def forward(self, hidden_states: Tensor, batch: Batch, cache: KVCache) -> Tensor:
@@ -154,7 +157,7 @@ class NativeLayers:
 
 
 class _Layer:
-    """A layer's weights in the kernels' layout, and the struct that points to them."""
+    """A layer's weights in the layout of the kernels, and the struct that points to them."""
 
     def __init__(self, config: ModelConfig, index: int, weights: LayerWeights, functions: Library) -> None:
         self._linears = {

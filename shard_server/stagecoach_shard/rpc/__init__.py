@@ -1,1 +1,1 @@
-"""The shard's gRPC service: who may call it, and the Session and Forward streams."""
+"""The shard's gRPC service: who may call it, its simple calls, and its two streams, Session and Forward."""

@@ -1,4 +1,4 @@
-"""Stands before the shard's service: lets in who may call it, and says at once that it is up while it is not ready."""
+"""Access control: stands before the shard's service, and lets in only those who may call it."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from stagecoach_shard.rpc.service import Context, ShardService
 
 @dataclass(frozen=True, slots=True)
 class AllowedNames:
-    """What a certificate must have one of. Who assigns must be of `assigners` and of `callers`."""
+    """A caller's certificate must have one of the names in `callers`; to assign layers, one of `assigners` as well."""
 
     callers: frozenset[str]
     assigners: frozenset[str]
 
     @classmethod
     def read(cls, allow_peer: str, allow_assign: str) -> AllowedNames:
-        """From the settings of those names. Raises ConfigError."""
+        """From the settings, each a list of names with commas between them. Raises ConfigError."""
         return cls(tls.read_names(allow_peer, "allow_peer"), tls.read_names(allow_assign, "allow_assign"))
 
 
 class AccessControl:
-    """Passes calls on to `service` once it is set, and answers Unavailable before.
+    """Passes calls on to `service`. Until that is set, while the checkpoint is being opened, it answers Unavailable.
 
-    `allowed`: None where links are not encrypted.
+    `allowed`: None where links are not encrypted, as nobody can then be told from anybody else.
     """
 
     def __init__(self, allowed: AllowedNames | None = None) -> None:
@@ -54,6 +54,7 @@ class AccessControl:
         await (await self._ready(context)).forward(requests, context)
 
     async def _ready(self, context: Context, *, assigns: bool = False) -> ShardService:
+        """The service, or the end of the call where the caller may not call it or it is not there yet."""
         if self._allowed is not None:
             try:
                 tls.check_caller(context, self._allowed.callers)

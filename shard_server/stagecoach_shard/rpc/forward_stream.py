@@ -1,9 +1,10 @@
 """A Forward stream: micro-batches come in, run on the stage's compute thread, and go on.
 
-From the last stage results go back to the router, on its session; from the others hidden states to the next stage.
+The last stage sends results back to the router, on the router's session; every other one sends hidden states to the
+next stage.
 
-The stream may outlive the leases whose micro-batches it brought, and the stage that computed them, so it asks anew for
-each which stage there is, and holds on to none.
+A stream may outlive the leases whose micro-batches it brought, and the stage that computed them. So for each
+micro-batch it asks anew which stage there is, and keeps a reference to none.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from stagecoach_shard.runtime.stage_runner import StageInput, StageResult
 logger = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
-# What goes back on a Forward stream: credits, at last the error that ends it, or None where the sender has ended it.
+# What is to go back on a Forward stream: credits; or an error, which ends it; or None, when the sender has ended it.
 Credits = asyncio.Queue[int | errors.StagecoachError | None]
 
 

@@ -1,4 +1,4 @@
-"""The gRPC adapter of one shard: Describe, Assign and FetchFiles, and where Session and Forward go."""
+"""The gRPC service of one shard: Describe, Assign and FetchFiles. The two streams have a file each."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class ShardService:
-    """Serves the stage that `assignment` has, if it has one; `unassigned_id` is who we are while it has none."""
+    """Serves the stage that `assignment` has. While it has none, the shard goes by the id `unassigned_id`."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class ShardService:
         return self._description(self._assignment.stage, request.lease_id)
 
     async def assign(self, request: shard_pb2.AssignRequest, context: Context) -> shard_pb2.AssignResponse:
-        """Answered when the layers are there, which may take minutes; see `Assignment.assign`."""
+        """Answers when the layers are loaded, which may take minutes; see `Assignment.assign`."""
         try:
             check_agreement(
                 protocol_version=(request.protocol_version, PROTOCOL_VERSION),

@@ -1,4 +1,4 @@
-"""A Session stream: opens the router's lease, holds it, and carries back to the router what the lease comes to."""
+"""A Session stream: opens a router's lease, holds it, and carries results, faults and load reports to the router."""
 
 from __future__ import annotations
 

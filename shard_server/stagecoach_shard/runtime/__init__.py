@@ -1,1 +1,1 @@
-"""Loads a stage and computes its micro-batches on one thread."""
+"""Loads a stage, and computes its micro-batches on one thread."""

@@ -1,4 +1,4 @@
-"""Loads a range of layers: the stage, its K/V memory, its compute thread. Runs on a thread of its own, for minutes."""
+"""Loads a range of layers: its weights, its K/V memory, its compute thread. This may take minutes, on a thread."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Loader:
         native_library(self.kernels, self.checkpoint.config, self.dtype, self.device)
 
     def load(self, layers: LayerRange) -> StageRunner:
-        """The stage of `layers` with K/V memory in what is then free; its compute thread runs.
+        """Loads the stage of `layers`, takes K/V memory out of what is then free, and starts the compute thread.
 
         Raises Unavailable where the load was abandoned, what `Stage.load` raises, and ConfigError where weights or K/V
         memory do not fit.
@@ -81,7 +81,10 @@ class Loader:
         return runner
 
     def _check_room(self, layers: LayerRange) -> None:
-        """Before reading: a system that lends more memory than it has would end the process when it is used."""
+        """Raises ConfigError where the weights are larger than what is free.
+
+        A system that promises more memory than it has would end the process in the middle of reading them.
+        """
         needed = StageTensors.of(self.checkpoint, layers).num_bytes(self.checkpoint, self.dtype)
         free = free_bytes(self.device)
         if needed > free:

@@ -1,7 +1,6 @@
-"""What the last stage sends of a row of logits: its largest entries, and how much mass all of them have together.
+"""Reduces rows of logits to what the router samples exactly from: their largest entries, and the mass of the whole row.
 
-The router samples exactly from these (its sampler says how); here is only the reducing. Everything is computed in
-float32, whatever the logits are in.
+Everything is computed in float32, whatever dtype the logits have.
 """
 
 from __future__ import annotations
