@@ -43,7 +43,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $(INSTALLED)
 
 protos: $(INSTALLED)  ## regenerates common/stagecoach/v1 from protos/
-	$(BIN)/python -m grpc_tools.protoc --proto_path=protos --python_out=common --pyi_out=common --grpc_python_out=common \
+	$(BIN)/python -m grpc_tools.protoc --proto_path=protos \
+	    --proto_path=$$($(BIN)/python -c 'import pathlib, google.rpc.status_pb2 as s; print(pathlib.Path(s.__file__).parents[2])') \
+	    --python_out=common --pyi_out=common --grpc_python_out=common \
 	    protos/stagecoach/v1/*.proto
 
 # One after the other, with nothing else on the machine, or the figures are of that something else.

@@ -3,4 +3,4 @@
 __version__ = "0.1.0"
 
 # Raised whenever an older router or shard could misread what a newer one sends. Checked when a session opens.
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4

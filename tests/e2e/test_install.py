@@ -1,4 +1,4 @@
-"""The SDK installs with grpcio and protobuf alone, and the commands that need more say which extra has it."""
+"""The SDK installs with gRPC and protobuf alone, and the commands that need more say which extra has it."""
 
 import re
 import subprocess
@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+SDK = {"grpcio", "protobuf", "googleapis_common_protos"}
 
 
 @pytest.mark.timeout(300)
-def test_the_bare_install_is_the_sdk_with_grpcio_and_protobuf(tmp_path):
+def test_the_bare_install_is_the_sdk_with_grpc_and_protobuf(tmp_path):
     venv.create(tmp_path / "bare", with_pip=True)
     python = tmp_path / "bare" / "bin" / "python"
     subprocess.run([python, "-m", "pip", "install", "--quiet", str(ROOT)], check=True, timeout=240)
@@ -20,7 +21,7 @@ def test_the_bare_install_is_the_sdk_with_grpcio_and_protobuf(tmp_path):
     )
     installed = {re.split("==| @ ", line)[0].lower().replace("-", "_") for line in listed.stdout.splitlines()}
     # typing_extensions is grpcio's.
-    assert installed - {"pip", "setuptools"} == {"stagecoach", "grpcio", "protobuf", "typing_extensions"}
+    assert installed - {"pip", "setuptools"} == {*SDK, "stagecoach", "typing_extensions"}
 
     program = (
         "from stagecoach_client import AsyncClient, Client, Unavailable\n"

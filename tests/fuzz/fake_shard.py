@@ -16,7 +16,6 @@ from stagecoach import PROTOCOL_VERSION, errors
 from stagecoach.topology import LayerRange
 from stagecoach.v1 import model_pb2
 from stagecoach.v1 import shard_pb2 as pb
-from stagecoach.v1.model_pb2 import ErrorDetail
 from stagecoach_shard.leases.assignment import Assignment
 from stagecoach_shard.leases.served_stage import ServedStage, StepLimits
 from stagecoach_shard.leases.wire import DTYPES
@@ -71,9 +70,10 @@ class FakeContext:
         self.answered.set()
 
     async def abort(self, code: grpc.StatusCode, details: str, trailing_metadata: Any = ()) -> NoReturn:
-        detail = ErrorDetail.FromString(dict(trailing_metadata)[errors.DETAIL_METADATA_KEY])
-        assert details == detail.message
-        raise Aborted(code, errors.from_detail(detail))
+        error = errors.from_trailing_metadata(trailing_metadata)
+        assert error is not None
+        assert details == error.message
+        raise Aborted(code, error)
 
 
 class CheckingRunner:

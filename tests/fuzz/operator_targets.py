@@ -199,7 +199,7 @@ def shards(scratch: Path) -> Target:
         try:
             addresses = read_addresses(data.decode("utf-8", "surrogateescape"), "shards")
         except errors.StagecoachError as error:
-            errors.to_detail(error)
+            errors.to_trailing_metadata(error)
             raise
         assert 1 <= len(set(addresses)) == len(addresses) <= MAX_ADDRESSES
         for address in addresses:

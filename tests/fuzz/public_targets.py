@@ -131,7 +131,7 @@ def text(scratch: Path) -> Target:
                 read()
                 accepted += 1
             except errors.InvalidArgument as error:
-                errors.to_detail(error)  # half a character may be quoted in it
+                errors.to_trailing_metadata(error)  # half a character may be quoted in it
         if not accepted:
             raise errors.InvalidArgument("none of them")
 

@@ -11,6 +11,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from stagecoach import errors
+from stagecoach.errors.status import STATUS_METADATA_KEY, from_status, to_status
 from stagecoach.rpc.framing import read_frame, write_frame
 from stagecoach.sampling import SamplingParams
 from stagecoach.topology import LayerRange, order_stages
@@ -91,7 +92,7 @@ def step_result(scratch: Path) -> Target:
     def check(data: bytes) -> None:
         message, payload = read_frame(pb.SessionResponse, data)
         if message.WhichOneof("kind") == "fault":
-            assert isinstance(errors.from_detail(message.fault.error), errors.StagecoachError)
+            assert isinstance(from_status(message.fault.status), errors.StagecoachError | None)
         if message.WhichOneof("kind") != "result":
             raise errors.ShardFault("not a result")
         check_timings(message.result, NUM_STAGES)
@@ -104,7 +105,7 @@ def step_result(scratch: Path) -> Target:
                         assert 0 <= choice.token_id < VOCAB_SIZE
                         assert choice.logprob is None or not math.isnan(choice.logprob)
 
-    fault = pb.Fault(epoch=1, step=1, error=errors.to_detail(errors.ShardFault("broken", field="f", limit=1, value=2)))
+    fault = pb.Fault(epoch=1, step=1, status=to_status(errors.ShardFault("broken", field="f", limit=1)))
     corpus = [_valid_result(), write_frame(pb.SessionResponse(fault=fault))]
     return Target("step_result", corpus, check, (*PROTOBUF_WORDS, *_FLOATS), share=8)
 
@@ -195,17 +196,17 @@ class _FailedCall(grpc.RpcError):
         return "it broke"
 
     def trailing_metadata(self) -> tuple[tuple[str, bytes], ...]:
-        return ((errors.DETAIL_METADATA_KEY, self._data),)
+        return ((STATUS_METADATA_KEY, self._data),)
 
 
 def error_detail(scratch: Path) -> Target:
     """A server's error: whatever it says, the client gets one of ours, waits no longer than it wants to, goes on."""
     known = [
-        errors.KVCacheFull(needed_blocks=9, free_blocks=4),
+        errors.KVCacheFull.of_blocks(needed=9, free=4),
         errors.Overloaded("full", retry_after_s=2.5),
         errors.InvalidArgument("no", field="top_p", limit="(0, 1]", value="\U0001f600" * 90),
     ]
-    corpus = [errors.to_detail(error).SerializeToString() for error in known]
+    corpus = [to_status(error).SerializeToString() for error in known]
 
     def check(data: bytes) -> None:
         error = errors.from_rpc_error(_FailedCall(data), "h:1")
@@ -213,8 +214,8 @@ def error_detail(scratch: Path) -> Target:
         delay_s = Attempts(60.0, 3, clock=lambda: 0.0, dice=lambda: 0.5).delay_s(error)
         assert delay_s is None or 0.0 <= delay_s < 60.0
         # What a proxy of ours would pass on fits the metadata of a call.
-        assert errors.to_detail(error).ByteSize() < 2048
-        if errors.from_trailing_metadata([(errors.DETAIL_METADATA_KEY, data)]) is None:
+        assert to_status(error).ByteSize() < 2048
+        if errors.from_trailing_metadata([(STATUS_METADATA_KEY, data)]) is None:
             raise error
 
     return Target("error_detail", corpus, check, (*PROTOBUF_WORDS, *_DOUBLES), share=20)

@@ -130,7 +130,7 @@ def test_a_tensor_table_lies_within_its_file_or_is_refused(tmp_path_factory: Any
     try:
         table = read_header(path)
     except errors.CheckpointError as error:
-        errors.to_detail(error)
+        errors.to_trailing_metadata(error)
         return
     for entry in table.values():
         # Two numbers to a byte, in the smallest dtype that there is.

@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 
-from stagecoach.errors import DETAIL_METADATA_KEY, StagecoachError, to_detail
+from stagecoach.errors import StagecoachError, to_trailing_metadata
 from stagecoach.rpc.channel import MAX_PUBLIC_MESSAGE_BYTES, server_options
 from stagecoach.v1 import inference_pb2 as pb
 from stagecoach.v1 import inference_pb2_grpc, model_pb2
@@ -150,7 +150,7 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer):
         if isinstance(failure, grpc.StatusCode):
             context.abort(failure, "no detail")
         else:
-            context.set_trailing_metadata(((DETAIL_METADATA_KEY, to_detail(failure).SerializeToString()),))
+            context.set_trailing_metadata(to_trailing_metadata(failure))
             context.abort(failure.code, failure.message)
 
     def _stay(self) -> None:

@@ -35,7 +35,7 @@ async def test_what_another_lease_left_in_the_blocks_cannot_be_attended_to(tiny_
         assert type(error) is errors.OutOfRange
         assert (error.field, error.limit, error.value) == ("row_starts", "0", "20")
         fault, _ = await read_kind(thief, "fault")
-        assert "never written" in fault.error.message
+        assert "never written" in fault.status.message
 
 
 async def test_a_next_hop_that_is_no_address_is_refused(tiny_model: Path) -> None:

@@ -14,7 +14,7 @@ from google.rpc.error_details_pb2 import RetryInfo
 from google.rpc.status_pb2 import Status
 
 from stagecoach import errors
-from stagecoach.errors.rich_status import STATUS_METADATA_KEY
+from stagecoach.errors.status import STATUS_METADATA_KEY
 from stagecoach.v1 import inference_pb2 as pb
 from stagecoach.v1.inference_pb2_grpc import InferenceStub
 from stagecoach_client import AsyncClient

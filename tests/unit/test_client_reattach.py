@@ -10,14 +10,13 @@ import grpc
 import pytest
 
 from stagecoach.errors import (
-    DETAIL_METADATA_KEY,
     Cancelled,
     FailedPrecondition,
     Overloaded,
     ShardFault,
     StagecoachError,
     Unavailable,
-    to_detail,
+    to_trailing_metadata,
 )
 from stagecoach.v1 import inference_pb2 as pb
 from stagecoach_client.requests import GenerateCall, generate_call
@@ -38,7 +37,7 @@ class Failure(grpc.RpcError):
         return self._error.message
 
     def trailing_metadata(self) -> tuple[tuple[str, bytes], ...]:
-        return ((DETAIL_METADATA_KEY, to_detail(self._error).SerializeToString()),)
+        return to_trailing_metadata(self._error)
 
 
 class Lost(grpc.RpcError):

@@ -2,9 +2,11 @@
 
 import grpc
 import pytest
+from google.rpc.error_details_pb2 import ErrorInfo
+from google.rpc.status_pb2 import Status
 
 from stagecoach import errors
-from stagecoach.v1.model_pb2 import ErrorDetail
+from stagecoach.errors.status import DOMAIN, STATUS_METADATA_KEY, from_status, to_status
 
 
 class FailedCall(grpc.RpcError):
@@ -31,12 +33,11 @@ KINDS = [
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_every_error_comes_back_as_what_it_was(kind):
-    error = kind("why")
-    error.field, error.limit, error.value, error.retry_after_s = "top_p", "(0, 1]", "7", 1.5
-    error.addresses = ("h:1", "h:2")
-    again = errors.from_detail(errors.to_detail(error))
+    error = kind("why", field="top_p", limit="(0, 1]", value="7", retry_after_s=1.5, addresses=["h:1", "h:2"])
+    again = errors.from_trailing_metadata(errors.to_trailing_metadata(error))
     assert type(again) is kind
-    assert (again.field, again.limit, again.value, again.retry_after_s) == ("top_p", "(0, 1]", "7", 1.5)
+    assert (again.field, again.limit, again.value) == ("top_p", "(0, 1]", "7")
+    assert again.retry_after_s == (1.5 if kind.retryable else 0.0)
     assert again.addresses == ("h:1", "h:2")
     assert str(again) == "why"
 
@@ -45,35 +46,35 @@ def test_a_failed_call_is_about_its_peer_unless_that_names_another():
     bare = FailedCall(grpc.StatusCode.UNAVAILABLE)
     assert errors.from_rpc_error(bare, "h:1").addresses == ("h:1",)
     for named, expected in (((), ("h:1",)), (("h:2",), ("h:2",))):
-        detail = errors.to_detail(errors.Unavailable("why", addresses=named)).SerializeToString()
-        call = FailedCall(grpc.StatusCode.UNAVAILABLE, metadata=((errors.DETAIL_METADATA_KEY, detail),))
+        sent = errors.to_trailing_metadata(errors.Unavailable("why", addresses=named))
+        call = FailedCall(grpc.StatusCode.UNAVAILABLE, metadata=sent)
         assert errors.from_rpc_error(call, "h:1").addresses == expected
 
 
 def test_an_error_of_a_later_version_is_still_an_error():
-    error = errors.from_detail(ErrorDetail(kind="FromTheFuture", message="no"))
+    status = Status(message="no")
+    status.details.add().Pack(ErrorInfo(reason="FromTheFuture", domain=DOMAIN))
+    error = from_status(status)
     assert isinstance(error, errors.InternalError)
     assert "FromTheFuture" in str(error)
 
 
 def test_the_detail_in_the_metadata_goes_before_the_status():
-    detail = errors.to_detail(errors.OutOfRange("too long", field="prompt", limit=10, value=11)).SerializeToString()
-    error = errors.from_rpc_error(
-        FailedCall(grpc.StatusCode.UNKNOWN, metadata=((errors.DETAIL_METADATA_KEY, detail),)), "h:1"
-    )
+    sent = errors.to_trailing_metadata(errors.OutOfRange("too long", field="prompt", limit=10, value=11))
+    error = errors.from_rpc_error(FailedCall(grpc.StatusCode.UNKNOWN, metadata=sent), "h:1")
     assert type(error) is errors.OutOfRange
     assert (error.field, error.limit, error.value) == ("prompt", "10", "11")
 
 
 def test_a_status_without_detail_or_with_a_broken_one_still_says_what_and_where():
-    for metadata in ((), ((errors.DETAIL_METADATA_KEY, b"\xff\xff"),)):
+    for metadata in ((), ((STATUS_METADATA_KEY, b"\xff\xff"),)):
         error = errors.from_rpc_error(FailedCall(grpc.StatusCode.UNAVAILABLE, metadata=metadata), "h:1")
         assert type(error) is errors.Unavailable
         assert str(error) == "h:1: it broke"
 
 
 def test_a_full_cache_says_how_full():
-    error = errors.KVCacheFull(needed_blocks=9, free_blocks=4)
+    error = errors.KVCacheFull.of_blocks(needed=9, free=4)
     assert str(error) == "K/V cache is full: 9 blocks needed, 4 free"
     assert error.retryable
 
@@ -86,7 +87,7 @@ def test_a_message_that_is_too_large_is_not_worth_another_try():
 
 
 def test_a_long_message_is_cut_so_that_the_status_arrives():
-    detail = errors.to_detail(errors.NotFound("x" * 20_000, field="model", value="y" * 20_000))
-    assert detail.ByteSize() < 1500
-    assert "20000 characters" in detail.message
-    assert type(errors.from_detail(detail)) is errors.NotFound
+    status = to_status(errors.NotFound("x" * 20_000, field="model", value="y" * 20_000))
+    assert status.ByteSize() < 1500
+    assert "20000 characters" in status.message
+    assert type(from_status(status)) is errors.NotFound

@@ -6,7 +6,7 @@ import grpc.aio
 import pytest
 
 from stagecoach import errors
-from stagecoach.errors.rich_status import abort
+from stagecoach.errors.status import abort
 
 
 class EndedCall:

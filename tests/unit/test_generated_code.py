@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import google.rpc.status_pb2
 import grpc_tools
 from grpc_tools import protoc
 
@@ -10,8 +11,12 @@ ROOT = Path(__file__).parents[2]
 
 def test_generated_code_is_up_to_date(tmp_path):
     protos = sorted((ROOT / "protos").rglob("*.proto"))
-    include = Path(grpc_tools.__file__).parent / "_proto"
-    arguments = [f"--proto_path={ROOT / 'protos'}", f"--proto_path={include}"]
+    folders = (
+        ROOT / "protos",
+        Path(grpc_tools.__file__).parent / "_proto",
+        Path(google.rpc.status_pb2.__file__).parents[2],
+    )
+    arguments = [f"--proto_path={folder}" for folder in folders]
     arguments += [f"--{kind}_out={tmp_path}" for kind in ("python", "pyi", "grpc_python")]
     assert protoc.main(["protoc", *arguments, *map(str, protos)]) == 0
     made = {path.relative_to(tmp_path): path.read_text() for path in tmp_path.rglob("*.py*")}

@@ -174,7 +174,7 @@ async def test_a_blamed_shard_is_taken_again_only_when_the_spare_takes_too_long(
 
 def test_a_refusal_for_want_of_room_is_nobodys_fault():
     some_pipelines, registry, _ = make_pipeline_manager(a="0:2", b="2:4", c="2:4")
-    lose(some_pipelines, registry, [A, B], KVCacheFull(needed_blocks=2, free_blocks=1))
+    lose(some_pipelines, registry, [A, B], KVCacheFull.of_blocks(needed=2, free=1))
     describe(registry, A, "0:2")
     describe(registry, B, "2:4")
     assert chosen(some_pipelines, [A, B]) == [A, B]

@@ -7,7 +7,8 @@ import math
 
 import pytest
 
-from stagecoach.errors import ShardFault, Unavailable, to_detail
+from stagecoach.errors import ShardFault, Unavailable
+from stagecoach.errors.status import to_status
 from stagecoach.v1 import model_pb2
 from stagecoach.v1 import shard_pb2 as pb
 from stagecoach_router.metrics.counters import PipelineTotals
@@ -65,7 +66,7 @@ def test_timings_of_every_stage_or_of_none_will_do(timings: list[pb.StageTiming]
 
 def test_a_fault_is_about_the_stage_that_reports_it_and_about_the_other_end_of_its_broken_link() -> None:
     stage = Stage("a:1", pb.DescribeResponse(layers=model_pb2.LayerRange(start=0, end=2)))
-    own = pb.Fault(error=to_detail(ShardFault("step 3 failed")))
+    own = pb.Fault(status=to_status(ShardFault("step 3 failed")))
     assert _read_fault(own, stage).addresses == ("a:1",)
-    link = pb.Fault(error=to_detail(Unavailable("b:1: Socket closed", addresses=["b:1"])))
+    link = pb.Fault(status=to_status(Unavailable("b:1: Socket closed", addresses=["b:1"])))
     assert _read_fault(link, stage).addresses == ("a:1", "b:1")

@@ -1,7 +1,8 @@
-"""Every error that a Stagecoach process raises or passes on: one tree of classes, and how they travel over gRPC."""
+"""Every error that a Stagecoach process raises or passes on: a tree of classes, and how they travel over gRPC."""
 
+from stagecoach.errors.failed_calls import from_rpc_error
+from stagecoach.errors.status import from_trailing_metadata, to_trailing_metadata
 from stagecoach.errors.tree import (
-    DETAIL_METADATA_KEY,
     Cancelled,
     CheckpointError,
     ConfigError,
@@ -24,14 +25,9 @@ from stagecoach.errors.tree import (
     Unauthenticated,
     Unavailable,
     Unimplemented,
-    from_detail,
-    from_rpc_error,
-    from_trailing_metadata,
-    to_detail,
 )
 
 __all__ = [
-    "DETAIL_METADATA_KEY",
     "Cancelled",
     "CheckpointError",
     "ConfigError",
@@ -54,8 +50,7 @@ __all__ = [
     "Unauthenticated",
     "Unavailable",
     "Unimplemented",
-    "from_detail",
     "from_rpc_error",
     "from_trailing_metadata",
-    "to_detail",
+    "to_trailing_metadata",
 ]

@@ -213,7 +213,11 @@ def _check_dates(pem: bytes, source: Path, now: datetime) -> datetime:
     """When the certificate ends. Raises ConfigError where it is not valid now, with its dates."""
     from cryptography import x509  # here: the SDK takes other functions of this file, and does without the package
 
-    cert = x509.load_pem_x509_certificate(pem)
+    try:
+        cert = x509.load_pem_x509_certificate(pem)
+    except ValueError as error:  # it is stricter than OpenSSL is
+        text = f"tls_cert: {source} is no PEM certificate: {str(error)[:200]}"
+        raise ConfigError(text, field="tls_cert", value=source) from error
     begins, ends = cert.not_valid_before_utc, cert.not_valid_after_utc
     if not begins <= now < ends:
         raise ConfigError(

@@ -22,58 +22,59 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from stagecoach.v1 import model_pb2 as stagecoach_dot_v1_dot_model__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19stagecoach/v1/shard.proto\x12\rstagecoach.v1\x1a\x19stagecoach/v1/model.proto\"#\n\x0f\x44\x65scribeRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\x06\"\xd0\x03\n\x10\x44\x65scribeResponse\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x18\n\x10software_version\x18\x02 \x01(\t\x12\x10\n\x08shard_id\x18\x03 \x01(\t\x12.\n\x05model\x18\x04 \x01(\x0b\x32\x1f.stagecoach.v1.ModelDescription\x12)\n\x06layers\x18\x05 \x01(\x0b\x32\x19.stagecoach.v1.LayerRange\x12#\n\x05\x64type\x18\x06 \x01(\x0e\x32\x14.stagecoach.v1.DType\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\x12\n\nblock_size\x18\x08 \x01(\r\x12\x12\n\nnum_blocks\x18\t \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\n \x01(\r\x12\x16\n\x0ekv_cache_bytes\x18\x0b \x01(\x04\x12\x15\n\rweights_bytes\x18\x0c \x01(\x04\x12\x18\n\x10max_batch_tokens\x18\r \x01(\r\x12\x0b\n\x03pid\x18\x0e \x01(\r\x12\x10\n\x08hostname\x18\x0f \x01(\t\x12\x18\n\x10max_queued_steps\x18\x10 \x01(\r\x12\x0f\n\x07kernels\x18\x11 \x01(\t\x12\x12\n\nassignable\x18\x12 \x01(\x08\"o\n\rAssignRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12)\n\x06layers\x18\x03 \x01(\x0b\x32\x19.stagecoach.v1.LayerRange\"F\n\x0e\x41ssignResponse\x12\x34\n\x0b\x64\x65scription\x18\x01 \x01(\x0b\x32\x1f.stagecoach.v1.DescribeResponse\"\x13\n\x11\x46\x65tchFilesRequest\"\'\n\tFileChunk\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"v\n\x0eSessionRequest\x12*\n\x04open\x18\x01 \x01(\x0b\x32\x1a.stagecoach.v1.OpenRequestH\x00\x12\x30\n\x0breport_load\x18\x02 \x01(\x0b\x32\x19.stagecoach.v1.ReportLoadH\x00\x42\x06\n\x04kind\"\x1c\n\nReportLoad\x12\x0e\n\x06number\x18\x01 \x01(\x04\"\x9b\x02\n\x0bOpenRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12)\n\x06layers\x18\x03 \x01(\x0b\x32\x19.stagecoach.v1.LayerRange\x12#\n\x05\x64type\x18\x04 \x01(\x0e\x32\x14.stagecoach.v1.DType\x12\x10\n\x08lease_id\x18\x05 \x01(\x06\x12\r\n\x05\x65poch\x18\x06 \x01(\x04\x12\x12\n\nnum_blocks\x18\x07 \x01(\r\x12\x12\n\nblock_size\x18\x08 \x01(\r\x12\x11\n\tmax_slots\x18\t \x01(\r\x12\x10\n\x08next_hop\x18\n \x01(\t\x12\x19\n\x11silence_timeout_s\x18\x0b \x01(\x02\"\xd8\x01\n\x0fSessionResponse\x12-\n\x06opened\x18\x01 \x01(\x0b\x32\x1b.stagecoach.v1.OpenResponseH\x00\x12+\n\x06result\x18\x02 \x01(\x0b\x32\x19.stagecoach.v1.StepResultH\x00\x12%\n\x05\x66\x61ult\x18\x03 \x01(\x0b\x32\x14.stagecoach.v1.FaultH\x00\x12)\n\x04load\x18\x04 \x01(\x0b\x32\x19.stagecoach.v1.LoadReportH\x00\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\x06\n\x04kind\"\x0e\n\x0cOpenResponse\"\x83\x01\n\nStepResult\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12+\n\x07outputs\x18\x03 \x03(\x0b\x32\x1a.stagecoach.v1.OutputBlock\x12+\n\x07timings\x18\x04 \x03(\x0b\x32\x1a.stagecoach.v1.StageTiming\"C\n\x0bStageTiming\x12\x10\n\x08\x64\x65\x63ode_s\x18\x01 \x01(\x02\x12\x0f\n\x07queue_s\x18\x02 \x01(\x02\x12\x11\n\tcompute_s\x18\x03 \x01(\x02\"\x82\x01\n\x0bOutputBlock\x12\x10\n\x08num_rows\x18\x01 \x01(\r\x12\x13\n\x0bnum_columns\x18\x02 \x01(\r\x12\x12\n\ncandidates\x18\x03 \x01(\x08\x12\x13\n\x0blog_sum_exp\x18\x04 \x01(\x08\x12#\n\x05\x64type\x18\x05 \x01(\x0e\x32\x14.stagecoach.v1.DType\"O\n\x05\x46\x61ult\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12)\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x1a.stagecoach.v1.ErrorDetail\"\xaa\x02\n\nLoadReport\x12\x11\n\tnum_steps\x18\x01 \x01(\x04\x12\x12\n\nnum_tokens\x18\x02 \x01(\x04\x12\x11\n\tcompute_s\x18\x03 \x01(\x01\x12\x0e\n\x06wait_s\x18\x04 \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\x05 \x01(\x01\x12\x13\n\x0bqueue_depth\x18\x06 \x01(\r\x12\x17\n\x0fnum_fast_frames\x18\x07 \x01(\x04\x12\x12\n\nnum_frames\x18\x08 \x01(\x04\x12\x10\n\x08\x65ncode_s\x18\t \x01(\x01\x12\x0f\n\x07queue_s\x18\n \x01(\x01\x12\x0e\n\x06number\x18\x0b \x01(\x04\x12\x17\n\x0flease_num_steps\x18\x0c \x01(\x04\x12\x17\n\x0flease_compute_s\x18\r \x01(\x01\x12\x19\n\x11lease_queue_depth\x18\x0e \x01(\r\"N\n\nMicroBatch\x12/\n\x06header\x18\x01 \x01(\x0b\x32\x1f.stagecoach.v1.MicroBatchHeader\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\"\xd2\x02\n\x10MicroBatchHeader\x12\x10\n\x08lease_id\x18\x01 \x01(\x06\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x11\n\trow_slots\x18\x04 \x03(\r\x12\x12\n\nrow_starts\x18\x05 \x03(\r\x12\x16\n\x0erow_num_tokens\x18\x06 \x03(\r\x12<\n\x13\x62lock_table_updates\x18\x07 \x03(\x0b\x32\x1f.stagecoach.v1.BlockTableUpdate\x12+\n\x07outputs\x18\x08 \x03(\x0b\x32\x1a.stagecoach.v1.OutputGroup\x12#\n\x05\x64type\x18\t \x01(\x0e\x32\x14.stagecoach.v1.DType\x12\x13\n\x0b\x66irst_layer\x18\n \x01(\r\x12+\n\x07timings\x18\x0b \x03(\x0b\x32\x1a.stagecoach.v1.StageTiming\"B\n\x10\x42lockTableUpdate\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\r\n\x05\x66irst\x18\x02 \x01(\r\x12\x11\n\tblock_ids\x18\x03 \x03(\r\"g\n\x0bOutputGroup\x12\x15\n\rtoken_indices\x18\x01 \x03(\r\x12\x16\n\x0enum_candidates\x18\x02 \x01(\r\x12\x13\n\x0blog_sum_exp\x18\x03 \x01(\x08\x12\x14\n\x0ctemperatures\x18\x04 \x03(\x02\"\"\n\x0f\x46orwardResponse\x12\x0f\n\x07\x63redits\x18\x01 \x01(\r2\xff\x02\n\x05Shard\x12K\n\x08\x44\x65scribe\x12\x1e.stagecoach.v1.DescribeRequest\x1a\x1f.stagecoach.v1.DescribeResponse\x12\x45\n\x06\x41ssign\x12\x1c.stagecoach.v1.AssignRequest\x1a\x1d.stagecoach.v1.AssignResponse\x12J\n\nFetchFiles\x12 .stagecoach.v1.FetchFilesRequest\x1a\x18.stagecoach.v1.FileChunk0\x01\x12L\n\x07Session\x12\x1d.stagecoach.v1.SessionRequest\x1a\x1e.stagecoach.v1.SessionResponse(\x01\x30\x01\x12H\n\x07\x46orward\x12\x19.stagecoach.v1.MicroBatch\x1a\x1e.stagecoach.v1.ForwardResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19stagecoach/v1/shard.proto\x12\rstagecoach.v1\x1a\x17google/rpc/status.proto\x1a\x19stagecoach/v1/model.proto\"#\n\x0f\x44\x65scribeRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\x06\"\xd0\x03\n\x10\x44\x65scribeResponse\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x18\n\x10software_version\x18\x02 \x01(\t\x12\x10\n\x08shard_id\x18\x03 \x01(\t\x12.\n\x05model\x18\x04 \x01(\x0b\x32\x1f.stagecoach.v1.ModelDescription\x12)\n\x06layers\x18\x05 \x01(\x0b\x32\x19.stagecoach.v1.LayerRange\x12#\n\x05\x64type\x18\x06 \x01(\x0e\x32\x14.stagecoach.v1.DType\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\x12\n\nblock_size\x18\x08 \x01(\r\x12\x12\n\nnum_blocks\x18\t \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\n \x01(\r\x12\x16\n\x0ekv_cache_bytes\x18\x0b \x01(\x04\x12\x15\n\rweights_bytes\x18\x0c \x01(\x04\x12\x18\n\x10max_batch_tokens\x18\r \x01(\r\x12\x0b\n\x03pid\x18\x0e \x01(\r\x12\x10\n\x08hostname\x18\x0f \x01(\t\x12\x18\n\x10max_queued_steps\x18\x10 \x01(\r\x12\x0f\n\x07kernels\x18\x11 \x01(\t\x12\x12\n\nassignable\x18\x12 \x01(\x08\"o\n\rAssignRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12)\n\x06layers\x18\x03 \x01(\x0b\x32\x19.stagecoach.v1.LayerRange\"F\n\x0e\x41ssignResponse\x12\x34\n\x0b\x64\x65scription\x18\x01 \x01(\x0b\x32\x1f.stagecoach.v1.DescribeResponse\"\x13\n\x11\x46\x65tchFilesRequest\"\'\n\tFileChunk\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"v\n\x0eSessionRequest\x12*\n\x04open\x18\x01 \x01(\x0b\x32\x1a.stagecoach.v1.OpenRequestH\x00\x12\x30\n\x0breport_load\x18\x02 \x01(\x0b\x32\x19.stagecoach.v1.ReportLoadH\x00\x42\x06\n\x04kind\"\x1c\n\nReportLoad\x12\x0e\n\x06number\x18\x01 \x01(\x04\"\x9b\x02\n\x0bOpenRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12)\n\x06layers\x18\x03 \x01(\x0b\x32\x19.stagecoach.v1.LayerRange\x12#\n\x05\x64type\x18\x04 \x01(\x0e\x32\x14.stagecoach.v1.DType\x12\x10\n\x08lease_id\x18\x05 \x01(\x06\x12\r\n\x05\x65poch\x18\x06 \x01(\x04\x12\x12\n\nnum_blocks\x18\x07 \x01(\r\x12\x12\n\nblock_size\x18\x08 \x01(\r\x12\x11\n\tmax_slots\x18\t \x01(\r\x12\x10\n\x08next_hop\x18\n \x01(\t\x12\x19\n\x11silence_timeout_s\x18\x0b \x01(\x02\"\xd8\x01\n\x0fSessionResponse\x12-\n\x06opened\x18\x01 \x01(\x0b\x32\x1b.stagecoach.v1.OpenResponseH\x00\x12+\n\x06result\x18\x02 \x01(\x0b\x32\x19.stagecoach.v1.StepResultH\x00\x12%\n\x05\x66\x61ult\x18\x03 \x01(\x0b\x32\x14.stagecoach.v1.FaultH\x00\x12)\n\x04load\x18\x04 \x01(\x0b\x32\x19.stagecoach.v1.LoadReportH\x00\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\x06\n\x04kind\"\x0e\n\x0cOpenResponse\"\x83\x01\n\nStepResult\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12+\n\x07outputs\x18\x03 \x03(\x0b\x32\x1a.stagecoach.v1.OutputBlock\x12+\n\x07timings\x18\x04 \x03(\x0b\x32\x1a.stagecoach.v1.StageTiming\"C\n\x0bStageTiming\x12\x10\n\x08\x64\x65\x63ode_s\x18\x01 \x01(\x02\x12\x0f\n\x07queue_s\x18\x02 \x01(\x02\x12\x11\n\tcompute_s\x18\x03 \x01(\x02\"\x82\x01\n\x0bOutputBlock\x12\x10\n\x08num_rows\x18\x01 \x01(\r\x12\x13\n\x0bnum_columns\x18\x02 \x01(\r\x12\x12\n\ncandidates\x18\x03 \x01(\x08\x12\x13\n\x0blog_sum_exp\x18\x04 \x01(\x08\x12#\n\x05\x64type\x18\x05 \x01(\x0e\x32\x14.stagecoach.v1.DType\"H\n\x05\x46\x61ult\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\"\n\x06status\x18\x03 \x01(\x0b\x32\x12.google.rpc.Status\"\xaa\x02\n\nLoadReport\x12\x11\n\tnum_steps\x18\x01 \x01(\x04\x12\x12\n\nnum_tokens\x18\x02 \x01(\x04\x12\x11\n\tcompute_s\x18\x03 \x01(\x01\x12\x0e\n\x06wait_s\x18\x04 \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\x05 \x01(\x01\x12\x13\n\x0bqueue_depth\x18\x06 \x01(\r\x12\x17\n\x0fnum_fast_frames\x18\x07 \x01(\x04\x12\x12\n\nnum_frames\x18\x08 \x01(\x04\x12\x10\n\x08\x65ncode_s\x18\t \x01(\x01\x12\x0f\n\x07queue_s\x18\n \x01(\x01\x12\x0e\n\x06number\x18\x0b \x01(\x04\x12\x17\n\x0flease_num_steps\x18\x0c \x01(\x04\x12\x17\n\x0flease_compute_s\x18\r \x01(\x01\x12\x19\n\x11lease_queue_depth\x18\x0e \x01(\r\"N\n\nMicroBatch\x12/\n\x06header\x18\x01 \x01(\x0b\x32\x1f.stagecoach.v1.MicroBatchHeader\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\"\xd2\x02\n\x10MicroBatchHeader\x12\x10\n\x08lease_id\x18\x01 \x01(\x06\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x11\n\trow_slots\x18\x04 \x03(\r\x12\x12\n\nrow_starts\x18\x05 \x03(\r\x12\x16\n\x0erow_num_tokens\x18\x06 \x03(\r\x12<\n\x13\x62lock_table_updates\x18\x07 \x03(\x0b\x32\x1f.stagecoach.v1.BlockTableUpdate\x12+\n\x07outputs\x18\x08 \x03(\x0b\x32\x1a.stagecoach.v1.OutputGroup\x12#\n\x05\x64type\x18\t \x01(\x0e\x32\x14.stagecoach.v1.DType\x12\x13\n\x0b\x66irst_layer\x18\n \x01(\r\x12+\n\x07timings\x18\x0b \x03(\x0b\x32\x1a.stagecoach.v1.StageTiming\"B\n\x10\x42lockTableUpdate\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\r\n\x05\x66irst\x18\x02 \x01(\r\x12\x11\n\tblock_ids\x18\x03 \x03(\r\"g\n\x0bOutputGroup\x12\x15\n\rtoken_indices\x18\x01 \x03(\r\x12\x16\n\x0enum_candidates\x18\x02 \x01(\r\x12\x13\n\x0blog_sum_exp\x18\x03 \x01(\x08\x12\x14\n\x0ctemperatures\x18\x04 \x03(\x02\"\"\n\x0f\x46orwardResponse\x12\x0f\n\x07\x63redits\x18\x01 \x01(\r2\xff\x02\n\x05Shard\x12K\n\x08\x44\x65scribe\x12\x1e.stagecoach.v1.DescribeRequest\x1a\x1f.stagecoach.v1.DescribeResponse\x12\x45\n\x06\x41ssign\x12\x1c.stagecoach.v1.AssignRequest\x1a\x1d.stagecoach.v1.AssignResponse\x12J\n\nFetchFiles\x12 .stagecoach.v1.FetchFilesRequest\x1a\x18.stagecoach.v1.FileChunk0\x01\x12L\n\x07Session\x12\x1d.stagecoach.v1.SessionRequest\x1a\x1e.stagecoach.v1.SessionResponse(\x01\x30\x01\x12H\n\x07\x46orward\x12\x19.stagecoach.v1.MicroBatch\x1a\x1e.stagecoach.v1.ForwardResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'stagecoach.v1.shard_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DESCRIBEREQUEST']._serialized_start=71
-  _globals['_DESCRIBEREQUEST']._serialized_end=106
-  _globals['_DESCRIBERESPONSE']._serialized_start=109
-  _globals['_DESCRIBERESPONSE']._serialized_end=573
-  _globals['_ASSIGNREQUEST']._serialized_start=575
-  _globals['_ASSIGNREQUEST']._serialized_end=686
-  _globals['_ASSIGNRESPONSE']._serialized_start=688
-  _globals['_ASSIGNRESPONSE']._serialized_end=758
-  _globals['_FETCHFILESREQUEST']._serialized_start=760
-  _globals['_FETCHFILESREQUEST']._serialized_end=779
-  _globals['_FILECHUNK']._serialized_start=781
-  _globals['_FILECHUNK']._serialized_end=820
-  _globals['_SESSIONREQUEST']._serialized_start=822
-  _globals['_SESSIONREQUEST']._serialized_end=940
-  _globals['_REPORTLOAD']._serialized_start=942
-  _globals['_REPORTLOAD']._serialized_end=970
-  _globals['_OPENREQUEST']._serialized_start=973
-  _globals['_OPENREQUEST']._serialized_end=1256
-  _globals['_SESSIONRESPONSE']._serialized_start=1259
-  _globals['_SESSIONRESPONSE']._serialized_end=1475
-  _globals['_OPENRESPONSE']._serialized_start=1477
-  _globals['_OPENRESPONSE']._serialized_end=1491
-  _globals['_STEPRESULT']._serialized_start=1494
-  _globals['_STEPRESULT']._serialized_end=1625
-  _globals['_STAGETIMING']._serialized_start=1627
-  _globals['_STAGETIMING']._serialized_end=1694
-  _globals['_OUTPUTBLOCK']._serialized_start=1697
-  _globals['_OUTPUTBLOCK']._serialized_end=1827
-  _globals['_FAULT']._serialized_start=1829
-  _globals['_FAULT']._serialized_end=1908
-  _globals['_LOADREPORT']._serialized_start=1911
-  _globals['_LOADREPORT']._serialized_end=2209
-  _globals['_MICROBATCH']._serialized_start=2211
-  _globals['_MICROBATCH']._serialized_end=2289
-  _globals['_MICROBATCHHEADER']._serialized_start=2292
-  _globals['_MICROBATCHHEADER']._serialized_end=2630
-  _globals['_BLOCKTABLEUPDATE']._serialized_start=2632
-  _globals['_BLOCKTABLEUPDATE']._serialized_end=2698
-  _globals['_OUTPUTGROUP']._serialized_start=2700
-  _globals['_OUTPUTGROUP']._serialized_end=2803
-  _globals['_FORWARDRESPONSE']._serialized_start=2805
-  _globals['_FORWARDRESPONSE']._serialized_end=2839
-  _globals['_SHARD']._serialized_start=2842
-  _globals['_SHARD']._serialized_end=3225
+  _globals['_DESCRIBEREQUEST']._serialized_start=96
+  _globals['_DESCRIBEREQUEST']._serialized_end=131
+  _globals['_DESCRIBERESPONSE']._serialized_start=134
+  _globals['_DESCRIBERESPONSE']._serialized_end=598
+  _globals['_ASSIGNREQUEST']._serialized_start=600
+  _globals['_ASSIGNREQUEST']._serialized_end=711
+  _globals['_ASSIGNRESPONSE']._serialized_start=713
+  _globals['_ASSIGNRESPONSE']._serialized_end=783
+  _globals['_FETCHFILESREQUEST']._serialized_start=785
+  _globals['_FETCHFILESREQUEST']._serialized_end=804
+  _globals['_FILECHUNK']._serialized_start=806
+  _globals['_FILECHUNK']._serialized_end=845
+  _globals['_SESSIONREQUEST']._serialized_start=847
+  _globals['_SESSIONREQUEST']._serialized_end=965
+  _globals['_REPORTLOAD']._serialized_start=967
+  _globals['_REPORTLOAD']._serialized_end=995
+  _globals['_OPENREQUEST']._serialized_start=998
+  _globals['_OPENREQUEST']._serialized_end=1281
+  _globals['_SESSIONRESPONSE']._serialized_start=1284
+  _globals['_SESSIONRESPONSE']._serialized_end=1500
+  _globals['_OPENRESPONSE']._serialized_start=1502
+  _globals['_OPENRESPONSE']._serialized_end=1516
+  _globals['_STEPRESULT']._serialized_start=1519
+  _globals['_STEPRESULT']._serialized_end=1650
+  _globals['_STAGETIMING']._serialized_start=1652
+  _globals['_STAGETIMING']._serialized_end=1719
+  _globals['_OUTPUTBLOCK']._serialized_start=1722
+  _globals['_OUTPUTBLOCK']._serialized_end=1852
+  _globals['_FAULT']._serialized_start=1854
+  _globals['_FAULT']._serialized_end=1926
+  _globals['_LOADREPORT']._serialized_start=1929
+  _globals['_LOADREPORT']._serialized_end=2227
+  _globals['_MICROBATCH']._serialized_start=2229
+  _globals['_MICROBATCH']._serialized_end=2307
+  _globals['_MICROBATCHHEADER']._serialized_start=2310
+  _globals['_MICROBATCHHEADER']._serialized_end=2648
+  _globals['_BLOCKTABLEUPDATE']._serialized_start=2650
+  _globals['_BLOCKTABLEUPDATE']._serialized_end=2716
+  _globals['_OUTPUTGROUP']._serialized_start=2718
+  _globals['_OUTPUTGROUP']._serialized_end=2821
+  _globals['_FORWARDRESPONSE']._serialized_start=2823
+  _globals['_FORWARDRESPONSE']._serialized_end=2857
+  _globals['_SHARD']._serialized_start=2860
+  _globals['_SHARD']._serialized_end=3243
 # @@protoc_insertion_point(module_scope)

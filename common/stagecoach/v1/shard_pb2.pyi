@@ -1,3 +1,4 @@
+from google.rpc import status_pb2 as _status_pb2
 from stagecoach.v1 import model_pb2 as _model_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
@@ -176,14 +177,14 @@ class OutputBlock(_message.Message):
     def __init__(self, num_rows: _Optional[int] = ..., num_columns: _Optional[int] = ..., candidates: bool = ..., log_sum_exp: bool = ..., dtype: _Optional[_Union[_model_pb2.DType, str]] = ...) -> None: ...
 
 class Fault(_message.Message):
-    __slots__ = ("epoch", "step", "error")
+    __slots__ = ("epoch", "step", "status")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
-    ERROR_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     step: int
-    error: _model_pb2.ErrorDetail
-    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., error: _Optional[_Union[_model_pb2.ErrorDetail, _Mapping]] = ...) -> None: ...
+    status: _status_pb2.Status
+    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., status: _Optional[_Union[_status_pb2.Status, _Mapping]] = ...) -> None: ...
 
 class LoadReport(_message.Message):
     __slots__ = ("num_steps", "num_tokens", "compute_s", "wait_s", "decode_s", "queue_depth", "num_fast_frames", "num_frames", "encode_s", "queue_s", "number", "lease_num_steps", "lease_compute_s", "lease_queue_depth")

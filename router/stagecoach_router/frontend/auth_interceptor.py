@@ -9,7 +9,7 @@ import grpc
 import grpc.aio
 
 from stagecoach import errors
-from stagecoach.errors.rich_status import abort
+from stagecoach.errors.status import abort
 from stagecoach_router.tenants.tenants import Tenants
 
 # What probes ask. Not Watch: it keeps a call open, and strangers are not to use up those that there may be.

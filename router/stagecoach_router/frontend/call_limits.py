@@ -16,7 +16,7 @@ import grpc
 import grpc.aio
 
 from stagecoach import errors
-from stagecoach.errors.rich_status import abort
+from stagecoach.errors.status import abort
 from stagecoach_router.frontend.auth_interceptor import HEALTH_CHECK, Find
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"

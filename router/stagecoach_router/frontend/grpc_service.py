@@ -12,7 +12,7 @@ from typing import Any
 import grpc.aio
 
 from stagecoach import errors
-from stagecoach.errors.rich_status import abort
+from stagecoach.errors.status import abort
 from stagecoach.sampling import MAX_N, SamplingParams
 from stagecoach.v1 import inference_pb2 as pb
 from stagecoach.v1 import inference_pb2_grpc, model_pb2

@@ -10,7 +10,7 @@ from typing import Any
 import grpc.aio
 
 from stagecoach import errors
-from stagecoach.errors.rich_status import abort
+from stagecoach.errors.status import abort
 
 _LOOKS_PER_STALL = 4
 

@@ -16,6 +16,7 @@ import grpc
 import grpc.aio
 
 from stagecoach import PROTOCOL_VERSION, errors
+from stagecoach.errors.status import from_status
 from stagecoach.rpc.channel import Dial, dial_plainly
 from stagecoach.rpc.credits import usable_credits
 from stagecoach.rpc.forward_link import ForwardLink
@@ -244,9 +245,9 @@ def check_timings(result: shard_pb2.StepResult, num_stages: int) -> None:
 
 def _read_fault(fault: shard_pb2.Fault, stage: Stage) -> errors.ShardFault:
     """It is about the stage that reports it, and about whom that names: its next hop, where their link has broken."""
-    cause = errors.from_detail(fault.error)
-    text = f"stage {stage.layers} at {stage.address}: {cause.message}"
-    return errors.ShardFault(text, addresses=[stage.address, *cause.addresses])
+    cause = from_status(fault.status)
+    text = f"stage {stage.layers} at {stage.address}: {fault.status.message}"
+    return errors.ShardFault(text, addresses=[stage.address, *(() if cause is None else cause.addresses)])
 
 
 async def _why_ended(call: Session, address: str) -> errors.StagecoachError:

@@ -294,5 +294,5 @@ def num_blocks_to_lease(wanted: int, stages: list[Stage]) -> int:
         text = f"kv_blocks: {needed - 1} wanted and one for the probe, a stage has {all_blocks}"
         raise errors.ConfigError(text, field="kv_blocks", limit=all_blocks - 1, value=wanted)
     if free_blocks < needed:
-        raise errors.KVCacheFull(needed_blocks=needed, free_blocks=free_blocks)
+        raise errors.KVCacheFull.of_blocks(needed=needed, free=free_blocks)
     return needed if wanted else free_blocks

@@ -32,7 +32,7 @@ class BlockRanges:
                 break
             first = used_first + self._used[used_first]
         if num_blocks < 1 or first + num_blocks > self.num_blocks:
-            raise KVCacheFull(needed_blocks=num_blocks, free_blocks=self.num_free)
+            raise KVCacheFull.of_blocks(needed=num_blocks, free=self.num_free)
         self._used[first] = num_blocks
         return first
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from stagecoach import PROTOCOL_VERSION, errors
+from stagecoach.errors.status import to_status
 from stagecoach.rpc.channel import check_address
 from stagecoach.rpc.forward_link import ForwardLink
 from stagecoach.rpc.framing import write_frame
@@ -102,7 +103,7 @@ class LeaseSession:
             return
         self.ended = True
         logger.warning("lease %x, epoch %d: %s", self.lease.lease_id, self.lease.epoch, error)
-        fault = shard_pb2.Fault(epoch=self.lease.epoch, step=step, error=errors.to_detail(error))
+        fault = shard_pb2.Fault(epoch=self.lease.epoch, step=step, status=to_status(error))
         self.outbox.put_nowait((write_frame(shard_pb2.SessionResponse(fault=fault)), None))
 
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from stagecoach import errors
-from stagecoach.errors.rich_status import abort
+from stagecoach.errors.status import abort
 from stagecoach.security import tls
 from stagecoach.v1 import shard_pb2
 from stagecoach_shard.rpc.service import Context, ShardService

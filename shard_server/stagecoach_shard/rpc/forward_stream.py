@@ -18,7 +18,7 @@ from typing import Any
 import grpc.aio
 
 from stagecoach import errors
-from stagecoach.errors.rich_status import abort
+from stagecoach.errors.status import abort
 from stagecoach.rpc.credits import CreditWindow
 from stagecoach.rpc.framing import read_frame
 from stagecoach.v1 import shard_pb2

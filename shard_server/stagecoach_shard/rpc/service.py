@@ -12,7 +12,7 @@ import grpc.aio
 import torch
 
 from stagecoach import PROTOCOL_VERSION, __version__, errors
-from stagecoach.errors.rich_status import abort
+from stagecoach.errors.status import abort
 from stagecoach.rpc.channel import Dial, dial_plainly
 from stagecoach.topology import LayerRange
 from stagecoach.v1 import model_pb2, shard_pb2

@@ -9,7 +9,7 @@ from typing import Any
 import grpc.aio
 
 from stagecoach import errors
-from stagecoach.errors.rich_status import abort
+from stagecoach.errors.status import abort
 from stagecoach.rpc.channel import Dial
 from stagecoach.rpc.forward_link import ForwardLink
 from stagecoach.rpc.framing import write_frame

@@ -4,7 +4,7 @@ import grpc
 import pytest
 
 from stagecoach import errors
-from stagecoach.errors.handshake import explain, hint
+from stagecoach.errors.failed_calls import why_no_handshake
 
 PREFIX = "failed to connect to all addresses; last error: "
 OPENSSL = "Tls handshake failed (TSI_PROTOCOL_FAILURE): SSL_ERROR_SSL: error:1000007d:SSL routines:OPENSSL_internal:"
@@ -52,5 +52,6 @@ def test_who_hangs_up_at_once_may_want_tls_or_be_about_to_come_back(how):
 
 @pytest.mark.parametrize("details", ["", "Connection refused", "Socket closed", "the shard is loading its layers"])
 def test_other_failures_stay_what_they_are(details):
-    assert explain(details) is None
-    assert hint(details) == ""
+    assert why_no_handshake(details) == ""
+    error = errors.from_rpc_error(Failure(details), "gpu-1:50051")
+    assert (type(error), error.message) == (errors.Unavailable, f"gpu-1:50051: {details or 'UNAVAILABLE'}")

@@ -1,0 +1,77 @@
+"""What it means that a call failed: the error that the server sent or, where gRPC itself ended the call, one of ours.
+
+gRPC says why it ended a call in words only. So a few of them are looked for here, and nowhere else: those that tell
+whether a retry can help, or what an operator has to change. What is not recognised stays what its code says.
+"""
+
+from __future__ import annotations
+
+import re
+
+import grpc
+
+from stagecoach.errors import tree
+from stagecoach.errors.status import from_trailing_metadata
+
+# What a bare gRPC status means, from a peer that sent no details (gRPC itself, a proxy, another version).
+_BY_CODE: dict[grpc.StatusCode, type[tree.StagecoachError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: tree.InvalidArgument,
+    grpc.StatusCode.OUT_OF_RANGE: tree.OutOfRange,
+    grpc.StatusCode.NOT_FOUND: tree.NotFound,
+    grpc.StatusCode.UNAUTHENTICATED: tree.Unauthenticated,
+    grpc.StatusCode.PERMISSION_DENIED: tree.PermissionDenied,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: tree.Overloaded,
+    grpc.StatusCode.FAILED_PRECONDITION: tree.FailedPrecondition,
+    grpc.StatusCode.ABORTED: tree.ShardFault,
+    grpc.StatusCode.UNAVAILABLE: tree.Unavailable,
+    grpc.StatusCode.DEADLINE_EXCEEDED: tree.DeadlineExceeded,
+    grpc.StatusCode.CANCELLED: tree.Cancelled,
+    grpc.StatusCode.UNIMPLEMENTED: tree.Unimplemented,
+    grpc.StatusCode.INTERNAL: tree.InternalError,
+}
+
+# Calls beyond a server's limit are refused by gRPC, which cannot say when to come back; the next one may find room.
+_CALL_LIMIT = "Concurrent RPC limit exceeded"
+CALL_LIMIT_RETRY_AFTER_S = 1.0
+_MESSAGE_TOO_LARGE = "larger than max"
+_STATUS_LOST = "metadata size exceeds"
+
+# Followed by what OpenSSL says of the certificate.
+_VERIFY_FAILED = re.compile(r"CERTIFICATE_VERIFY_FAILED(?:: (?P<reason>[a-z][a-z -]*))?")
+_OTHER_NAME = re.compile(r"Hostname Verification Check failed|is not in peer certificate")
+_CLOSED_AT_ONCE = re.compile(r"failed to connect.*(Socket closed|Connection reset)", re.DOTALL)
+
+
+def from_rpc_error(error: grpc.RpcError, peer: str) -> tree.StagecoachError:
+    """The error behind a failed call to `peer` (HOST:PORT). It is about the peer, unless that says who else it is."""
+    sent = from_trailing_metadata(getattr(error, "trailing_metadata", lambda: ())())
+    if sent is not None:
+        sent.addresses = sent.addresses or (peer,)
+        return sent
+    code = error.code() if hasattr(error, "code") else grpc.StatusCode.UNKNOWN
+    details = (error.details() if hasattr(error, "details") else str(error)) or ""
+    kind, retry_after_s = _BY_CODE.get(code, tree.StagecoachError), 0.0
+    if _STATUS_LOST in details:
+        kind = tree.InternalError
+    elif kind is tree.Overloaded and _MESSAGE_TOO_LARGE in details:
+        kind = tree.OutOfRange  # sending it again cannot help
+    elif kind is tree.Overloaded and _CALL_LIMIT in details:
+        retry_after_s = CALL_LIMIT_RETRY_AFTER_S
+    elif kind is tree.Unavailable and (reason := why_no_handshake(details)):
+        kind, details = tree.HandshakeFailed, reason
+    elif kind is tree.Unavailable and _CLOSED_AT_ONCE.search(details):
+        # The accepting side closes the connection on whoever it does not like, and says why in its own log only.
+        details += " (it hung up at once: perhaps it speaks TLS, and we do not, or it wants another certificate of us)"
+    return kind(f"{peer}: {details or code.name}", retry_after_s=retry_after_s, addresses=[peer])
+
+
+def why_no_handshake(details: str) -> str:
+    """What is wrong between the two sides, if the `details` of a failed call say so for sure; "" if they do not."""
+    if (match := _VERIFY_FAILED.search(details)) is not None:
+        reason = match["reason"] or "verification failed"
+        return f"its certificate is not one to trust by our CA (tls-ca): {reason.strip()}"
+    if _OTHER_NAME.search(details) is not None:
+        return "its certificate is for another name than the one that we want"
+    if "WRONG_VERSION_NUMBER" in details:
+        return "it does not speak TLS"
+    return ""
