@@ -181,3 +181,35 @@ async def test_a_token_that_comes_after_its_request_failed_is_not_left_over(path
     with sqlite3.connect(path) as db:
         assert db.execute("SELECT count(*) FROM tokens").fetchone() == (0,)
     db.close()
+
+
+def take_away(path: Path, gone: str) -> None:
+    if gone == "moved":
+        path.rename(path.with_suffix(".old"))
+    elif gone == "without its log":
+        path.with_name(path.name + "-wal").unlink()
+    else:
+        path.unlink()
+    if gone == "replaced":
+        path.touch()
+
+
+@pytest.mark.parametrize("gone", ["deleted", "moved", "replaced", "without its log"])
+async def test_a_file_that_is_no_longer_there_is_said_and_holds_no_answer_back(
+    path: Path, caplog: pytest.LogCaptureFixture, gone: str
+) -> None:
+    """Without that, everything would go on being written into a file that no later process finds."""
+    journal = await opened(path)
+    state = accepted_request()
+    journal.begin(state)
+    reader = OutputReader(state)
+    state.put(delta(1))
+    assert [each.token_id for each in await reader.read()] == [1]
+    take_away(path, gone)
+    for token_id in (2, 3):
+        state.put(delta(token_id))
+        async with asyncio.timeout(10):
+            assert [each.token_id for each in await reader.read()] == [token_id]
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    assert "requests will not outlive this process" in caplog.text
+    await journal.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import stat
 from pathlib import Path
@@ -129,6 +130,20 @@ def test_only_its_owner_can_read_it(path: Path) -> None:
     store.apply([begin()])
     for file in path.parent.iterdir():
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+def test_a_file_that_others_could_read_is_closed_to_them(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    JournalStore(path).close()
+    path.chmod(0o644)
+    JournalStore(path).close()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert "only its owner can" in caplog.text
+
+
+def test_a_pipe_is_no_journal_and_nobody_waits_for_its_other_end(path: Path) -> None:
+    os.mkfifo(path)
+    with pytest.raises(ConfigError, match="not a regular file"):
+        JournalStore(path)
 
 
 def test_tokens_that_were_left_over_are_not_taken_for_those_of_a_new_request_of_that_id(path: Path) -> None:

@@ -10,8 +10,11 @@ schema before that, so there is a limit in time, too. What is read takes memory 
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import sqlite3
+import stat
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
@@ -29,6 +32,8 @@ from stagecoach_router.durability.journal_records import (
 )
 from stagecoach_router.requests.request import Request, RequestKey, check_params, check_prompt
 from stagecoach_router.sampling.outputs import Sampled
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "1"
 # For a file that another process has open; one that died gives it back at once.
@@ -119,7 +124,7 @@ class JournalStore:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+            _make_private(path)
             self._db = sqlite3.connect(path, LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False)
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(f"journal: {path}: {error}", field="journal", value=path) from error
@@ -129,6 +134,7 @@ class JournalStore:
         except ConfigError:
             self._db.close()
             raise
+        self._files = self._identities()
 
     def _prepare(self) -> None:
         execute = self._db.execute
@@ -164,7 +170,13 @@ class JournalStore:
             self._check("model", fingerprint, "the shards'")
 
     def apply(self, entries: Iterable[Entry]) -> None:
-        """Writes them in order, all or, where it raises sqlite3.Error, none."""
+        """Writes them in order; all of them, or none where it raises sqlite3.Error.
+
+        Raises OSError where the file is no longer what its path leads to: SQLite would go on writing into a file that
+        was deleted or moved away, and that no later process finds.
+        """
+        if self._identities() != self._files:
+            raise OSError(errno.ESTALE, "another file has this name now, or none has", str(self._path))
         with self._db:
             self._db.execute("BEGIN")
             for entry in entries:
@@ -191,6 +203,11 @@ class JournalStore:
     def close(self) -> None:
         """Gives the file back."""
         self._db.close()
+
+    def _identities(self) -> list[tuple[int, int]]:
+        """Which files the database and its write-ahead log are, by device and inode. Raises OSError for one missing."""
+        facts = [os.stat(f"{self._path}{suffix}") for suffix in ("", "-wal")]
+        return [(fact.st_dev, fact.st_ino) for fact in facts]
 
     def _check(self, name: str, ours: str, whose: str) -> None:
         row = self._db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
@@ -271,6 +288,21 @@ class JournalStore:
     def _error(self, text: str) -> ConfigError:
         text = f"journal: {self._path} {text}: give another file or delete this"
         return ConfigError(text, field="journal", value=self._path)
+
+
+def _make_private(path: Path) -> None:
+    """Creates the file where there is none, and lets nobody but its owner read it. Raises OSError."""
+    # Not blocking concerns the opening only: without it, that of a pipe waits for its other end.
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+        if mode & 0o077:
+            os.fchmod(descriptor, 0o600)
+            logger.warning("journal: %s could be read by others; now only its owner can", path)
+    finally:
+        os.close(descriptor)
 
 
 def _schema_of(db: sqlite3.Connection) -> _Schema:
