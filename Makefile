@@ -14,9 +14,15 @@ INSTALLED := $(VENV)/.installed
 demo: model  ## two shards and a router answer real prompts
 	$(BIN)/stagecoach demo --model $(MODEL)
 
-test: lint model  ## linters, types, import contracts, and every test
-	$(BIN)/python -m pytest tests/unit --numprocesses 2
-	$(BIN)/python -m pytest --ignore tests/unit
+# A file's tests stay in one process, as they share what their module has started.
+PYTEST := $(BIN)/python -m pytest
+TOGETHER := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+test: lint model  ## linters, types, import contracts, and every test but the longest (see nightly): 8 minutes on 2 cores
+	@echo "== tests that share the cores, in two processes"
+	$(PYTEST) $(TOGETHER) -m "not quiet and not nightly"
+	@echo "== tests that need the cores for themselves, one after the other"
+	$(PYTEST) -m "quiet and not nightly"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -58,7 +64,9 @@ FUZZ_SEED ?= 1
 SOAK_MINUTES ?= 10
 
 # VLLM_PYTHON, LLAMACPP_BUILD and LLAMACPP_GGUF say where those engines are; without them they are left out.
-nightly: model  ## a million hostile inputs, kills and faults under load, every benchmark with more rounds, and the engines a user would pick instead
+nightly: model  ## what `test` leaves out, twenty times its examples, a million hostile inputs, an hour of faults, all benchmarks with more rounds
+	$(PYTEST) -m nightly
+	HYPOTHESIS_PROFILE=nightly $(PYTEST) $(TOGETHER) --timeout 3600 tests/unit tests/fuzz
 	$(BIN)/python -m tests.fuzz --inputs $(FUZZ_INPUTS) --seed $(FUZZ_SEED)
 	$(BIN)/python -m tests.soak.kills --model $(MODEL)
 	$(BIN)/python -m tests.soak --minutes $(SOAK_MINUTES)

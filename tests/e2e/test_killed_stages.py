@@ -6,18 +6,23 @@ from tests.soak.cluster import Deployment
 from tests.soak.kills import survive
 
 # A killed stage takes seconds to start again, where no spare loads its layers: `python -m tests.soak.kills` has all
-# twenty kills without spares.
-DEPLOYMENTS = {
-    "without spares": (("0:2", "2:4"), 5),
-    "with spares": (("0:2", "2:4", "auto", "auto"), 15),
-}
+# twenty kills without spares. Nine kills are each moment with each choice of stages once.
+WITHOUT_SPARES = ("0:2", "2:4")
+WITH_SPARES = (*WITHOUT_SPARES, "auto", "auto")
+DEPLOYMENTS = [
+    pytest.param(WITHOUT_SPARES, 3, id="without spares"),
+    pytest.param(WITH_SPARES, 9, id="with spares"),
+    pytest.param(WITHOUT_SPARES, 9, id="without spares, longer", marks=pytest.mark.nightly),
+    pytest.param(WITH_SPARES, 18, id="with spares, longer", marks=pytest.mark.nightly),
+]
 NUM_STREAMS = 32
 SEED = 1
 SHARD_FLAGS = ("--dtype", "float32", "--kv-cache-memory", "8M")
 
 
+@pytest.mark.quiet
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize(("layers", "num_kills"), DEPLOYMENTS.values(), ids=DEPLOYMENTS.keys())
+@pytest.mark.parametrize(("layers", "num_kills"), DEPLOYMENTS)
 async def test_32_streams_survive_kills_of_any_stage_and_of_all(tiny_model, layers, num_kills):
     tally = await survive(
         # Small steps, so that a prefill takes several of them.

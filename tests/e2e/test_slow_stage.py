@@ -45,6 +45,7 @@ def ten_times_slower(pid):
         thread.join()
 
 
+@pytest.mark.quiet
 @pytest.mark.smollm2
 @pytest.mark.timeout(240)
 async def test_a_spare_takes_the_place_of_a_stage_that_has_become_slow(smollm2):

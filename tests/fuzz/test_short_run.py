@@ -7,7 +7,6 @@ import random
 from pathlib import Path
 
 import pytest
-import torch
 
 from stagecoach.errors import InternalError, InvalidArgument
 from tests.fuzz import __main__ as command
@@ -20,13 +19,10 @@ NUM_INPUTS_PER_SHARE = 30
 
 
 @pytest.fixture(autouse=True)
-def _quiet_and_on_one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _quiet():
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("name", TARGETS)

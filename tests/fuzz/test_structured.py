@@ -8,7 +8,7 @@ import struct
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from stagecoach import errors
@@ -46,7 +46,6 @@ block_table_updates = st.lists(
 
 
 @given(st.lists(st.tuples(rows, block_table_updates, st.sampled_from([0, 0, 0, 0, 1, -1, UINT64])), max_size=8))
-@settings(max_examples=300)
 def test_a_lease_accepts_what_its_model_accepts_and_names_the_same_places(steps: Any) -> None:
     both = lease_model.LeaseBesideModel()
     for step_rows, step_deltas, off in steps:
@@ -75,7 +74,6 @@ def honest_step(draw: st.DrawFn, both: lease_model.LeaseBesideModel) -> pb.Micro
 
 
 @given(st.data())
-@settings(max_examples=150)
 def test_no_row_begins_behind_what_its_lease_never_wrote(data: st.DataObject) -> None:
     both = lease_model.LeaseBesideModel()
     for _ in range(data.draw(st.integers(1, 8))):
@@ -97,7 +95,6 @@ _field = st.one_of(
 
 
 @given(st.lists(_field, max_size=10).map(b"".join))
-@settings(max_examples=500)
 def test_a_frame_is_read_as_protobuf_reads_it_or_refused(data: bytes) -> None:
     try:
         message, payload = read_frame(pb.MicroBatch, data)
@@ -122,7 +119,6 @@ _entries = st.fixed_dictionaries(
 
 
 @given(st.dictionaries(st.text(max_size=4), st.one_of(_entries, _numbers), max_size=3))
-@settings(max_examples=300)
 def test_a_tensor_table_lies_within_its_file_or_is_refused(tmp_path_factory: Any, entries: dict[str, Any]) -> None:
     path = tmp_path_factory.getbasetemp() / "model.safetensors"
     text = json.dumps(entries).encode()
@@ -141,7 +137,6 @@ _values = st.one_of(_numbers, st.booleans(), st.lists(st.sampled_from(["full_att
 
 
 @given(st.dictionaries(st.sampled_from([*CONFIG, "head_dim", "layer_types", "rope_scaling"]), _values, max_size=3))
-@settings(max_examples=300)
 def test_a_configuration_has_sane_sizes_or_is_refused(changes: dict[str, Any]) -> None:
     try:
         config = read_config(RawConfig(CONFIG | changes))

@@ -30,6 +30,8 @@ LAYERS = ("0:2", "2:4")
 FAULT_TIMEOUT_S = 2.0
 REPORT_INTERVAL_S = 10.0
 NUM_REQUESTS = 45
+# In each half, however short it is.
+MIN_FAULTS = 2
 # Between two faults, beside the time until the cluster is ready and tokens have come again.
 MAX_QUIET_S = 3.0
 MIN_TOKENS_BETWEEN = 300
@@ -106,8 +108,9 @@ class _Run:
             raise Failed("; ".join(grown))
 
     async def _strike_until(self, end_s: float) -> None:
-        """Faults, each when the cluster has got over the last one."""
-        while time.monotonic() < end_s:
+        """Faults, each when the cluster has got over the last one; MIN_FAULTS also past `end_s`."""
+        enough_faults = self._faults.counts.total() + MIN_FAULTS
+        while time.monotonic() < end_s or self._faults.counts.total() < enough_faults:
             await self._check_for(self._dice.uniform(0.0, MAX_QUIET_S))
             name = await self._faults.strike()
             if name == "router killed":

@@ -1,15 +1,22 @@
-"""A minute of the soak; `make nightly` runs ten."""
+"""Seconds of the soak in each run, and a minute of it each night, when `make nightly` also has ten of them."""
 
 import pytest
 
 from tests.soak import __main__ as program
 
-SEED = 3
 
-
+@pytest.mark.quiet
 @pytest.mark.timeout(400)
-def test_a_minute_of_faults_under_load_loses_nothing(capsys):
-    status = program.main(["--minutes", "1", "--seed", str(SEED)])
+@pytest.mark.parametrize(
+    ("minutes", "seed"),
+    [
+        # The first two faults of this seed are the death of a shard and that of the router.
+        pytest.param(0.2, 314, id="seconds"),
+        pytest.param(1, 3, id="a minute", marks=pytest.mark.nightly),
+    ],
+)
+def test_faults_under_load_lose_nothing(capsys, minutes, seed):
+    status = program.main(["--minutes", str(minutes), "--seed", str(seed)])
     said = capsys.readouterr()
     assert status == 0, said.err
     for fault in ("shard killed", "router killed"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import platform
 import shutil
@@ -113,11 +114,6 @@ def compiler() -> str:
 
 
 @functools.cache
-def _folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="stagecoach-native-tests-")
-
-
-@functools.cache
 def kernels(build: str) -> Library:
     """The library for `build`; skips where this machine cannot run it. That for this CPU is what a shard takes."""
     if build == BUILDS[0]:
@@ -128,7 +124,10 @@ def kernels(build: str) -> Library:
 
 @functools.cache
 def compiled(build: str) -> Path:
-    """A library's file for `build`, made once in a session, with some of the kernels' own functions beside the rest."""
+    """A library's file for `build`, with some of the kernels' own functions beside the rest.
+
+    It is kept where a shard keeps its own, so that it is made once for all processes that test and all times.
+    """
     if build == BUILDS[0]:
         flag = library._machine_flag()
     elif platform.machine() not in ("x86_64", "AMD64"):
@@ -137,10 +136,17 @@ def compiled(build: str) -> Path:
         pytest.skip(f"this CPU is none of {build}")
     else:
         flag = f"-march={build}"
-    source, path = (Path(_folder().name) / f"{build}{suffix}" for suffix in (".c", ".so"))
-    source.write_text(_WITH_INNER_FUNCTIONS)
-    command = [*compiler().split(), *library._FLAGS[0], flag, f"-I{SOURCE.parent}", str(source), "-o", str(path), "-lm"]
-    subprocess.run(command, check=True, timeout=library.BUILD_TIMEOUT_S)
+    command = [*compiler().split(), *library._FLAGS[0], flag, f"-I{SOURCE.parent}"]
+    made_of = "\0".join([*command, _WITH_INNER_FUNCTIONS, SOURCE.read_text(), library._cpu().hex()])
+    path = library._folder() / f"tests-{hashlib.sha256(made_of.encode()).hexdigest()[:24]}.so"
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            source, built = Path(folder) / "tests.c", Path(folder) / "tests.so"
+            source.write_text(_WITH_INNER_FUNCTIONS)
+            subprocess.run(
+                [*command, str(source), "-o", str(built), "-lm"], check=True, timeout=library.BUILD_TIMEOUT_S
+            )
+            built.replace(path)
     return path
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -51,7 +51,6 @@ def _expected(batch: Batch, cache: Tensor, queries: Tensor, window: int | None) 
     return torch.stack(outputs)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     rows=st.lists(
         st.tuples(st.sampled_from((0, 1, 3, 30, 200)), st.sampled_from((1, 1, 1, 2, 7, 140))), min_size=1, max_size=5

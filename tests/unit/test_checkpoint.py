@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -206,7 +206,6 @@ def test_a_size_that_no_tensor_has_is_refused_by_the_tensors_name(folder: Path, 
     assert refused(folder).field == "spare"
 
 
-@settings(max_examples=200, deadline=None)
 @given(data=st.binary(max_size=64), length=st.one_of(st.none(), st.integers(0, 64)))
 def test_any_bytes_at_all_are_refused_or_read_never_worse(
     tmp_path_factory: pytest.TempPathFactory, data: bytes, length: int | None

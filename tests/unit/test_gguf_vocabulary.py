@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -208,7 +208,6 @@ def sentence_piece(text: str, scores: dict[str, float]) -> list[str]:
         symbols[place : place + 2] = [joint[place]]
 
 
-@settings(max_examples=500)
 @given(
     st.lists(st.text("ab▁", min_size=2, max_size=5), unique=True, max_size=16),
     st.lists(st.text("ab▁", min_size=1, max_size=16), min_size=1, max_size=5),

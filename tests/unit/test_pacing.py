@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 import scipy.optimize
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from stagecoach_router.scheduling.cost_model import CostFit, StageCost, StepShape, solve_nonnegative
@@ -39,7 +39,6 @@ def taught(stages, hops_s=0.0, *, rows=(1, 2, 4, 8, 16, 32), chunks=(64, 128, 25
 # ---- costs
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.lists(st.lists(st.floats(-2, 2), min_size=3, max_size=3), min_size=3, max_size=6), st.data())
 def test_least_squares_with_no_part_below_zero(features, data):
     costs = data.draw(st.lists(st.floats(-5, 5), min_size=len(features), max_size=len(features)))
@@ -50,7 +49,6 @@ def test_least_squares_with_no_part_below_zero(features, data):
     assert np.allclose(found, expected, atol=1e-6)
 
 
-@settings(max_examples=25, deadline=None)
 @given(fixed_s=seconds, row_s=seconds, seed=st.integers(0, 1000), noise=st.floats(0, 0.2))
 def test_costs_are_learnt_through_noise_and_outliers(fixed_s, row_s, seed, noise):
     dice = random.Random(seed)
@@ -84,7 +82,6 @@ def test_sizes_that_are_not_met_any_more_are_not_forgotten_soon():
         assert cost.decode_s(rows, rows * 200) == pytest.approx(0.02 + 0.001 * rows, rel=0.1)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 4096), st.floats(0, 1e6), st.floats(0, 100)), min_size=1, max_size=60),
 )
@@ -159,7 +156,6 @@ def test_hops_are_what_no_stage_computed_or_queued():
 # ---- lanes
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     costs=st.lists(st.tuples(seconds, seconds), min_size=1, max_size=5),
     hops_s=st.floats(0, 0.2),
@@ -217,7 +213,6 @@ def test_where_all_steps_had_as_many_rows_another_lane_is_tried_only_if_stages_i
 # ---- prefill
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     costs=st.lists(st.tuples(seconds, seconds, seconds), min_size=1, max_size=4),
     num_decodes=st.integers(1, 64),
@@ -247,7 +242,6 @@ def test_many_prompts_beside_few_decodes_get_more():
     assert sizes[0] <= sizes[1] < sizes[2] < sizes[3]
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     costs=st.lists(st.tuples(seconds, seconds), min_size=2, max_size=4),
     num_tokens=st.integers(1, 8000),

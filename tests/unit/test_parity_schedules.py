@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.parity_schedules import LENGTHS, SCHEDULES, SPLITS, Known
@@ -39,7 +39,6 @@ def test_every_model_goes_through_every_schedule(
         schedule(known(name), known(name).chain(split))
 
 
-@settings(max_examples=45, deadline=None)
 @given(data=st.data())
 def test_any_split_into_rows_gives_the_same_logits(known: Callable[[str], Known], data: st.DataObject) -> None:
     model = known(data.draw(st.sampled_from(NAMES)))

@@ -5,7 +5,7 @@ import time
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from stagecoach.errors import TopologyError
@@ -177,7 +177,6 @@ def candidates_of_a_small_model(draw):
     return draw(st.permutations(shards))
 
 
-@settings(max_examples=500)
 @given(
     shards=candidates_of_a_small_model(),
     prefer=st.lists(st.sampled_from([f"s{index}" for index in range(5)]), unique=True),

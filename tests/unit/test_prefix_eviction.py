@@ -1,6 +1,6 @@
 """What the prefix cache gives up under pressure: the least recently used, and never a block before those behind it."""
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from stagecoach.sampling import SamplingParams
@@ -80,7 +80,6 @@ steps = st.tuples(st.sampled_from(["start", "compute", "end"]), chains, st.integ
 events = st.lists(steps, min_size=1, max_size=40)
 
 
-@settings(max_examples=400, deadline=None)
 @given(num_blocks=st.integers(2, 14), events=events)
 def test_under_pressure_the_longest_unused_goes_first_and_a_tail_before_its_head(num_blocks, events):
     watched = Watched(num_blocks)

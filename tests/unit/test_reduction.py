@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -40,7 +40,6 @@ def test_candidates_are_those_of_a_whole_sort(num_candidates: int, dtype: torch.
     assert_same(rows(3, VOCAB_SIZE, dtype), num_candidates)
 
 
-@settings(max_examples=300, deadline=None)
 @given(data=st.data(), vocab_size=st.integers(1, 700), num_levels=st.integers(1, 12))
 def test_equal_logits_at_the_last_place_leave_the_lowest_ids(
     data: st.DataObject, vocab_size: int, num_levels: int

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -30,7 +30,6 @@ def _theirs(parameters: dict[str, Any], head_dim: int, context_length: int) -> t
     return ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config)[0]
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     rope_type=st.sampled_from(("default", "linear", "dynamic", "llama3")),
     theta=st.floats(10.0, 1e7),

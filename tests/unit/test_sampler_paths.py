@@ -87,7 +87,7 @@ def rows(draw: st.DrawFn) -> npt.NDArray[np.float32]:
     return logits
 
 
-@settings(max_examples=500, deadline=None, derandomize=True)
+@settings(derandomize=True)
 @given(
     logits=rows(),
     params=params_of_any_kind(),
@@ -112,7 +112,7 @@ def test_what_candidates_decide_the_whole_row_decides_alike(
             assert sampled == sample_whole(logits, params, counts, seed=seed, position=position)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(derandomize=True)
 @given(logits=rows(), params=params_of_any_kind(), seed=st.integers(0, 2**64 - 1))
 @example(logits=np.zeros(100, dtype=np.float32), params=SamplingParams(), seed=0)
 def test_a_drawn_token_is_one_that_the_definitions_allow(

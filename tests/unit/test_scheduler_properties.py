@@ -289,13 +289,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.world.drain()
 
 
-SchedulerMachine.TestCase.settings = settings(
-    max_examples=200, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
-)
+SchedulerMachine.TestCase.settings = settings(stateful_step_count=60, suppress_health_check=list(HealthCheck))
 TestAnyOrderOfEvents = SchedulerMachine.TestCase
 
 
-@settings(max_examples=250, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_a_long_busy_time_leaves_everything_consistent(seed):
     """Much longer runs than the machine above makes, mostly of steps, with the pool under pressure."""

@@ -55,7 +55,7 @@ def params_of_one_group(draw: st.DrawFn) -> tuple[list[SamplingParams], int, boo
     return draw(st.lists(one, min_size=1, max_size=12)), top_k or 64, not top_k
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(derandomize=True)
 @given(
     group=params_of_one_group(),
     spread=st.sampled_from([0.0, 0.3, 2.0, 8.0]),
