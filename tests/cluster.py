@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import random
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +23,34 @@ READY_TIMEOUT_S = 60.0
 
 
 # Below the range out of which systems give ports to whoever asks for any one, and to outgoing connections: so nobody
-# gets one of these by chance between our look at it and its use. A new start for each run, as several may run at once.
-_PORTS = itertools.count(random.SystemRandom().randrange(20_000, 30_000))
+# gets one of these by chance between our look at it and its use.
+_PORT_RANGE = range(20_000, 30_000)
+_BLOCK_SIZE = 100
+
+
+def _own_ports() -> Iterator[int]:
+    """Ports that no other process takes from here: tests run in several at once.
+
+    Whoever has the first port of a block bound for UDP, which nothing here speaks, owns all ports of the block for TCP.
+    """
+    claims = []
+    while True:
+        claim = socket.socket(type=socket.SOCK_DGRAM)
+        first = random.SystemRandom().choice(_PORT_RANGE[::_BLOCK_SIZE])
+        try:
+            claim.bind(("127.0.0.1", first))
+        except OSError:
+            claim.close()
+            continue
+        claims.append(claim)  # bound as long as this process lives
+        yield from range(first, first + _BLOCK_SIZE)
+
+
+_PORTS = _own_ports()
 
 
 def free_port() -> int:
-    """A port that nobody listens on, and that this function gives only once."""
+    """A port that nobody listens on, and that this function gives only once, to this process only."""
     for port in _PORTS:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -57,3 +60,31 @@ def write_tiny_model(folder: Path, *, seed: int = 0, num_layers: int = 4) -> Lla
     model.save_pretrained(folder)
     write_tokenizer(folder)
     return model
+
+
+def random_prompts(count: int, length: int, seed: int = 0) -> list[list[int]]:
+    """Token ids of bytes, `length` for each prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 256, (length,), generator=generator).tolist() for _ in range(count)]
+
+
+def greedy(num_tokens: int, **changes: Any) -> dict[str, Any]:
+    """What a client is given to generate exactly so many tokens, each the likeliest one."""
+    return {"temperature": 0.0, "max_tokens": num_tokens, "ignore_eos": True} | changes
+
+
+def reference_tokens(model: LlamaForCausalLM, token_ids: Sequence[int], num_tokens: int) -> tuple[int, ...]:
+    """The tokens that such a request gets, by transformers."""
+    return _reference_tokens(model, tuple(token_ids), num_tokens)
+
+
+@functools.cache  # many tests ask for the same prompts
+@torch.inference_mode()
+def _reference_tokens(model: LlamaForCausalLM, token_ids: tuple[int, ...], num_tokens: int) -> tuple[int, ...]:
+    """Token by token, with transformers' own K/V cache."""
+    tokens: list[int] = []
+    step = model(torch.tensor([token_ids]), use_cache=True)
+    while len(tokens) < num_tokens:
+        tokens.append(int(step.logits[0, -1].argmax()))
+        step = model(torch.tensor([tokens[-1:]]), past_key_values=step.past_key_values, use_cache=True)
+    return tuple(tokens)

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 MODULES = {
     "stagecoach-shard": "stagecoach_shard",
@@ -21,6 +22,17 @@ def command(program: str, *arguments: str) -> list[str]:
     if program == "stagecoach":
         return [sys.executable, "-c", "from stagecoach_cli import main; main()", *arguments]
     return [sys.executable, "-m", MODULES[program], *arguments]
+
+
+def shard_arguments(model: Path, layers: str, port: int | str, **flags: object) -> list[str]:
+    """Of a shard of little memory, in float32 unless `flags` say otherwise."""
+    facts = {"dtype": "float32", "kv-cache-memory": "4M"} | {
+        key.replace("_", "-"): value for key, value in flags.items()
+    }
+    arguments = ["--model", str(model), "--layers", layers, "--listen", f"127.0.0.1:{port}"]
+    for key, value in facts.items():
+        arguments += [f"--{key}", str(value)]
+    return arguments
 
 
 def run(program: str, *arguments: str, timeout_s: float = TIMEOUT_S) -> subprocess.CompletedProcess[str]:

@@ -6,8 +6,7 @@ from contextlib import ExitStack
 
 from stagecoach_client import Client
 from tests.cluster import free_port
-from tests.e2e.processes import running
-from tests.e2e.test_start_and_stop import shard_arguments
+from tests.e2e.processes import running, shard_arguments
 
 NUM_STREAMS = 8
 NUM_TOKENS = 400

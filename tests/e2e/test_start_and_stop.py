@@ -12,19 +12,9 @@ import pytest
 
 from stagecoach_client import Client
 from tests.cluster import free_port
-from tests.e2e.processes import run, running
+from tests.e2e.processes import run, running, shard_arguments
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc, which is Linux's")
-
-
-def shard_arguments(model, layers, port, **flags):
-    facts = {"dtype": "float32", "kv-cache-memory": "4M"} | {
-        key.replace("_", "-"): value for key, value in flags.items()
-    }
-    arguments = ["--model", str(model), "--layers", layers, "--listen", f"127.0.0.1:{port}"]
-    for key, value in facts.items():
-        arguments += [f"--{key}", str(value)]
-    return arguments
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -12,8 +12,7 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from stagecoach_client import AsyncClient
 from tests.cluster import free_port
-from tests.e2e.processes import running
-from tests.e2e.test_start_and_stop import shard_arguments
+from tests.e2e.processes import running, shard_arguments
 
 TIMEOUT_S = 60.0
 FAULT_TIMEOUT_S = 2.0

@@ -10,8 +10,7 @@ from stagecoach.v1 import model_pb2
 from stagecoach.v1 import shard_pb2 as pb
 from stagecoach.v1.shard_pb2_grpc import ShardStub
 from tests.cluster import free_port
-from tests.e2e.processes import run, running
-from tests.e2e.test_start_and_stop import shard_arguments
+from tests.e2e.processes import run, running, shard_arguments
 
 TIMEOUT_S = 60.0
 

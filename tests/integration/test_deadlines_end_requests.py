@@ -8,7 +8,7 @@ from stagecoach import errors
 from stagecoach_client import AsyncClient
 from tests.cluster import cluster
 from tests.held_stage import held_stages
-from tests.integration.test_generate import greedy, random_prompts, reference_tokens
+from tests.tiny_model import greedy, random_prompts, reference_tokens
 
 TIMEOUT_S = 30.0
 # It would be noticed: none of these requests may outlive its deadline by so long.

@@ -14,7 +14,7 @@ from stagecoach_client import AsyncClient
 from stagecoach_router.engine.replica import Replica
 from tests.cluster import start_router, start_shard, wait_until_ready
 from tests.held_stage import held_stages
-from tests.integration.test_generate import greedy, random_prompts, reference_tokens
+from tests.tiny_model import greedy, random_prompts, reference_tokens
 
 # Longer than any of these tests: what ends earlier does so because it is done.
 DRAIN_TIMEOUT_S = 60.0

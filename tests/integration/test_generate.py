@@ -9,6 +9,7 @@ import torch
 from stagecoach import errors
 from stagecoach.sampling import SamplingParams
 from tests.cluster import cluster
+from tests.tiny_model import greedy, random_prompts, reference_tokens
 
 PROMPT = "The stagecoach left at dawn, "
 SPLITS = {
@@ -18,24 +19,6 @@ SPLITS = {
     "three": ["0:1", "1:3", "3:4"],
     "four": ["0:1", "1:2", "2:3", "3:4"],
 }
-
-
-def reference_tokens(model, token_ids, num_tokens):
-    """Greedy tokens by whole forward passes, without any cache."""
-    tokens = list(token_ids)
-    with torch.inference_mode():
-        for _ in range(num_tokens):
-            tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
-    return tuple(tokens[len(token_ids) :])
-
-
-def random_prompts(count, length, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(0, 256, (length,), generator=generator).tolist() for _ in range(count)]
-
-
-def greedy(num_tokens, **changes):
-    return {"temperature": 0.0, "max_tokens": num_tokens, "ignore_eos": True} | changes
 
 
 @pytest.mark.parametrize("ranges", SPLITS.values(), ids=SPLITS.keys())

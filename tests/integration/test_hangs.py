@@ -12,8 +12,8 @@ from stagecoach.v1 import shard_pb2 as pb
 from stagecoach_client import AsyncClient
 from tests.cluster import start_router, start_shard, wait_until_ready
 from tests.delay_proxy import DelayProxy
-from tests.integration.test_generate import greedy, random_prompts, reference_tokens
 from tests.integration.test_shard_service import open_session, read_kind, running_shard
+from tests.tiny_model import greedy, random_prompts, reference_tokens
 
 FAULT_TIMEOUT_S = 1.0
 TIMEOUT_S = 60.0

@@ -8,8 +8,8 @@ from stagecoach import errors
 from stagecoach_client import AsyncClient
 from tests.cluster import start_router, start_shard, wait_until_ready
 from tests.held_stage import held_stages
-from tests.integration.test_generate import greedy, random_prompts
 from tests.integration.test_reattach import assert_same
+from tests.tiny_model import greedy, random_prompts
 
 TIMEOUT_S = 60.0
 

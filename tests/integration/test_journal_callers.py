@@ -11,7 +11,7 @@ from stagecoach.security.api_keys import Grant, new_entry, new_key, write_entry
 from stagecoach_client import AsyncClient
 from tests.cluster import start_router, start_shard, wait_until_ready
 from tests.held_stage import held_stages
-from tests.integration.test_generate import greedy
+from tests.tiny_model import greedy
 
 TIMEOUT_S = 60.0
 

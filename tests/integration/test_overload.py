@@ -21,7 +21,7 @@ from stagecoach_client import AsyncClient
 from stagecoach_router.text.tokenizer import Tokenizer
 from tests.cluster import cluster, free_port
 from tests.held_stage import held_stages
-from tests.integration.test_generate import greedy, random_prompts, reference_tokens
+from tests.tiny_model import greedy, random_prompts, reference_tokens
 
 TIMEOUT_S = 60.0
 GENERATE = "/stagecoach.v1.Inference/Generate"

@@ -10,7 +10,7 @@ from stagecoach_client import AsyncClient
 from tests.cluster import cluster, start_router, start_shard, wait_until_ready
 from tests.delay_proxy import DelayProxy
 from tests.held_stage import held_stages
-from tests.integration.test_generate import greedy, random_prompts, reference_tokens
+from tests.tiny_model import greedy, random_prompts, reference_tokens
 
 TIMEOUT_S = 30.0
 

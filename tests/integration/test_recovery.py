@@ -12,7 +12,7 @@ from stagecoach_client import AsyncClient
 from stagecoach_router.engine.step_loop import StepLoop
 from stagecoach_router.server import SERVICE_NAME
 from tests.cluster import start_router, start_shard, wait_until_ready
-from tests.integration.test_generate import greedy, random_prompts, reference_tokens
+from tests.tiny_model import greedy, random_prompts, reference_tokens
 
 RESTART_TIMEOUT_S = 30.0
 
@@ -249,15 +249,15 @@ async def test_a_caller_that_does_not_read_is_cut_off(tiny_model, monkeypatch):
 
 
 async def test_a_long_text_is_tokenized_off_the_event_loop_and_alike(tiny_model):
-    from stagecoach_router.frontend.grpc_service import MAX_BYTES_ON_LOOP
+    from stagecoach_router.text.prompt_encoder import MAX_LENGTH_ON_LOOP
 
-    text = "Hü! " * MAX_BYTES_ON_LOOP
+    text = "Hü! " * MAX_LENGTH_ON_LOOP
     shard = start_shard(tiny_model, "0:4")
     router = start_router([shard.address])
     async with AsyncClient(router.address, max_retries=0) as client:
         await wait_until_ready(client, router, shard)
         long, short = await asyncio.gather(client.tokenize(text), client.tokenize("Hü! "))
-        assert long.token_ids == short.token_ids * MAX_BYTES_ON_LOOP
+        assert long.token_ids == short.token_ids * MAX_LENGTH_ON_LOOP
     await router.close()
     await shard.close()
 

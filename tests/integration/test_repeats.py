@@ -4,7 +4,7 @@ import pytest
 
 from stagecoach_router.sampling import outputs
 from tests.cluster import cluster
-from tests.integration.test_generate import random_prompts
+from tests.tiny_model import random_prompts
 
 SAMPLED = {"temperature": 3.0, "seed": 11, "max_tokens": 40, "ignore_eos": True}
 

@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack
 from stagecoach_client import AsyncClient
 from stagecoach_shard.runtime.stage import Stage
 from tests.cluster import start_router, start_shard, wait_until_ready
-from tests.integration.test_generate import greedy, random_prompts, reference_tokens
+from tests.tiny_model import greedy, random_prompts, reference_tokens
 
 TIMEOUT_S = 60.0
 FAULT_TIMEOUT_S = 1.0

@@ -8,7 +8,7 @@ import pytest
 from stagecoach import errors
 from stagecoach_client import AsyncClient
 from tests.cluster import free_port, start_router, start_shard, wait_until_ready
-from tests.integration.test_generate import greedy, random_prompts, reference_tokens
+from tests.tiny_model import greedy, random_prompts, reference_tokens
 
 TIMEOUT_S = 60.0
 OUTPUT_TOKENS = 120

@@ -13,8 +13,8 @@ from stagecoach_router.metrics.counters import PipelineTotals
 from stagecoach_router.pipelines.pipeline import Pipeline
 from stagecoach_router.pipelines.shard_client import describe
 from tests.cluster import cluster, start_router, start_shard, wait_until_ready
-from tests.integration.test_generate import greedy, random_prompts
 from tests.integration.test_shard_service import micro_batch
+from tests.tiny_model import greedy, random_prompts
 
 TIMEOUT_S = 20.0
 RANGES = ("0:1", "1:3", "3:4")

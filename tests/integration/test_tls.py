@@ -18,7 +18,7 @@ from stagecoach_client import AsyncClient, Client, Tls
 from stagecoach_local.certificates import ThrowawayCA, issue_cluster
 from stagecoach_router.pipelines import shard_client as discovery
 from tests.cluster import start_router, start_shard, wait_until_ready
-from tests.integration.test_generate import greedy, random_prompts, reference_tokens
+from tests.tiny_model import greedy, random_prompts, reference_tokens
 
 TIMEOUT_S = 30.0
 
