@@ -288,9 +288,13 @@ def in_memory():
     return [thing for thing in gc.get_objects() if type(thing) in (Stage, KVCache, StageRunner)]
 
 
+def compute_threads():
+    return {thread for thread in threading.enumerate() if thread.name == "compute"}
+
+
 async def test_nothing_of_former_layers_stays_in_memory(tiny_model, monkeypatch):
     load = StageRunner.start
-    before = len(in_memory())
+    before, threads_before = len(in_memory()), compute_threads()  # another test's may not have ended yet
     async with unassigned(tiny_model) as (stub, description, _):
         for layers in ((0, 4), (0, 2), (2, 4), (0, 4)):
             answer = await assign(stub, description, *layers)
@@ -302,7 +306,7 @@ async def test_nothing_of_former_layers_stays_in_memory(tiny_model, monkeypatch)
                 while (now := await stub.describe(pb.DescribeRequest())).num_free_blocks < now.num_blocks:
                     await asyncio.sleep(0)
             assert len(in_memory()) == before + 3
-            assert sum(thread.name == "compute" for thread in threading.enumerate()) == 1
+            assert len(compute_threads() - threads_before) == 1
 
         def fail(self):
             raise MemoryError("when nearly all was there")

@@ -8,6 +8,8 @@ from stagecoach.v1 import inference_pb2 as pb
 from tests.held_stage import held_stages
 from tests.integration.test_tenants_cluster import generate, keyed_cluster
 
+TIMEOUT_S = 60.0
+
 
 async def test_one_callers_ids_mean_nothing_to_another(tiny_model, tmp_path, monkeypatch):
     async with keyed_cluster(tiny_model, tmp_path, monkeypatch, ann=Grant(), ben=Grant()) as (_, _, clients):
@@ -27,11 +29,11 @@ async def test_one_caller_cannot_read_on_or_cancel_what_another_asked(tiny_model
             stream = await generate(ann, 40, token_ids=[1, 2, 3], request_id="anns", stream=True)
             await anext(stream)
             goes_on.clear()
-            stub, metadata = ben._connected(), ben._settings.metadata
-            await stub.Cancel(pb.CancelRequest(request_id="anns"), metadata=metadata)
+            stub, options = ben._connected(), ben._settings.call_options(TIMEOUT_S)
+            await stub.Cancel(pb.CancelRequest(request_id="anns"), **options)
             request = pb.GenerateRequest(request_id="anns", token_ids=pb.TokenIds(ids=[1, 2, 3]), from_tokens=[1])
             with pytest.raises(Exception, match="not known here"):
-                await stub.Generate(request, metadata=metadata).read()
+                await stub.Generate(request, **options).read()
             goes_on.set()
             assert (await stream.collect()).usage.completion_tokens == 40
 

@@ -109,8 +109,11 @@ async def test_a_file_that_is_empty_for_a_moment_gives_nobody_new_limits(path):
     for content in ("", text):
         path.write_text(content)
         await keys.check()
-    with pytest.raises(RateLimited):
-        keys.callers.identify([("authorization", f"Bearer {ANN}")]).admit(time.monotonic())
+    with (
+        pytest.raises(RateLimited),
+        keys.callers.identify([("authorization", f"Bearer {ANN}")]).admit(time.monotonic()),
+    ):
+        pytest.fail("it was let in")
 
 
 @pytest.mark.parametrize("text", [None, "keys = 1", "", "keys = []"])
