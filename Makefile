@@ -17,12 +17,14 @@ demo: model  ## two shards and a router answer real prompts
 # A file's tests stay in one process, as they share what their module has started.
 PYTEST := $(BIN)/python -m pytest
 TOGETHER := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# Where tests are that are marked quiet.
+WITH_QUIET := tests/e2e tests/integration tests/soak
 
 test: lint model  ## linters, types, import contracts, and every test but the longest (see nightly): 8 minutes on 2 cores
 	@echo "== tests that share the cores, in two processes"
 	$(PYTEST) $(TOGETHER) -m "not quiet and not nightly"
 	@echo "== tests that need the cores for themselves, one after the other"
-	$(PYTEST) -m "quiet and not nightly"
+	$(PYTEST) -m "quiet and not nightly" $(WITH_QUIET)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
