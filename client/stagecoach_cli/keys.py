@@ -12,14 +12,14 @@ import typer
 from stagecoach.errors import ConfigError
 from stagecoach.security.api_keys import Grant, check_grant, check_name, new_entry, new_key, read_entries, write_entry
 
-keys = typer.Typer(no_args_is_help=True, help="API keys for a router's callers.")
+keys = typer.Typer(no_args_is_help=True)
 
 PRIVATE_MODE = 0o600
 
 
 @keys.callback()
 def _keys() -> None:
-    """API keys for a router's callers."""
+    """Make API keys for a router's callers."""  # without a callback, `keys` itself would be its only command
 
 
 @keys.command()

@@ -1,8 +1,8 @@
 """Writes the lines of several processes to one output that may be slow, full, stopped or gone, and never waits for it.
 
-Whoever has something to say puts it into a line; one thread writes. What finds the line full, or cannot be written, is
-dropped and counted, and the count is written when writing works again. So a terminal that was stopped with ctrl-S, a
-full disk or `| head` costs log lines, and no process.
+Whoever has something to say puts it into a queue, from which one thread writes. What finds the queue full, or cannot be
+written, is dropped and counted, and the count is written when writing works again. So a terminal that was stopped with
+ctrl-S, a full disk or `| head` costs log lines, and no process.
 """
 
 from __future__ import annotations
@@ -15,19 +15,22 @@ from collections.abc import Callable
 MAX_WAITING_LINES = 1000
 _CLOSE_TIMEOUT_S = 1.0
 
-# Writes what it was made for; raises OSError, or ValueError where the output was closed.
+# Writes one thing. Raises OSError, or ValueError if the output was closed.
 Write = Callable[[], None]
 
 
 class OutputRelay:
-    """Calls what it is given, in order, on a thread of its own. `write_dropped(count)` says how much was left out."""
+    """Calls the writes that it is given, in order and on a thread of its own.
+
+    `write_dropped(count)` is called to write how many of them were left out.
+    """
 
     def __init__(self, write_dropped: Callable[[int], None], max_waiting: int = MAX_WAITING_LINES) -> None:
         self._write_dropped = write_dropped
         self._waiting: queue.Queue[Write | None] = queue.Queue(max_waiting)
         self._lock = threading.Lock()
         self._num_dropped = 0
-        # A daemon: it may hang in a write to a stopped terminal for ever, and the process ends all the same.
+        # A daemon, so that the process can end even while a write to a stopped terminal hangs.
         self._thread = threading.Thread(target=self._run, name="output", daemon=True)
         self._thread.start()
 
@@ -39,7 +42,7 @@ class OutputRelay:
             self._drop(1)
 
     def close(self, timeout_s: float = _CLOSE_TIMEOUT_S) -> None:
-        """Returns when everything is written, or after `timeout_s`."""
+        """Returns when everything has been written, and after `timeout_s` in any case."""
         with contextlib.suppress(queue.Full):
             self._waiting.put(None, timeout=timeout_s)
             self._thread.join(timeout_s)

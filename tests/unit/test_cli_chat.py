@@ -14,17 +14,17 @@ from stagecoach_client.results import Chunk, FinishReason
 class FakeStream:
     """Yields what it was given; raises what is an exception."""
 
-    def __init__(self, pieces: list[str | BaseException], finish_reason: FinishReason) -> None:
-        self._pieces = pieces
+    def __init__(self, texts: list[str | BaseException], finish_reason: FinishReason) -> None:
+        self._texts = texts
         self._finish_reason = finish_reason
         self.closed = False
 
     def __iter__(self) -> Iterator[Chunk]:
-        for index, piece in enumerate(self._pieces):
-            if isinstance(piece, BaseException):
-                raise piece
-            last = index == len(self._pieces) - 1
-            yield Chunk(0, piece, (1,), (), self._finish_reason if last else None, None)
+        for index, text in enumerate(self._texts):
+            if isinstance(text, BaseException):
+                raise text
+            last = index == len(self._texts) - 1
+            yield Chunk(0, text, (1,), (), self._finish_reason if last else None, None)
 
     def __enter__(self) -> Self:
         return self

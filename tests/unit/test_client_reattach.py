@@ -327,7 +327,7 @@ def test_a_broken_stream_does_not_come_back_before_the_server_said() -> None:
 
 
 def test_a_server_that_only_says_the_same_again_is_given_up_in_time() -> None:
-    """Each call brings a piece without a token, and breaks."""
+    """Each call brings a delta without a token, and breaks."""
     clock = Clock()
     stream, asked = stream_of(*(Call([tokens()], Unavailable("connection lost")) for _ in range(2000)), clock=clock)
     with pytest.raises(Unavailable, match="connection lost"):

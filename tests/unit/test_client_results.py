@@ -12,7 +12,7 @@ from stagecoach_client.results import Chunk, GenerationBuilder, PositionLogprobs
 from stagecoach_client.status import SpareStatus, read_status
 
 
-def piece(index: int = 0, text: str = "", finish: int = 0, tokens: list[int] | None = None) -> pb.GenerateResponse:
+def delta(index: int = 0, text: str = "", finish: int = 0, tokens: list[int] | None = None) -> pb.GenerateResponse:
     return pb.GenerateResponse(request_id="r", index=index, text=text, token_ids=tokens or [], finish_reason=finish)
 
 
@@ -24,16 +24,16 @@ def piece(index: int = 0, text: str = "", finish: int = 0, tokens: list[int] | N
     ),
     st.randoms(use_true_random=False),
 )
-def test_pieces_in_any_interleaving_make_the_whole(pieces: list[list[tuple[str, list[int]]]], dice: object) -> None:
-    builder = GenerationBuilder(len(pieces))
-    left = [list(own) for own in pieces]
+def test_deltas_in_any_interleaving_make_the_whole(deltas: list[list[tuple[str, list[int]]]], dice: object) -> None:
+    builder = GenerationBuilder(len(deltas))
+    left = [list(own) for own in deltas]
     while any(left):
         index = dice.choice([i for i, own in enumerate(left) if own])  # type: ignore[attr-defined]
         text, tokens = left[index].pop(0)
-        builder.add(piece(index, text, 0 if left[index] else pb.FINISH_REASON_STOP, tokens))
+        builder.add(delta(index, text, 0 if left[index] else pb.FINISH_REASON_STOP, tokens))
     completions = builder.build().completions
-    assert [c.text for c in completions] == ["".join(text for text, _ in own) for own in pieces]
-    assert [list(c.token_ids) for c in completions] == [[t for _, ids in own for t in ids] for own in pieces]
+    assert [c.text for c in completions] == ["".join(text for text, _ in own) for own in deltas]
+    assert [list(c.token_ids) for c in completions] == [[t for _, ids in own for t in ids] for own in deltas]
 
 
 def test_a_chunk_holds_everything_of_its_response() -> None:
@@ -62,13 +62,13 @@ def test_a_chunk_holds_everything_of_its_response() -> None:
 
 @pytest.mark.parametrize(("number", "expected"), [(0, None), (1, "stop"), (2, "length"), (77, "other")])
 def test_finish_reasons(number: int, expected: str | None) -> None:
-    assert read_chunk(piece(finish=number)).finish_reason == expected
+    assert read_chunk(delta(finish=number)).finish_reason == expected
 
 
 def test_usage_counts_the_prompt_once_and_all_completions() -> None:
     builder = GenerationBuilder(2)
     for index, cached in ((0, 0), (1, 16)):
-        response = piece(index, "x", pb.FINISH_REASON_STOP)
+        response = delta(index, "x", pb.FINISH_REASON_STOP)
         response.usage.CopyFrom(pb.Usage(prompt_tokens=20, cached_tokens=cached, completion_tokens=7))
         builder.add(response)
     assert builder.build().usage == Usage(prompt_tokens=20, cached_tokens=0, completion_tokens=14)
@@ -77,9 +77,9 @@ def test_usage_counts_the_prompt_once_and_all_completions() -> None:
 @pytest.mark.parametrize(
     "responses",
     [
-        [piece(1)],
-        [piece(0, finish=1), piece(0)],
-        [piece(0)],
+        [delta(1)],
+        [delta(0, finish=1), delta(0)],
+        [delta(0)],
         [],
     ],
     ids=["unasked completion", "after the end", "no end", "nothing"],
