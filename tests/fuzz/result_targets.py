@@ -24,7 +24,7 @@ from stagecoach_router.metrics.load_report import StageCounters, read_load_repor
 from stagecoach_router.pipelines.pipeline import check_timings
 from stagecoach_router.pipelines.shard_description import check_description
 from stagecoach_router.sampling.outputs import WHOLE_ROW, InsufficientCandidates, OutputWant, Sampled
-from stagecoach_router.sampling.step_sampler import choose_tokens
+from stagecoach_router.sampling.sampler import choose_tokens
 from stagecoach_router.scheduling.block_manager import BlockManager
 from stagecoach_router.scheduling.sequence import Sequence
 from tests.fuzz.engine import Target

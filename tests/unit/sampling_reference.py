@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from scipy.special import logsumexp
 
+from stagecoach.errors import ShardFault
 from stagecoach.sampling import SamplingParams
-from stagecoach_router.sampling.outputs import Candidates, InsufficientCandidates, Sampled, WholeRow
+from stagecoach_router.sampling.outputs import CandidateRows, InsufficientCandidates, Sampled, WholeRows
 from stagecoach_router.sampling.penalties import TokenCounts
-from stagecoach_router.sampling.sampler import sample
+from stagecoach_router.sampling.sampler import choose_tokens
 
 
 def distribution(
@@ -50,16 +52,55 @@ def distribution(
     return probabilities
 
 
-def candidates(logits: npt.NDArray[np.float32], num_candidates: int, temperature: float) -> Candidates:
+def candidates(logits: npt.NDArray[np.float32], num_candidates: int, temperature: float) -> CandidateRows:
     """What a shard makes of a row: the log-sum-exps are rounded to float32."""
     ids = np.argsort(-logits, kind="stable")[:num_candidates]
     row = logits.astype(np.float64)
-    return Candidates(
-        token_ids=ids.astype(np.int32),
-        logits=logits[ids],
-        log_sum_exp=float(np.float32(logsumexp(row))),
-        scaled_log_sum_exp=float(np.float32(logsumexp(row / (np.float32(temperature) or 1.0)))),
+    return one_row(ids.astype(np.int32), logits[ids], logsumexp(row), logsumexp(row / (np.float32(temperature) or 1.0)))
+
+
+def one_row(
+    token_ids: npt.NDArray[np.int32],
+    logits: npt.NDArray[np.float32],
+    log_sum_exp: float | None,
+    scaled_log_sum_exp: float | None,
+) -> CandidateRows:
+    """Candidates, [k] each, of a single row."""
+    plain, scaled = (
+        None if value is None else np.array([value], dtype=np.float32) for value in (log_sum_exp, scaled_log_sum_exp)
     )
+    return CandidateRows(token_ids[None], logits[None], plain, scaled)
+
+
+def whole(logits: npt.NDArray[np.float32]) -> WholeRows:
+    return WholeRows(logits[None])
+
+
+@dataclass
+class Row:
+    """What the sampler looks at of a sequence."""
+
+    params: SamplingParams
+    counts: TokenCounts | None = None
+    seed: int = 0
+    index: int = 0
+    num_tokens: int = 0
+
+
+def sample(
+    output: CandidateRows | WholeRows,
+    params: SamplingParams,
+    counts: TokenCounts | None = None,
+    *,
+    seed: int = 0,
+    completion: int = 0,
+    position: int = 0,
+) -> Sampled | InsufficientCandidates:
+    """What the sampler chooses for a row by itself. Raises the row's error."""
+    [choice] = choose_tokens(output, [Row(params, counts, seed, completion, position)])
+    if isinstance(choice, ShardFault):
+        raise choice
+    return choice
 
 
 def counts_of(prompt: Sequence[int], output: Sequence[int]) -> TokenCounts:
@@ -79,13 +120,6 @@ def sample_whole(
     seed: int = 0,
     position: int = 0,
 ) -> Sampled:
-    sampled = sample(
-        WholeRow(logits),
-        params,
-        counts or counts_for(params),
-        seed=seed,
-        completion=0,
-        position=position,
-    )
+    sampled = sample(whole(logits), params, counts or counts_for(params), seed=seed, position=position)
     assert not isinstance(sampled, InsufficientCandidates)
     return sampled

@@ -14,9 +14,8 @@ from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWa
 
 from stagecoach.errors import ShardFault
 from stagecoach.sampling import SamplingParams
-from stagecoach_router.sampling.outputs import Candidates, Sampled, WholeRow
-from stagecoach_router.sampling.sampler import sample
-from tests.unit.sampling_reference import candidates, counts_for, distribution, sample_whole
+from stagecoach_router.sampling.outputs import CandidateRows, Sampled, WholeRows
+from tests.unit.sampling_reference import candidates, counts_for, distribution, one_row, sample, sample_whole, whole
 
 GREEDY = SamplingParams(temperature=0.0)
 VOCAB_SIZE = 5_000
@@ -26,7 +25,7 @@ def row(seed: int = 0) -> npt.NDArray[np.float32]:
     return np.random.default_rng(seed).normal(0, 4, VOCAB_SIZE).astype(np.float32)
 
 
-def choose(output: Candidates | WholeRow, params: SamplingParams, **counters: int) -> Sampled:
+def choose(output: CandidateRows | WholeRows, params: SamplingParams, **counters: int) -> Sampled:
     sampled = sample(
         output,
         params,
@@ -40,14 +39,14 @@ def choose(output: Candidates | WholeRow, params: SamplingParams, **counters: in
 def test_temperature_0_takes_the_largest_whatever_the_seed() -> None:
     logits = row()
     for seed in range(20):
-        assert choose(WholeRow(logits), GREEDY, seed=seed).token_id == logits.argmax()
+        assert choose(whole(logits), GREEDY, seed=seed).token_id == logits.argmax()
         assert choose(candidates(logits, 1, 0.0), GREEDY, seed=seed).token_id == logits.argmax()
 
 
 def test_temperature_0_takes_the_lowest_of_equals() -> None:
     logits = np.zeros(100, dtype=np.float32)
     logits[[7, 30, 90]] = 2.0
-    assert choose(WholeRow(logits), GREEDY).token_id == 7
+    assert choose(whole(logits), GREEDY).token_id == 7
     assert choose(candidates(logits, 2, 0.0), GREEDY).token_id == 7
 
 
@@ -55,32 +54,32 @@ def test_top_k_keeps_exactly_k_and_of_equals_the_lowest() -> None:
     logits = np.zeros(100, dtype=np.float32)
     logits[50] = 1.0
     params = SamplingParams(top_k=3)
-    for output in (WholeRow(logits), candidates(logits, 3, 1.0)):
+    for output in (whole(logits), candidates(logits, 3, 1.0)):
         drawn = {choose(output, params, position=position).token_id for position in range(200)}
         assert drawn == {0, 1, 50}
 
 
 def test_the_two_zeros_are_equal() -> None:
     logits = np.array([-1.0, -0.0, 0.0], dtype=np.float32)
-    for output in (WholeRow(logits), candidates(logits, 1, 1.0)):
+    for output in (whole(logits), candidates(logits, 1, 1.0)):
         assert choose(output, SamplingParams(top_k=1)).token_id == 1
         assert choose(output, GREEDY).token_id == 1
 
 
 def test_top_p_keeps_the_token_that_crosses() -> None:
     logits = np.log(np.array([0.4, 0.3, 0.2, 0.1], dtype=np.float32))
-    drawn = {choose(WholeRow(logits), SamplingParams(top_p=0.5), position=position).token_id for position in range(200)}
+    drawn = {choose(whole(logits), SamplingParams(top_p=0.5), position=position).token_id for position in range(200)}
     assert drawn == {0, 1}
 
 
 def test_top_p_that_is_reached_exactly_keeps_no_more() -> None:
     logits = np.zeros(4, dtype=np.float32)
-    drawn = {choose(WholeRow(logits), SamplingParams(top_p=0.5), position=position).token_id for position in range(200)}
+    drawn = {choose(whole(logits), SamplingParams(top_p=0.5), position=position).token_id for position in range(200)}
     assert drawn == {0, 1}
 
 
 def test_the_same_counters_draw_the_same_token_and_others_another() -> None:
-    output, params = WholeRow(row()), SamplingParams(temperature=2.0)
+    output, params = whole(row()), SamplingParams(temperature=2.0)
 
     def drawn(**fixed: int) -> list[int]:
         return [choose(output, params, **{"position": position, **fixed}).token_id for position in range(30)]
@@ -108,7 +107,7 @@ def test_logprobs_are_those_of_the_models_own_distribution(num_top: int, shaping
     order = np.argsort(-logits, kind="stable")
     params = SamplingParams(logprobs=num_top, **shaping)
     counts = counts_for(params, order[:3].tolist(), ())
-    for output in (WholeRow(logits), candidates(logits, 2_000, params.temperature)):
+    for output in (whole(logits), candidates(logits, 2_000, params.temperature)):
         sampled = sample(output, params, counts, seed=3, completion=0, position=0)
         assert isinstance(sampled, Sampled)
         assert sampled.logprob == pytest.approx(expected[sampled.token_id], abs=2e-6)
@@ -117,16 +116,14 @@ def test_logprobs_are_those_of_the_models_own_distribution(num_top: int, shaping
 
 
 def test_no_logprobs_unless_asked_for() -> None:
-    assert choose(WholeRow(row()), SamplingParams()) == Sampled(
-        choose(WholeRow(row()), SamplingParams()).token_id, None, ()
-    )
+    assert choose(whole(row()), SamplingParams()) == Sampled(choose(whole(row()), SamplingParams()).token_id, None, ())
 
 
 def test_masked_tokens_are_never_drawn_nor_listed() -> None:
     logits = np.full(VOCAB_SIZE, -np.inf, dtype=np.float32)
     logits[[4, 40, 400]] = [1.0, 3.0, 2.0]
     for params in (SamplingParams(temperature=100.0, logprobs=10), SamplingParams(top_k=50, logprobs=10)):
-        for output in (WholeRow(logits), candidates(logits, 50, params.temperature)):
+        for output in (whole(logits), candidates(logits, 50, params.temperature)):
             results = [choose(output, params, position=position) for position in range(100)]
             assert {result.token_id for result in results} == {4, 40, 400}
             assert [token_id for token_id, _ in results[0].top] == [40, 400, 4]
@@ -140,10 +137,10 @@ def test_a_row_with_a_logit_that_is_no_number_is_a_fault_of_the_shard(bad: float
     logits = row()
     logits[4_321] = bad
     with pytest.raises(ShardFault) as caught:
-        choose(WholeRow(logits), params)
+        choose(whole(logits), params)
     assert caught.value.field == "logits"
     assert caught.value.retryable
-    first = Candidates(np.array([4_321], dtype=np.int32), logits[[4_321]], None, None)
+    first = one_row(np.array([4_321], dtype=np.int32), logits[[4_321]], None, None)
     with pytest.raises(ShardFault):
         choose(first, params)
 
@@ -152,13 +149,13 @@ def test_a_row_with_a_logit_that_is_no_number_is_a_fault_of_the_shard(bad: float
 def test_a_row_that_is_masked_all_over_is_a_fault_of_the_shard(params: SamplingParams) -> None:
     logits = np.full(100, -np.inf, dtype=np.float32)
     with pytest.raises(ShardFault):
-        choose(WholeRow(logits), params)
+        choose(whole(logits), params)
     with pytest.raises(ShardFault):
-        choose(Candidates(np.arange(5, dtype=np.int32), logits[:5], -math.inf, -math.inf), params)
+        choose(one_row(np.arange(5, dtype=np.int32), logits[:5], -math.inf, -math.inf), params)
 
 
 def test_a_nan_among_the_candidates_is_a_fault_of_the_shard() -> None:
-    broken = Candidates(np.arange(3, dtype=np.int32), np.array([2.0, math.nan, 1.0], dtype=np.float32), 3.0, 3.0)
+    broken = one_row(np.arange(3, dtype=np.int32), np.array([2.0, math.nan, 1.0], dtype=np.float32), 3.0, 3.0)
     for params in (SamplingParams(), SamplingParams(top_k=3)):
         with pytest.raises(ShardFault):
             choose(broken, params)
@@ -166,7 +163,7 @@ def test_a_nan_among_the_candidates_is_a_fault_of_the_shard() -> None:
 
 @pytest.mark.parametrize("log_sum_exp", [math.nan, -math.inf, 0.5])
 def test_a_log_sum_exp_that_contradicts_the_candidates_is_a_fault_of_the_shard(log_sum_exp: float) -> None:
-    broken = Candidates(
+    broken = one_row(
         np.arange(3, dtype=np.int32), np.array([2.0, 1.5, 1.0], dtype=np.float32), log_sum_exp, log_sum_exp
     )
     with pytest.raises(ShardFault):
@@ -174,7 +171,7 @@ def test_a_log_sum_exp_that_contradicts_the_candidates_is_a_fault_of_the_shard(l
 
 
 def test_a_log_sum_exp_that_is_no_number_gives_no_logprobs() -> None:
-    broken = Candidates(np.arange(1, dtype=np.int32), np.array([2.0], dtype=np.float32), math.nan, math.nan)
+    broken = one_row(np.arange(1, dtype=np.int32), np.array([2.0], dtype=np.float32), math.nan, math.nan)
     with pytest.raises(ShardFault) as caught:
         choose(broken, SamplingParams(temperature=0.0, logprobs=0))
     assert caught.value.field == "log_sum_exp"

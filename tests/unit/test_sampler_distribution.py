@@ -9,10 +9,9 @@ import pytest
 from scipy import stats
 
 from stagecoach.sampling import SamplingParams
-from stagecoach_router.sampling.outputs import InsufficientCandidates, WholeRow
+from stagecoach_router.sampling.outputs import InsufficientCandidates
 from stagecoach_router.sampling.randomness import uniform
-from stagecoach_router.sampling.sampler import sample
-from tests.unit.sampling_reference import candidates, counts_for, distribution, sample_whole
+from tests.unit.sampling_reference import candidates, counts_for, distribution, sample, sample_whole, whole
 
 VOCAB_SIZE = 60
 NUM_DRAWS = 5_000
@@ -96,7 +95,7 @@ def test_candidates_with_whole_rows_where_they_fall_short_give_it_too(case: str)
     for position in range(NUM_DRAWS):
         sampled = sample(reduced, params, counts, seed=seed, completion=0, position=position)
         if isinstance(sampled, InsufficientCandidates):
-            sampled = sample(WholeRow(logits), params, counts, seed=seed, completion=0, position=position)
+            sampled = sample(whole(logits), params, counts, seed=seed, completion=0, position=position)
         assert not isinstance(sampled, InsufficientCandidates)
         tokens.append(sampled.token_id)
     assert_fits(tokens, distribution(logits, params, PROMPT, OUTPUT))
@@ -132,7 +131,7 @@ def test_draws_of_neighbouring_positions_and_completions_are_independent() -> No
     logits, params = np.zeros(8, dtype=np.float32), SamplingParams()
 
     def token(completion: int, position: int) -> int:
-        sampled = sample(WholeRow(logits), params, None, seed=4, completion=completion, position=position)
+        sampled = sample(whole(logits), params, None, seed=4, completion=completion, position=position)
         assert not isinstance(sampled, InsufficientCandidates)
         return sampled.token_id
 

@@ -15,29 +15,33 @@ from stagecoach.sampling import SAMPLING_FIELDS, SamplingParams
 from stagecoach_router.sampling.outputs import (
     MAX_CANDIDATES,
     WHOLE_ROW,
-    Candidates,
+    CandidateRows,
     InsufficientCandidates,
     Sampled,
     wanted_output,
 )
 from stagecoach_router.sampling.penalties import TokenCounts
 from stagecoach_router.sampling.randomness import uniform
-from stagecoach_router.sampling.sampler import sample
 from stagecoach_shard.runtime.reduction import log_sum_exp, top_candidates
-from tests.unit.sampling_reference import candidates, counts_for, distribution, sample_whole
+from tests.unit.sampling_reference import candidates, counts_for, distribution, sample, sample_whole
 
 VOCAB_SIZE = 49_152
 
 
-def reduced_by_a_shard(logits: npt.NDArray[np.float32], num_candidates: int, temperature: float) -> Candidates:
+def reduced_by_a_shard(logits: npt.NDArray[np.float32], num_candidates: int, temperature: float) -> CandidateRows:
     row = torch.from_numpy(logits)[None]
     ids, values = top_candidates(row, num_candidates)
     plain, scaled = log_sum_exp(row, torch.tensor([temperature], dtype=torch.float32))
-    return Candidates(ids[0].numpy(), values[0].numpy(), float(plain), float(scaled))
+    return CandidateRows(ids.numpy(), values.numpy(), plain.numpy(), scaled.numpy())
 
 
 def from_candidates(
-    output: Candidates, params: SamplingParams, counts: TokenCounts | None = None, *, seed: int = 0, position: int = 0
+    output: CandidateRows,
+    params: SamplingParams,
+    counts: TokenCounts | None = None,
+    *,
+    seed: int = 0,
+    position: int = 0,
 ) -> Sampled | InsufficientCandidates:
     return sample(
         output,
@@ -196,7 +200,7 @@ def test_a_candidate_lowered_to_the_level_of_the_last_may_rank_behind_tokens_bey
     logits = np.array([1.0, 1.0, 1.0, 2.0], dtype=np.float32)
     params = SamplingParams(top_k=2, logit_bias={3: -1.0})
     reduced = candidates(logits, 2, 1.0)
-    assert reduced.token_ids.tolist() == [3, 0]
+    assert reduced.token_ids.tolist() == [[3, 0]]
     for position in range(50):
         assert isinstance(from_candidates(reduced, params, position=position), InsufficientCandidates)
         assert sample_whole(logits, params, position=position).token_id in (0, 1)

@@ -15,8 +15,7 @@ from stagecoach_router.sampling.outputs import (
     wanted_output,
     wider_output,
 )
-from stagecoach_router.sampling.sampler import sample
-from tests.unit.sampling_reference import candidates, sample_whole
+from tests.unit.sampling_reference import candidates, sample, sample_whole
 
 VOCAB_SIZE = 49_152
 

@@ -11,7 +11,7 @@ from stagecoach.errors import ShardFault
 from stagecoach.sampling import SamplingParams
 from stagecoach_router.engine.wire import GroupOutputs
 from stagecoach_router.sampling.outputs import InsufficientCandidates, wanted_output
-from stagecoach_router.sampling.step_sampler import choose_tokens
+from stagecoach_router.sampling.sampler import choose_tokens
 from stagecoach_router.scheduling.plan import BlockTableUpdate, Plan, Row
 from stagecoach_router.scheduling.sequence import Sequence
 

@@ -16,7 +16,7 @@ from stagecoach_router.pipelines.pipeline import Pipeline
 from stagecoach_router.requests.completion import OutputDelta
 from stagecoach_router.requests.request_state import RequestState
 from stagecoach_router.sampling.outputs import InsufficientCandidates, wider_output
-from stagecoach_router.sampling.step_sampler import Choice, choose_tokens
+from stagecoach_router.sampling.sampler import Choice, choose_tokens
 from stagecoach_router.scheduling.cost_model import StepShape
 from stagecoach_router.scheduling.pacing import StageSeconds
 from stagecoach_router.scheduling.plan import Plan

@@ -45,38 +45,17 @@ WHOLE_ROW = OutputWant(num_candidates=0, log_sum_exp=False, temperature=1.0)
 
 
 @dataclass(frozen=True, slots=True)
-class Candidates:
-    """The largest logits of a row, falling, equal logits by rising id."""
-
-    token_ids: npt.NDArray[np.int32]  # [k]
-    logits: npt.NDArray[np.float32]  # [k]
-    log_sum_exp: float | None  # of the whole row
-    scaled_log_sum_exp: float | None  # of the whole row divided by its temperature
-
-
-@dataclass(frozen=True, slots=True)
-class WholeRow:
-    """All logits of a row."""
-
-    logits: npt.NDArray[np.float32]  # [vocab_size]
-
-
-@dataclass(frozen=True, slots=True)
 class CandidateRows:
-    """The candidates of one step's rows that asked for as many, as they came."""
+    """The candidates of one step's rows that asked for as many: each row's largest logits.
+
+    They fall along a row, equal ones by rising id. The log-sum-exps are of whole rows, plain and divided by the row's
+    temperature.
+    """
 
     token_ids: npt.NDArray[np.int32]  # [n, k]
     logits: npt.NDArray[np.float32]  # [n, k]
     log_sum_exp: npt.NDArray[np.float32] | None  # [n]
     scaled_log_sum_exp: npt.NDArray[np.float32] | None  # [n]
-
-    def __getitem__(self, index: int) -> Candidates:
-        return Candidates(
-            self.token_ids[index],
-            self.logits[index],
-            None if self.log_sum_exp is None else float(self.log_sum_exp[index]),
-            None if self.scaled_log_sum_exp is None else float(self.scaled_log_sum_exp[index]),
-        )
 
     def take(self, indices: Sequence[int]) -> CandidateRows:
         """These rows only."""
@@ -93,9 +72,6 @@ class WholeRows:
     """All logits of one step's rows that asked for them."""
 
     logits: npt.NDArray[np.float32]  # [n, vocab_size]
-
-    def __getitem__(self, index: int) -> WholeRow:
-        return WholeRow(self.logits[index])
 
     def take(self, indices: Sequence[int]) -> WholeRows:
         """These rows only."""

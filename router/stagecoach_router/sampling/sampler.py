@@ -1,4 +1,4 @@
-"""Chooses tokens. Pure: logits and parameters in, a token out.
+"""Chooses tokens. Pure: logits and parameters in, tokens out.
 
 In order: logit bias, penalties (see penalties.py), temperature, top-k, top-p, min-p, and a draw from what is left.
     temperature  logits are divided by it; 0 takes the largest logit, the lowest id of equals, and draws nothing
@@ -9,263 +9,257 @@ In order: logit bias, penalties (see penalties.py), temperature, top-k, top-p, m
     draw         the inverse of the cumulative distribution, likeliest token first, equals by rising id, at one
                  uniform number (see randomness.py)
 
-Each of the cuts keeps a prefix of one falling order, and so does the inverse a prefix sum. So candidates are as good as
-the whole row, as long as the draw falls within them: the mass of the rest is enough, and the log-sum-exp tells it. It
-comes as a float32, so the mass is known to lie in an interval; the candidates decide only where all of the interval
-gives the same token, and else ask for the whole row. The same number therefore gives the same token either way.
+Candidates are as good as the whole row as long as the draw falls within them: the mass of the rest is enough, and the
+log-sum-exp tells it. It comes as a float32, so the mass is known to lie in an interval; the candidates decide only
+where all of the interval gives the same token, and else the whole row is asked for. The same number therefore gives the
+same token either way. All rows of a step are worked on together; a row's token is the same whatever is beside it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from stagecoach.errors import ShardFault
 from stagecoach.sampling import SamplingParams
-from stagecoach_router.sampling.outputs import Candidates, InsufficientCandidates, Sampled, WholeRow
+from stagecoach_router.sampling.draw import (
+    MAX_EXPONENT,
+    MIN_SCALED_TEMPERATURE,
+    MIN_TEMPERATURE,
+    Float32s,
+    Float64s,
+    draw,
+    mass_bounds,
+    weights_of,
+)
+from stagecoach_router.sampling.outputs import CandidateRows, InsufficientCandidates, Sampled, WholeRows
 from stagecoach_router.sampling.penalties import TokenCounts, num_lowered, only_lowers, shape_candidates, shape_row
 from stagecoach_router.sampling.randomness import uniform
 
-__all__ = ["InsufficientCandidates", "Sampled", "sample"]
+# What becomes of a row: a token, a reason to ask for more of it, or what is wrong with it.
+Choice = Sampled | InsufficientCandidates | ShardFault
 
-_Float32s = npt.NDArray[np.float32]
-_Float64s = npt.NDArray[np.float64]
-
-_INSUFFICIENT_CANDIDATES = InsufficientCandidates()
-
-# Smaller temperatures count as this one: two float32 logits either are equal or differ by so much more that nothing
-# changes, and (largest possible logit) / temperature is still a float64.
-MIN_TEMPERATURE = 1e-30
-# Below it, peak / temperature is so large that a float32 log-sum-exp tells nothing of the mass.
-_MIN_SCALED_TEMPERATURE = 1e-4
-# Error of a scaled log-sum-exp, absolute and per unit of |peak / temperature|, from its arithmetic in float32 (rounding
-# unit 6e-8): the exponents' rounding, weighted by their mass, the summing and the logarithm stay below the first;
-# rounding the temperature, the quotient and the result are three units of the second.
-_LSE_ERROR, _LSE_RELATIVE_ERROR = 1e-5, 2.5e-7
+_INSUFFICIENT = InsufficientCandidates()
 # Of a sum of weights in float64, relative, whatever its order; far more than it is.
 _SUM_ERROR = 1e-9
-_MAX_EXPONENT = 600.0  # below where exp overflows
-# Token ids are int32.
-_MAX_VOCAB_SIZE = 2.0**31
 # How much of a whole row is ordered at first, and then; a draw beyond that is rare, and only then is all of it.
 _PREFIXES = (256, 4096)
 # Folding a row to a 64th keeps enough maxima for a close bound of the 256th largest, from a vocabulary of 32k on.
 _NUM_FOLDS = 64
 
 
-def sample(
-    output: Candidates | WholeRow,
-    params: SamplingParams,
-    counts: TokenCounts | None,
-    *,
-    seed: int,
-    completion: int,
-    position: int,
-) -> Sampled | InsufficientCandidates:
-    """The next token of a sequence, exactly as the parameters say, or InsufficientCandidates.
+class SampledRow(Protocol):
+    """What choosing a sequence's next token needs to know of it."""
 
-    `seed`, `completion` and `position` choose the random number. From a WholeRow the answer is always a Sampled.
-    Raises ShardFault where the logits are not numbers, or contradict each other.
+    @property
+    def params(self) -> SamplingParams: ...
+    @property
+    def counts(self) -> TokenCounts | None: ...  # None: neither bias nor penalties
+    @property
+    def seed(self) -> int: ...
+    @property
+    def index(self) -> int: ...  # which of its request's completions
+    @property
+    def num_tokens(self) -> int: ...  # and so the position of the next one
+
+
+def choose_tokens(outputs: CandidateRows | WholeRows, rows: Sequence[SampledRow]) -> list[Choice]:
+    """The next token for each row of one output group, exactly as its parameters say; rows[i] is row i's sequence.
+
+    Seed, completion and position choose the random number. A whole row always gives a token, unless its logits are not
+    numbers; a row at fault is answered with its error, and changes nothing for the others.
     """
-    number = 0.0 if params.greedy else uniform(seed, completion, position)
-    if isinstance(output, Candidates):
-        return _sample_candidates(output, params, counts, number)
-    return _sample_row(output.logits, params, counts, number)
+    if isinstance(outputs, WholeRows):
+        return [_choose_from_whole_row(logits, row) for logits, row in zip(outputs.logits, rows, strict=True)]
+    token_ids = outputs.token_ids
+    likeliest = token_ids[:, 0].tolist()
+    choices: list[Choice] = []
+    for index, (row, place) in enumerate(zip(rows, _choose_places(outputs, rows), strict=True)):
+        if not isinstance(place, int):
+            choices.append(place)
+        elif row.params.logprobs is None:
+            choices.append(Sampled(token_ids.item(index, place) if place else likeliest[index], None, ()))
+        else:
+            choices.append(_with_logprobs_of(outputs, index, place, row.params.logprobs))
+    return choices
 
 
-def _sample_candidates(
-    output: Candidates, params: SamplingParams, counts: TokenCounts | None, number: float
-) -> Sampled | InsufficientCandidates:
-    _check_peak(float(output.logits[0]))
-    order: npt.NDArray[np.int64] | None = None
-    index: int | None = 0
-    if counts is not None:
-        order, shaped, num_certain = _order_shaped(output, params, counts)
-        if num_certain == 0:
-            return _INSUFFICIENT_CANDIDATES
-        if not params.greedy:
-            index = _draw_from_shaped(shaped, num_certain, output, params, counts, number)
-    elif not params.greedy:
-        index = _draw_from_candidates(output, params, number)
-    if index is None:
-        return _INSUFFICIENT_CANDIDATES
-    if order is not None:
-        index = int(order[index])
-    token_id = int(output.token_ids[index])
-    if params.logprobs is None:
-        return Sampled(token_id, None, ())
-    assert output.log_sum_exp is not None, "log-probabilities were not asked for with the candidates"
-    return _with_logprobs(
-        token_id, float(output.logits[index]), output.log_sum_exp, output.token_ids, output.logits, params.logprobs
-    )
+def _choose_places(
+    outputs: CandidateRows, rows: Sequence[SampledRow]
+) -> list[int | InsufficientCandidates | ShardFault]:
+    """Which of its candidates each row gets."""
+    peaks = outputs.logits[:, 0].tolist()
+    places: list[int | InsufficientCandidates | ShardFault] = [0] * len(rows)
+    drawn: list[int] = []
+    shaped: dict[int, _Shaped] = {}
+    for index, (row, peak) in enumerate(zip(rows, peaks, strict=True)):
+        if not -math.inf < peak < math.inf:
+            places[index] = _peak_fault(peak)
+            continue
+        if row.counts is not None:
+            shaped[index] = _Shaped(outputs, index, row.params, row.counts)
+        if row.params.temperature != 0.0 and row.params.top_k != 1:
+            drawn.append(index)
+    if drawn:
+        for index, place in zip(drawn, _draw_places(outputs, rows, drawn, shaped), strict=True):
+            places[index] = place
+    for index, row_shaped in shaped.items():
+        place = places[index]
+        if row_shaped.num_certain == 0:
+            places[index] = _INSUFFICIENT
+        elif isinstance(place, int):
+            places[index] = int(row_shaped.order[place])
+    return places
 
 
-def _order_shaped(
-    output: Candidates, params: SamplingParams, counts: TokenCounts
-) -> tuple[npt.NDArray[np.int64], _Float32s, int]:
-    """Places among the candidates and shaped logits, falling, [k] each; and how many of them are the row's largest.
+class _Shaped:
+    """A row's candidates after bias and penalties, in their new order; [k] each.
 
     Where shaping only lowers, what is not among the candidates is still at most as large as the last of them was, and
-    those that stay above that are the row's largest. Where it may raise, nothing is known.
+    the `num_certain` that stay above that are the row's largest. Where it may raise, nothing is known.
     """
-    shaped = shape_candidates(output.token_ids, output.logits, params, counts)
-    order = np.lexsort((output.token_ids, -shaped))
-    shaped = shaped[order]
-    num_certain = int(np.count_nonzero(shaped > output.logits[-1])) if only_lowers(params) else 0
-    return order, shaped, num_certain
 
+    __slots__ = ("counts", "logits", "num_certain", "order")
 
-def _draw_from_shaped(
-    shaped: _Float32s,
-    num_certain: int,
-    output: Candidates,
-    params: SamplingParams,
-    counts: TokenCounts,
-    number: float,
-) -> int | None:
-    """The place in `shaped` ([k], falling; the first `num_certain` are the row's largest) of the drawn token, or None.
+    def __init__(self, outputs: CandidateRows, index: int, params: SamplingParams, counts: TokenCounts) -> None:
+        token_ids, logits = outputs.token_ids[index], outputs.logits[index]
+        shaped = shape_candidates(token_ids, logits, params, counts)
+        self.counts = counts
+        self.order = np.lexsort((token_ids, -shaped))  # places among the candidates as they came
+        self.logits = shaped[self.order]
+        self.num_certain = int(np.count_nonzero(self.logits > logits[-1])) if only_lowers(params) else 0
 
-    Without top-k the mass of the shaped row has to be known. That of its candidates is; tokens outside of them weigh
-    what they did before shaping, but for those that it lowered, to anything between that and nothing.
-    """
-    temperature = max(params.temperature, MIN_TEMPERATURE)
-    if params.top_k:
-        if num_certain < params.top_k:
+    def mass_bounds(
+        self, raw: Float32s, scaled_log_sum_exp: float | None, params: SamplingParams, known: float
+    ) -> tuple[float, float] | None:
+        """Bounds of the shaped row's mass, relative to its largest logit; None where nothing can be said of it.
+
+        raw: the candidates' logits as they came, [k]. known: mass of the shaped ones. What is outside of them weighs
+        what it did before shaping, but for tokens that it lowered, to anything between that and nothing.
+        """
+        temperature = max(params.temperature, MIN_TEMPERATURE)
+        sunk = (float(raw[0]) - float(self.logits[0])) / temperature
+        if temperature < MIN_SCALED_TEMPERATURE or not sunk <= MAX_EXPONENT:
             return None
-        weights = _weights(shaped[: params.top_k], temperature)
-        cumulative = weights.cumsum()
-        mass = float(cumulative[-1])
-        return _draw(weights, cumulative, mass, mass, params, number)
-    sunk = (float(output.logits[0]) - float(shaped[0])) / temperature
-    if temperature < _MIN_SCALED_TEMPERATURE or sunk > _MAX_EXPONENT:
-        return None
-    before = _weights(output.logits, temperature)
-    known_before, last = float(before.sum()), float(before[-1])
-    least, most = mass_interval(float(output.logits[0]), output.scaled_log_sum_exp, temperature, known_before, last)
-    scale = math.exp(sunk)  # both now relative to the largest shaped logit
-    weights = _weights(shaped, temperature)
-    known = float(weights.sum())
-    least = known + scale * max(0.0, least - known_before - last * num_lowered(params, counts))
-    most = known + scale * (most - known_before)
-    weights = weights[:num_certain]
-    return _draw(weights, weights.cumsum(), least * (1 - _SUM_ERROR), most * (1 + _SUM_ERROR), params, number)
+        before = weights_of(raw[None], [temperature])
+        known_before, last = float(before.sum()), float(before[0, -1])
+        bounds = mass_bounds(float(raw[0]), scaled_log_sum_exp, temperature, known_before, last)
+        if bounds is None:
+            return None
+        scale = math.exp(sunk)  # both now relative to the largest shaped logit
+        least = known + scale * max(0.0, bounds[0] - known_before - last * num_lowered(params, self.counts))
+        most = known + scale * (bounds[1] - known_before)
+        return least * (1 - _SUM_ERROR), most * (1 + _SUM_ERROR)
 
 
-def _draw_from_candidates(output: Candidates, params: SamplingParams, number: float) -> int | None:
-    """The place among the candidates of the drawn token; None where it may be another one, or beyond them."""
-    logits = output.logits
-    if len(logits) < params.top_k:
-        return None
-    if params.top_k:
-        logits = logits[: params.top_k]
-    temperature = max(params.temperature, MIN_TEMPERATURE)
-    weights = _weights(logits, temperature)
-    cumulative = weights.cumsum()
-    known = float(cumulative[-1])
-    if not known >= 1.0:
-        raise ShardFault("candidates: a logit is not a number", field="logits", value=known)
-    least, most = known, known
-    if not params.top_k:
-        least, most = mass_interval(
-            float(output.logits[0]), output.scaled_log_sum_exp, temperature, known, float(weights[-1])
-        )
-    return _draw(weights, cumulative, least, most, params, number)
+def _draw_places(
+    outputs: CandidateRows, rows: Sequence[SampledRow], drawn: list[int], shaped: dict[int, _Shaped]
+) -> list[int | InsufficientCandidates | ShardFault]:
+    """Where among its candidates, in their order after shaping, the number of each row of `drawn` falls."""
+    if len(drawn) < len(rows):
+        outputs, rows = outputs.take(drawn), [rows[index] for index in drawn]
+    params = [row.params for row in rows]
+    logits = outputs.logits
+    if shaped:
+        logits = logits.copy()
+        for place, index in enumerate(drawn):
+            if index in shaped:
+                logits[place] = shaped[index].logits
+    weights = weights_of(logits, [max(one.temperature, MIN_TEMPERATURE) for one in params])
+    cumulative = np.add.accumulate(weights, axis=1)
+    num_known, least, most, failed = _bounds(outputs, weights, cumulative, params, [shaped.get(i) for i in drawn])
+    numbers = [uniform(row.seed, row.index, row.num_tokens) for row in rows]
+    places = draw(weights, cumulative, num_known, least, most, params, numbers)
+    return [failed.get(index, _INSUFFICIENT if place is None else place) for index, place in enumerate(places)]
 
 
-def mass_interval(
-    peak_logit: float, scaled_log_sum_exp: float | None, temperature: float, known: float, last: float
-) -> tuple[float, float]:
-    """Bounds of the mass of the whole row at its temperature, relative to its largest logit's, `peak_logit`.
+def _bounds(
+    outputs: CandidateRows,
+    weights: Float64s,
+    cumulative: Float64s,
+    params: Sequence[SamplingParams],
+    shaped: Sequence[_Shaped | None],
+) -> tuple[list[int], list[float], list[float], dict[int, InsufficientCandidates | ShardFault]]:
+    """How many of each row's weights are those of its likeliest tokens, and bounds of the mass of top-k or all tokens.
 
-    known: mass of all candidates. last: that of the last one, which no token outside of them exceeds.
+    And the rows, by index, from which no token can be drawn.
     """
-    least, most = known, known + last * _MAX_VOCAB_SIZE
-    if scaled_log_sum_exp is None or temperature < _MIN_SCALED_TEMPERATURE:
-        return least, most
-    peak = peak_logit / temperature
-    error = _LSE_ERROR + _LSE_RELATIVE_ERROR * abs(peak)
-    log_mass = min(scaled_log_sum_exp - peak, _MAX_EXPONENT)
-    upper = math.exp(min(log_mass + error, _MAX_EXPONENT))
-    if not upper >= known:
-        raise ShardFault(
-            "candidates: together they exceed the log-sum-exp of their row", field="logits", limit=upper, value=known
-        )
-    return max(least, math.exp(log_mass - error)), min(most, upper)
+    num_candidates = cumulative.shape[1]
+    known: list[float] = cumulative[:, -1].tolist()
+    last: list[float] = weights[:, -1].tolist()
+    peaks: list[float] = outputs.logits[:, 0].tolist()
+    log_sum_exps = [None] * len(params) if outputs.scaled_log_sum_exp is None else outputs.scaled_log_sum_exp.tolist()
+    num_known = [num_candidates] * len(params)
+    least, most = list(known), list(known)
+    failed: dict[int, InsufficientCandidates | ShardFault] = {}
+    for index, one in enumerate(params):
+        row_shaped = shaped[index]
+        if row_shaped is not None:
+            num_known[index] = max(row_shaped.num_certain, 1)
+        if num_known[index] < one.top_k:
+            failed[index] = _INSUFFICIENT
+            continue
+        if 0 < one.top_k < num_candidates:
+            num_known[index] = one.top_k
+            least[index] = most[index] = cumulative.item(index, one.top_k - 1)
+        if not least[index] >= 1.0:
+            failed[index] = ShardFault("candidates: a logit is not a number", field="logits", value=least[index])
+        elif not one.top_k:
+            try:
+                if row_shaped is None:
+                    temperature = max(one.temperature, MIN_TEMPERATURE)
+                    bounds = mass_bounds(peaks[index], log_sum_exps[index], temperature, known[index], last[index])
+                else:
+                    bounds = row_shaped.mass_bounds(outputs.logits[index], log_sum_exps[index], one, known[index])
+            except ShardFault as error:
+                failed[index] = error
+                continue
+            if bounds is None:
+                failed[index] = _INSUFFICIENT
+            else:
+                least[index], most[index] = bounds
+    return num_known, least, most, failed
 
 
-def _sample_row(raw: _Float32s, params: SamplingParams, counts: TokenCounts | None, number: float) -> Sampled:
+def _choose_from_whole_row(raw: Float32s, row: SampledRow) -> Choice:
     """raw: [vocab_size]."""
-    logits = raw if counts is None else shape_row(raw, params, counts)
+    params = row.params
+    logits = raw if row.counts is None else shape_row(raw, params, row.counts)
     token_id = int(logits.argmax())  # the first NaN, if there is one
-    _check_peak(float(logits[token_id]))
-    if not params.greedy:
-        token_id = _draw_from_row(logits, params, number)
+    peak = float(logits[token_id])
+    if not -math.inf < peak < math.inf:
+        return _peak_fault(peak)
+    if params.temperature != 0.0:
+        token_id = _draw_from_whole_row(logits, params, uniform(row.seed, row.index, row.num_tokens))
     if params.logprobs is None:
         return Sampled(token_id, None, ())
-    peak = float(raw.max())
-    log_sum_exp = peak + math.log(_mass(raw, peak, 1.0))
+    raw_peak = float(raw.max())
+    log_sum_exp = raw_peak + math.log(_mass(raw, raw_peak, 1.0))
     top_ids = _largest(raw, max(params.logprobs, 1))
     return _with_logprobs(token_id, float(raw[token_id]), log_sum_exp, top_ids, raw[top_ids], params.logprobs)
 
 
-def _draw_from_row(logits: _Float32s, params: SamplingParams, number: float) -> int:
-    """The drawn token's id. logits: [vocab_size], ordered as far down as the draw falls."""
+def _draw_from_whole_row(logits: Float32s, params: SamplingParams, number: float) -> int:
+    """The drawn token's id. logits: [vocab_size], which are ordered as far down as the draw falls."""
     temperature = max(params.temperature, MIN_TEMPERATURE)
-    if not params.top_k:
-        mass = _mass(logits, float(logits.max()), temperature)
-        for num in _PREFIXES:
-            ids = _largest(logits, num)
-            weights = _weights(logits[ids], temperature)
-            index = _draw(weights, weights.cumsum(), mass, mass, params, number)
-            if index is not None:
-                return int(ids[index])
-    ids = _largest(logits, params.top_k or len(logits))
-    weights = _weights(logits[ids], temperature)
-    cumulative = weights.cumsum()
-    mass = float(cumulative[-1])
-    index = _draw(weights, cumulative, mass, mass, params, number)
-    assert index is not None, "number < 1, so it falls short of the last token's end"
-    return int(ids[index])
+    mass = None if params.top_k else _mass(logits, float(logits.max()), temperature)
+    for num in (params.top_k,) if params.top_k else (*_PREFIXES, len(logits)):
+        ids = _largest(logits, num)
+        weights = weights_of(logits[ids][None], [temperature])
+        cumulative = np.add.accumulate(weights, axis=1)
+        if mass is None or num == len(logits):
+            mass = cumulative.item(0, -1)
+        [place] = draw(weights, cumulative, [len(ids)], [mass], [mass], [params], [number])
+        if place is not None:
+            return int(ids[place])
+    raise AssertionError("number < 1, so it falls short of the last token's end")
 
 
-def _draw(
-    weights: _Float64s, cumulative: _Float64s, least: float, most: float, params: SamplingParams, number: float
-) -> int | None:
-    """Where the number falls after top-p and min-p; None where that is beyond what is known, or cannot be told.
-
-    weights: [m], falling, relative to the first; cumulative: their prefix sums; the mass of all tokens, those of
-    unknown weight included, is from `least` to `most`.
-    """
-    m = len(weights)
-    if params.top_p < 1.0:
-        # The kept mass ends with the token that crosses, known or at most as heavy as the last known one.
-        first_cut = int(cumulative.searchsorted(params.top_p * least))
-        last_cut = int(cumulative.searchsorted(params.top_p * most)) if most != least else first_cut
-        least = float(cumulative[first_cut]) if first_cut < m else max(float(cumulative[-1]), params.top_p * least)
-        most = float(cumulative[last_cut]) if last_cut < m else min(most, params.top_p * most + float(weights[-1]))
-    if params.min_p > 0.0:
-        num_kept = m - int(weights[::-1].searchsorted(params.min_p))
-        kept = float(cumulative[num_kept - 1])
-        least = min(least, kept)
-        if num_kept < m:
-            most = min(most, kept)
-    index = int(cumulative.searchsorted(number * least, side="right"))
-    if least != most and int(cumulative.searchsorted(number * most, side="right")) != index:
-        return None
-    return index if index < m else None
-
-
-def _weights(logits: _Float32s, temperature: float) -> _Float64s:
-    """exp(logit / temperature) relative to the first, the largest and finite; [m] each. -inf weighs nothing."""
-    weights = logits.astype(np.float64)
-    weights -= weights[0]
-    weights /= temperature
-    return np.exp(weights, out=weights)
-
-
-def _mass(logits: _Float32s, peak: float, temperature: float) -> float:
+def _mass(logits: Float32s, peak: float, temperature: float) -> float:
     """sum(exp((logit - peak) / temperature)) over a whole row."""
     weights = logits.astype(np.float64)
     weights -= peak
@@ -273,7 +267,7 @@ def _mass(logits: _Float32s, peak: float, temperature: float) -> float:
     return float(np.exp(weights, out=weights).sum())
 
 
-def _largest(logits: _Float32s, num: int) -> npt.NDArray[np.int64]:
+def _largest(logits: Float32s, num: int) -> npt.NDArray[np.int64]:
     """Ids of the `num` >= 1 largest logits above -inf (of all there are, if fewer), falling, equal logits by rising id.
 
     logits: [vocab_size], no NaN. A bound of the num-th largest comes from the maxima of interleaved parts of the row, a
@@ -296,16 +290,24 @@ def _largest(logits: _Float32s, num: int) -> npt.NDArray[np.int64]:
     return keys[:num] & 0xFFFFFFFF
 
 
+def _with_logprobs_of(outputs: CandidateRows, index: int, place: int, num_top: int) -> Choice:
+    """The token at a place among a row's candidates, with log-probabilities."""
+    assert outputs.log_sum_exp is not None, "log-probabilities were not asked for with the candidates"
+    token_ids, logits = outputs.token_ids[index], outputs.logits[index]
+    log_sum_exp = float(outputs.log_sum_exp[index])
+    return _with_logprobs(int(token_ids[place]), float(logits[place]), log_sum_exp, token_ids, logits, num_top)
+
+
 def _with_logprobs(
     token_id: int,
     logit: float,
     log_sum_exp: float,
     top_ids: npt.NDArray[np.integer],
-    top_logits: _Float32s,
+    top_logits: Float32s,
     num_top: int,
-) -> Sampled:
+) -> Choice:
     if not math.isfinite(log_sum_exp):
-        raise ShardFault("the log-sum-exp of a row is not a number", field="log_sum_exp", value=log_sum_exp)
+        return ShardFault("the log-sum-exp of a row is not a number", field="log_sum_exp", value=log_sum_exp)
     top = zip(top_ids[:num_top].tolist(), top_logits[:num_top].tolist(), strict=True)
     return Sampled(
         token_id,
@@ -314,7 +316,6 @@ def _with_logprobs(
     )
 
 
-def _check_peak(peak: float) -> None:
-    """A row's largest logit, which is NaN if any is, has to be a finite number."""
-    if not -math.inf < peak < math.inf:
-        raise ShardFault(f"a row of logits has {peak} for its largest", field="logits", value=peak)
+def _peak_fault(peak: float) -> ShardFault:
+    """For a row whose largest logit, which is NaN if any is, is not a finite number."""
+    return ShardFault(f"a row of logits has {peak} for its largest", field="logits", value=peak)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +12,9 @@ from hypothesis import strategies as st
 
 from stagecoach.errors import ShardFault
 from stagecoach.sampling import SamplingParams
-from stagecoach_router.sampling import step_sampler
+from stagecoach_router.sampling import sampler
 from stagecoach_router.sampling.outputs import CandidateRows, InsufficientCandidates, Sampled, WholeRows, wanted_output
-from stagecoach_router.sampling.step_sampler import choose_token, choose_tokens
+from stagecoach_router.sampling.sampler import Choice, choose_tokens
 from stagecoach_router.scheduling.sequence import Sequence
 
 VOCAB_SIZE = 2000
@@ -21,6 +22,10 @@ VOCAB_SIZE = 2000
 
 def sequence(params: SamplingParams, seed: int, prompt: Many[int] = (1, 2, 3)) -> Sequence:
     return Sequence(seq_id=seed, prompt_tokens=tuple(prompt), params=params, seed=seed)
+
+
+def each_by_itself(outputs: CandidateRows | WholeRows, sequences: Many[Sequence]) -> list[Choice]:
+    return [choose_tokens(outputs.take([index]), [one])[0] for index, one in enumerate(sequences)]
 
 
 def candidate_rows(
@@ -68,9 +73,7 @@ def test_rows_together_get_what_each_gets_by_itself(
     params, k, log_sum_exp = group
     outputs = candidate_rows(params, k, log_sum_exp=log_sum_exp, spread=spread, coarse=coarse, seed=seed)
     sequences = [sequence(one, seed + index) for index, one in enumerate(params)]
-    assert choose_tokens(outputs, sequences) == [
-        choose_token(outputs, index, one) for index, one in enumerate(sequences)
-    ]
+    assert choose_tokens(outputs, sequences) == each_by_itself(outputs, sequences)
 
 
 @pytest.mark.parametrize(
@@ -89,12 +92,16 @@ def test_the_usual_rows_are_chosen_together(monkeypatch: pytest.MonkeyPatch, par
     assert want.num_candidates == k
     outputs = candidate_rows([params] * 32, k, log_sum_exp=want.log_sum_exp, spread=8.0, coarse=False, seed=1)
     sequences = [sequence(params, seed) for seed in range(32)]
-    one_by_one: list[object] = []
-    monkeypatch.setattr(
-        step_sampler, "sample", lambda *given, **_: one_by_one.append(given) or InsufficientCandidates()
-    )
+    num_rows_drawn: list[int] = []
+
+    def draw(weights: Any, *given: Any) -> Any:
+        num_rows_drawn.append(len(weights))
+        return sampler_draw(weights, *given)
+
+    sampler_draw = sampler.draw
+    monkeypatch.setattr(sampler, "draw", draw)
     choices = choose_tokens(outputs, sequences)
-    assert len(one_by_one) <= 2, "draws that the candidates do not decide"
+    assert num_rows_drawn == ([] if k == 1 else [32])
     assert sum(isinstance(choice, Sampled) for choice in choices) >= 30
 
 
@@ -136,9 +143,7 @@ def test_whole_rows_are_sampled_from_as_they_are() -> None:
     params = SamplingParams(presence_penalty=-1.0)
     sequences = [sequence(params, seed) for seed in range(3)]
     outputs = WholeRows(logits)
-    assert choose_tokens(outputs, sequences) == [
-        choose_token(outputs, index, one) for index, one in enumerate(sequences)
-    ]
+    assert choose_tokens(outputs, sequences) == each_by_itself(outputs, sequences)
 
 
 def test_taking_rows_keeps_their_arrays_together() -> None:
