@@ -1,13 +1,14 @@
-// Decoder layers on a CPU: bfloat16 weights and K/V, float32 everything in between.
+// Decoder layers on a CPU: weights and K/V are bfloat16, everything in between is float32.
 //
 // Why not oneDNN or torch: with few tokens a layer costs what reading its weights costs, and their kernels read at
 // little more than half of what a core can; with many, most CPUs without matrix units multiply bfloat16 at half their
 // float32 rate. Here bfloat16 is widened in registers and multiplied in float32, in one pass over each weight.
 // Attention walks the block tables, so that nothing is gathered.
 //
-// A row's result does not depend on what else is in the micro-batch: every sum is taken in the order of its inputs.
+// A row's result does not depend on what else is in the micro-batch, as every sum is taken in the order of its inputs.
 //
-// Plain C with the vector extensions of GCC and clang. `LANES` floats are one register; the compiler is told the CPU.
+// This is plain C with the vector extensions of GCC and clang. One register holds `LANES` floats, which follows from
+// the CPU that the compiler is told to build for.
 
 #include <math.h>
 #include <stdint.h>
@@ -35,17 +36,18 @@ typedef uint32_t vpair __attribute__((vector_size(4 * LANES), aligned(2), may_al
 
 enum { OK = 0, NO_MEMORY = 1 };
 
-// Weights of one layer. `window`: positions a token sees, 0: all. Absent biases and head norms are NULL.
+// Weights of one layer. `window`: how many positions a token sees, 0 for all. A bias or head norm that the layer does
+// not have is NULL.
 typedef struct {
   int64_t hidden, inner, heads, kv_heads, head_dim, window;
-  const uint32_t *qkv, *output, *gate_up, *down;                           // packed
-  const uint32_t *after;                                                   // what is read after this layer, or NULL
+  const uint32_t *qkv, *output, *gate_up, *down;  // packed
+  const uint32_t *after;  // the weight that is read after this layer, or NULL
   const float *qkv_bias, *output_bias, *gate_up_bias, *down_bias;
   const float *input_norm, *mlp_norm, *query_norm, *key_norm;
   float eps;
 } Layer;
 
-// One micro-batch. Row i takes tokens [first_tokens[i], + num_tokens[i]) at positions from starts[i] on.
+// One micro-batch. Row i has the num_tokens[i] tokens from first_tokens[i] on, at the positions from starts[i] on.
 typedef struct {
   int64_t total_tokens, num_rows, block_size, table_width, num_threads;
   const int64_t *starts, *num_tokens, *first_tokens;  // [num_rows]
@@ -59,7 +61,7 @@ INLINE void store(float *p, vf v) { *(vf *)p = v; }
 INLINE vf splat(float x) { return x - (vf){0}; }
 INLINE vf load_bf16(const uint16_t *p) { return (vf)(__builtin_convertvector(*(const vh *)p, vu) << 16); }
 
-// To nearest, ties to even; a NaN stays one.
+// Rounds to the nearest bfloat16, ties to even. A NaN stays a NaN.
 INLINE void store_bf16(uint16_t *p, vf v) {
   vu bits = (vu)v;
   vu rounded = bits + 0x7fff + ((bits >> 16) & 1);
@@ -67,14 +69,15 @@ INLINE void store_bf16(uint16_t *p, vf v) {
   *(vh *)p = __builtin_convertvector(((rounded & ~nan) | ((bits | 0x400000) & nan)) >> 16, vh);
 }
 
-// Numbers of `a`, then `b`, by their place. GCC has clang's name for it from 12 on only.
+// Picks numbers by their place among those of `a` followed by those of `b`. GCC knows clang's name for it only from 12
+// on.
 #ifdef __clang__
 #define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
 #define PICK(a, b, ...) __builtin_shuffle(a, b, (vi){__VA_ARGS__})
 #endif
 
-// Halves are added until one number is left.
+// The sum of a vector's numbers: its halves are added until one number is left.
 INLINE float sum(vf v) {
 #if LANES == 16
   v += PICK(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
@@ -85,7 +88,7 @@ INLINE float sum(vf v) {
   return (v[0] + v[2]) + (v[1] + v[3]);
 }
 
-// The sums of LANES vectors, as one.
+// The sums of LANES vectors, as one vector.
 INLINE vf sums(const vf *v) {
 #if LANES == 16
   // Pairs of vectors are folded into one of half sums, four times.
@@ -117,10 +120,10 @@ INLINE float top_of(vf v) {
 }
 
 INLINE vf either(vi where, vf a, vf b) { return (vf)(((vu)a & (vu)where) | ((vu)b & ~(vu)where)); }
-INLINE vf larger(vf a, vf b) { return either(a < b, b, a); }  // a NaN in `a` stays
+INLINE vf larger(vf a, vf b) { return either(a < b, b, a); }  // where `a` is a NaN, so is the result
 
-// e^x for x <= 0 to about one unit in the last place: 2^n * p(r), r = x - n ln 2. Zero below -87, where it is less than
-// 2^-125: whatever it is multiplied by, and so that what is masked weighs nothing. A NaN stays one.
+// e^x for x <= 0, to about one unit in the last place: 2^n * p(r), r = x - n ln 2. Below -87, where it is less than
+// 2^-125, it is exactly zero, so that what is masked weighs nothing whatever it is multiplied by. A NaN stays a NaN.
 INLINE vf exp_(vf x) {
   vi none = x < -87.0f;
   x = larger(x, splat(-87.0f));
@@ -140,7 +143,7 @@ INLINE vf exp_(vf x) {
 
 enum { TILED = 0, NORMED, QUERIES, ATTENDED, PROJECTED, ACTIVE, ATTENTION, SLOTS, WIDE, NUM_SCRATCH };
 
-// A thread's own memory, which only grows.
+// Memory of this thread for one purpose. It is kept from call to call, and only grows.
 static float *scratch(int which, size_t floats) {
   static _Thread_local struct { float *at; size_t size; } held[NUM_SCRATCH];
   if (held[which].size < floats) {
@@ -172,7 +175,7 @@ void pack(const uint16_t *weight, int64_t rows, int64_t columns, uint32_t *packe
       }
 }
 
-// Two registers of a panel's row k: of bfloat16 pairs, or of floats [k, PANEL].
+// Row k of a panel, in two registers. A panel holds pairs of bfloat16, or floats [depth, PANEL] where it is `wide`.
 INLINE void panel_row(int wide, const void *panel, int64_t k, vf *low, vf *high) {
   if (wide) {
     *low = load((const float *)panel + k * PANEL);
@@ -184,13 +187,14 @@ INLINE void panel_row(int wide, const void *panel, int64_t k, vf *low, vf *high)
   }
 }
 
-// What a tile brings near for later: `step` bytes on for each row of the panel.
+// What a tile prefetches for later: from `at` on, `step` bytes further for each row of its panel.
 typedef struct {
   const char *at;
   int64_t step;
 } Ahead;
 
-// (low, high)[i] += sum over k of a[i * step_i + k * step_k] * panel[k], for i < rows (a constant after inlining).
+// (low, high)[i] += sum over k of a[i * step_i + k * step_k] * panel[k], for i < rows, which is a constant after
+// inlining.
 INLINE void tile(const int rows, int wide, const float *a, int64_t step_i, int64_t step_k, const void *panel,
                  int64_t depth, Ahead ahead, vf *restrict low, vf *restrict high) {
   vf l[MAX_TILE], h[MAX_TILE];
@@ -211,7 +215,7 @@ INLINE void tile(const int rows, int wide, const float *a, int64_t step_i, int64
   for (int i = 0; i < rows; i++) low[i] = l[i], high[i] = h[i];
 }
 
-// From so many tiles on a panel is widened once for all of them.
+// From this many tiles on, a panel is widened to floats once for all of them.
 #define MIN_WIDE_TILES 4
 
 #define EACH_TILE(X) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12)
@@ -225,12 +229,12 @@ INLINE void tile(const int rows, int wide, const float *a, int64_t step_i, int64
     if (R <= MAX_TILE) tile(R <= MAX_TILE ? R : 1, 1, a, 1, R, panel, depth, ahead, low, high); \
     break;
 
-// `a` [depth, rows].
+// A tile against a panel of bfloat16. `a` [depth, rows].
 static void narrow_tile(int rows, const float *a, const uint32_t *panel, int64_t depth, Ahead ahead, vf *low, vf *high) {
   switch (rows) { EACH_TILE(TILED_CASE) }
 }
 
-// The same, for a panel of floats.
+// A tile against a panel of floats. `a` [depth, rows].
 static void wide_tile(int rows, const float *a, const float *panel, int64_t depth, Ahead ahead, vf *low, vf *high) {
   switch (rows) { EACH_TILE(WIDE_CASE) }
 }
@@ -246,7 +250,8 @@ static void widen_panel(const uint32_t *panel, int64_t depth, float *wide) {
 INLINE int64_t tiles_of(int64_t rows) { return (rows + MAX_TILE - 1) / MAX_TILE; }
 INLINE int64_t tile_start(int64_t rows, int64_t tiles, int64_t t) { return rows * t / tiles; }
 
-// x [rows, depth] -> tiles [depth, rows of the tile], one after the other: what a tile broadcasts lies together.
+// x [rows, depth] -> tiles [depth, rows of the tile], one after the other, so that what a tile broadcasts lies
+// together.
 static void into_tiles(const float *x, int64_t rows, int64_t depth, float *tiled) {
   int64_t tiles = tiles_of(rows);
   for (int64_t t = 0; t < tiles; t++) {
@@ -257,7 +262,8 @@ static void into_tiles(const float *x, int64_t rows, int64_t depth, float *tiled
   }
 }
 
-// y [rows, columns] = or += x [rows, depth] @ weight.T + bias. `after`, or NULL: the weight that is read next.
+// y [rows, columns] = x [rows, depth] @ weight.T + bias, added to what is in y if `add`. `after` is the weight that is
+// read next, or NULL.
 int linear(const float *x, int64_t rows, const uint32_t *packed, int64_t columns, int64_t depth, const float *bias,
            float *y, int64_t add, const uint32_t *after, int64_t num_threads) {
   const float *tiled = x;
@@ -318,7 +324,7 @@ int linear(const float *x, int64_t rows, const uint32_t *packed, int64_t columns
 
 // ---- what is between the products
 
-// y = x / sqrt(mean(x^2) + eps) * weight, for each row of `size`. In place is fine.
+// y = x / sqrt(mean(x^2) + eps) * weight, for each row of `size`. y may be x.
 void norm(const float *x, int64_t rows, int64_t size, const float *weight, float eps, float *y) {
   for (int64_t row = 0; row < rows; row++, x += size, y += size) {
     vf squares = {0};
@@ -332,7 +338,7 @@ void norm(const float *x, int64_t rows, int64_t size, const float *weight, float
   }
 }
 
-// Number i of a head turns with number i + size / 2.
+// Rotates a head: number i together with number i + size / 2.
 INLINE void turn(const float *x, int64_t size, const float *cos, const float *sin, float *y) {
   for (int64_t i = 0, half = size / 2; i < half; i += LANES) {
     vf a = load(x + i), b = load(x + half + i), c = load(cos + i), s = load(sin + i);
@@ -341,7 +347,8 @@ INLINE void turn(const float *x, int64_t size, const float *cos, const float *si
   }
 }
 
-// One token's [queries | keys | values]: queries are turned into `queries`, keys and values go to the cache.
+// One token's [queries | keys | values]: queries are rotated into `queries`, keys are rotated and go into the cache, as
+// do values.
 static void place(const Layer *layer, float *qkv, const float *cos, const float *sin, float *queries, uint16_t *slot) {
   int64_t size = layer->head_dim, heads = layer->heads, kv_heads = layer->kv_heads;
   float turned[size] __attribute__((aligned(64)));
@@ -373,9 +380,9 @@ static void activate(const float *gate_up, int64_t rows, int64_t inner, float *o
 
 // ---- attention
 
-#define MAX_GROUP 8    // query heads of one key head that are taken together
-#define KEY_BLOCK 256  // positions widened at a time for a row of several tokens
-#define PART_BYTES (256 << 10)  // of K/V that a row of one token takes at a time
+#define MAX_GROUP 8    // query heads of one key head that are computed together
+#define KEY_BLOCK 256  // positions that are widened at a time for a row of several tokens
+#define PART_BYTES (256 << 10)  // of K/V that a row of one token goes through at a time
 
 typedef struct {
   const Layer *layer;
@@ -398,7 +405,8 @@ static void slots_of(const Attention *at, int64_t row, int64_t first, int64_t co
   }
 }
 
-// Slots that come near one after the other, in the order of their addresses: so the CPU's own prefetcher joins in.
+// Slots to prefetch, one after the other and in the order of their addresses, so that the CPU's own prefetcher joins
+// in.
 typedef struct {
   const uint16_t *const *slots;
   int64_t count, size, index, offset;
@@ -423,8 +431,8 @@ INLINE void pairs(const uint16_t *p, vf *even, vf *odd) {
 }
 
 // One token's `group` query heads against `count` slots of their key head, which is `at_head` numbers into a slot;
-// softmax as it goes (arXiv 2205.14135). `queries` and `sums_of` [group, head_dim] have each PANEL as its even, then its
-// odd numbers; `tops` and `totals` [group] are running maxima and sums; `scores` [group, room].
+// softmax as it goes (arXiv 2205.14135). `queries` and `sums_of` [group, head_dim] have each PANEL as its even, then
+// its odd numbers; `tops` and `totals` [group] are running maxima and sums; `scores` [group, room].
 INLINE void decode_group(const int group, const Layer *layer, const uint16_t *const *slots, int64_t count,
                          int64_t at_head, const float *queries, float *scores, int64_t room, float *tops, float *totals,
                          float *sums_of, Incoming *ahead) {
@@ -498,7 +506,8 @@ INLINE void decode_group(const int group, const Layer *layer, const uint16_t *co
                  sums_of + line * size, ahead); \
     break;
 
-// Key heads [first_head, end_head) against some slots. `lines` count query heads from the first of them on.
+// Key heads [first_head, end_head) against some slots. Lines are query heads, counted from that of the first key head
+// on.
 static void decode_part(const Layer *layer, const uint16_t *const *slots, int64_t count, int64_t first_head,
                         int64_t end_head, const float *apart, float *scores, int64_t room, float *tops, float *totals,
                         float *sums_of, Incoming *ahead) {
@@ -510,11 +519,11 @@ static void decode_part(const Layer *layer, const uint16_t *const *slots, int64_
     }
 }
 
-// Where a PANEL's number i lies among its even, then its odd numbers.
+// Where number i of a panel lies once its even numbers come first, then its odd ones.
 INLINE int64_t apart_place(int64_t i) { return i / PANEL * PANEL + i % 2 * LANES + i % PANEL / 2; }
 
-// A row of one token, under key heads [first_head, end_head). Its K/V is taken in parts that fit the core's own cache,
-// and while one is worked on the next one comes near: a step reads as much K/V as weights.
+// A row of one token, for key heads [first_head, end_head). Its K/V is read in parts that fit the core's own cache, and
+// while one part is worked on the next is prefetched, as a step may read as much K/V as weights.
 static int decode(const Attention *at, int64_t row, int64_t first_head, int64_t end_head) {
   const Layer *layer = at->layer;
   const Step *step = at->step;
@@ -551,7 +560,7 @@ static int decode(const Attention *at, int64_t row, int64_t first_head, int64_t 
 }
 
 // Positions first + [from, count) of a row, widened: keys as panels [head_dim, PANEL positions], values as panels
-// [KEY_BLOCK, PANEL numbers]. What lies outside is zero: it may be somebody else's, and not a number.
+// [KEY_BLOCK, PANEL numbers]. What lies outside becomes zero, as it may belong to others and not be a number.
 static void widen(const Attention *at, int64_t row, int64_t kv_head, int64_t first, int64_t from, int64_t count,
                   float *keys, float *values) {
   int64_t size = at->layer->head_dim;
@@ -643,7 +652,7 @@ static void attend_tile(const Attention *at, int64_t row, int64_t kv_head, int64
   }
 }
 
-// A row of several tokens, under one key head.
+// A row of several tokens, for one key head.
 static int prefill(const Attention *at, int64_t row, int64_t kv_head) {
   const Layer *layer = at->layer;
   const Step *step = at->step;
@@ -698,9 +707,10 @@ static int attend(const Attention *at) {
 
 // ---- a layer
 
-#define CHUNK (20 * MAX_TILE)  // tokens that go through the products together: they stay in the core's own cache
+#define CHUNK (20 * MAX_TILE)  // tokens that go through the products together, and stay in the core's cache
 
-// hidden [total_tokens, hidden_size] -> the same, in place; K/V of all rows is written before any row attends.
+// hidden [total_tokens, hidden_size] is replaced by what the layer makes of it. The K/V of all rows is written before
+// any row attends.
 int layer(const Layer *layer, const Step *step, uint16_t *cache, float *hidden) {
   int64_t total = step->total_tokens, size = layer->head_dim, queries_size = layer->heads * size;
   int64_t qkv_size = queries_size + 2 * layer->kv_heads * size, threads = step->num_threads;
