@@ -22,7 +22,7 @@ import uvloop
 from benchmarks import plots, report
 from benchmarks.hop_paths import TIMEOUT_S, GrpcPath, InlinePath, Path, StagecoachPath, TcpPath, check_frames
 from stagecoach.errors import ConfigError
-from stagecoach.process.lifecycle import listen
+from stagecoach.process.listener import listen
 from stagecoach.rpc.channel import MAX_SHARD_MESSAGE_BYTES
 
 NAMES = ("stagecoach", "no thread", "grpc bytes", "grpc protobuf", "tcp")

@@ -25,7 +25,7 @@ from benchmarks.hop_paths import (
     TIMEOUT_S,
     receive_exactly,
 )
-from stagecoach.process.lifecycle import listen
+from stagecoach.process.listener import listen
 from stagecoach.rpc.channel import MAX_SHARD_MESSAGE_BYTES
 from stagecoach.v1 import shard_pb2
 

@@ -28,7 +28,7 @@ from pathlib import Path
 from benchmarks.machine import machine_facts
 from benchmarks.plots import check_matplotlib
 from stagecoach.errors import ConfigError, StagecoachError, Unavailable
-from stagecoach.rpc.channel import check_address, split_address
+from stagecoach.rpc.addresses import check_address, split_address
 from stagecoach_local.layer_split import read_shape
 
 DEFAULT_MODEL = Path("models/smollm2-135m-instruct")

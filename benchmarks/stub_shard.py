@@ -25,6 +25,7 @@ import numpy.typing as npt
 from stagecoach import PROTOCOL_VERSION, __version__
 from stagecoach.errors import ConfigError
 from stagecoach.process import lifecycle
+from stagecoach.process.listener import listen
 from stagecoach.rpc.channel import MAX_SHARD_MESSAGE_BYTES
 from stagecoach.rpc.framing import read_frame, write_frame
 from stagecoach.rpc.shard_rpc import shard_handlers
@@ -205,7 +206,7 @@ class StubShard:
 async def serve(model: Path, address: str, num_blocks: int, stop: asyncio.Event) -> None:
     """Serves until `stop`. Raises ConfigError for a folder without a configuration."""
     stub = StubShard(model, num_blocks)
-    server, _ = lifecycle.listen(MAX_SHARD_MESSAGE_BYTES, address)
+    server, _ = listen(MAX_SHARD_MESSAGE_BYTES, address)
     handlers = shard_handlers(
         describe=stub.describe,
         assign=stub.assign,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from stagecoach.rpc.channel import check_address, split_address
+from stagecoach.rpc.addresses import check_address, split_address
 from stagecoach.security.tls import ROUTER_NAME
 from stagecoach_cli import extras
 from stagecoach_cli.options import DEFAULT_TARGET, DType, Stages

@@ -11,7 +11,8 @@ import grpc
 import grpc.aio
 
 from stagecoach.errors import InvalidArgument
-from stagecoach.rpc.channel import DEFAULT_CONNECT_TIMEOUT_S, MAX_PUBLIC_MESSAGE_BYTES, channel_options, check_address
+from stagecoach.rpc.addresses import check_address
+from stagecoach.rpc.channel import DEFAULT_CONNECT_TIMEOUT_S, MAX_PUBLIC_MESSAGE_BYTES, channel_options
 from stagecoach_client.requests import check_timeout
 from stagecoach_client.retry import Attempts
 from stagecoach_client.tls import Tls

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Sequence
 
 from stagecoach.errors import ConfigError
-from stagecoach.rpc.channel import split_address
+from stagecoach.rpc.addresses import split_address
 
 # Addresses that stand for all of this machine's, and the loopback address at which such a listener is called from here.
 WILDCARD_HOSTS = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}

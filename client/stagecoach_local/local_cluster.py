@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from stagecoach.errors import Cancelled, DeadlineExceeded, InvalidArgument, StagecoachError
-from stagecoach.rpc.channel import check_address, is_loopback, split_address
+from stagecoach.rpc.addresses import check_address, is_loopback, split_address
 from stagecoach.topology import LayerRange
 from stagecoach_client.client import Client
 from stagecoach_client.status import ClusterStatus

@@ -12,8 +12,9 @@ from typing import TypeVar
 from grpc_reflection.v1alpha import reflection
 
 from stagecoach.errors import ConfigError, KVCacheFull, Unavailable
-from stagecoach.process import lifecycle
-from stagecoach.rpc.channel import MAX_PUBLIC_MESSAGE_BYTES, MAX_SHARD_MESSAGE_BYTES, Dial, read_addresses
+from stagecoach.process.listener import listen
+from stagecoach.rpc.addresses import read_addresses
+from stagecoach.rpc.channel import MAX_PUBLIC_MESSAGE_BYTES, MAX_SHARD_MESSAGE_BYTES, Dial
 from stagecoach.rpc.health import Health
 from stagecoach.security import tls
 from stagecoach.v1 import inference_pb2, inference_pb2_grpc, model_pb2
@@ -66,7 +67,7 @@ async def serve(settings: RouterSettings, stop: asyncio.Event) -> None:
     journal = None if settings.journal is None else Journal(settings.journal)
     service = InferenceService(callers, max_stall_s=settings.max_stall_s)
     door = CallLimits(max_calls, lambda: service.retry_after_s)
-    server, port = lifecycle.listen(
+    server, port = listen(
         MAX_PUBLIC_MESSAGE_BYTES,
         settings.listen,
         max_calls + UNCOUNTED_CALLS,

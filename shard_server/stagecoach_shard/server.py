@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch
 
 from stagecoach.errors import InternalError
-from stagecoach.process import lifecycle
+from stagecoach.process.listener import listen
 from stagecoach.process.settings import parse_size
 from stagecoach.rpc.channel import MAX_SHARD_MESSAGE_BYTES, Dial
 from stagecoach.rpc.health import Health
@@ -39,7 +39,7 @@ async def serve(settings: ShardSettings, stop: asyncio.Event) -> None:
     layers = settings.layer_range()
     identity = tls.read_identity(settings.tls_cert, settings.tls_key, settings.tls_ca)
     allowed = None if identity is None else AllowedNames.read(settings.allow_peer, settings.allow_assign)
-    server, port = lifecycle.listen(
+    server, port = listen(
         MAX_SHARD_MESSAGE_BYTES, settings.listen, identity=identity, insecure=settings.insecure_listen
     )
     dial = tls.shard_dial(identity, settings.tls_shard_name)

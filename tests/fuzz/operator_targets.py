@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 
 from stagecoach import errors
-from stagecoach.rpc.channel import MAX_ADDRESSES, check_address, read_addresses
+from stagecoach.rpc.addresses import MAX_ADDRESSES, check_address, read_addresses
 from stagecoach.sampling import SamplingParams
 from stagecoach.security import tls
 from stagecoach.security.api_keys import Grant, KeyEntry, write_entry

@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from stagecoach import errors
 from stagecoach.process.settings import parse_size
-from stagecoach.rpc.channel import check_address
+from stagecoach.rpc.addresses import check_address
 from stagecoach.security.api_keys import Grant, new_entry, read_entries, write_entry
 from stagecoach.topology import LayerRange
 from stagecoach.v1 import inference_pb2 as pb

@@ -10,7 +10,7 @@ import grpc.aio
 import pytest
 
 from stagecoach import errors
-from stagecoach.process import lifecycle
+from stagecoach.process.listener import listen
 from stagecoach.rpc import channel
 from stagecoach.rpc.channel import MAX_SHARD_MESSAGE_BYTES, channel_options, dial_plainly
 from stagecoach.security.tls import ROUTER_NAME, SHARD_NAME, Identity, name_override, shard_dial
@@ -291,7 +291,7 @@ async def test_a_process_with_an_expired_certificate_is_not_connected_to(tmp_pat
     authority = ThrowawayCA(tmp_path)
     late = authority.issue(SHARD_NAME, lifetime=timedelta(minutes=-1))
     own = authority.issue(ROUTER_NAME)
-    server, port = lifecycle.listen(1024, "127.0.0.1:0", identity=Identity(*late, authority.ca, now=half_an_hour_ago))
+    server, port = listen(1024, "127.0.0.1:0", identity=Identity(*late, authority.ca, now=half_an_hour_ago))
     await server.start()
     with pytest.raises(errors.HandshakeFailed, match="expired"):
         await discovery.describe(f"127.0.0.1:{port}", shard_dial(Identity(*own, authority.ca), SHARD_NAME))
@@ -302,7 +302,7 @@ async def test_a_process_with_an_expired_certificate_is_not_connected_to(tmp_pat
 async def test_who_connects_and_says_nothing_is_cut_off(issued, monkeypatch, encrypted):
     monkeypatch.setattr(channel, "HANDSHAKE_TIMEOUT_S", 0.2)
     identity = Identity(*issued.shard, issued.ca) if encrypted else None
-    server, port = lifecycle.listen(1024, "127.0.0.1:0", identity=identity)
+    server, port = listen(1024, "127.0.0.1:0", identity=identity)
     await server.start()
     async with asyncio.timeout(TIMEOUT_S):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -313,10 +313,10 @@ async def test_who_connects_and_says_nothing_is_cut_off(issued, monkeypatch, enc
 
 async def test_a_port_in_use_is_named_with_tls_too(issued):
     identity = Identity(*issued.shard, issued.ca)
-    server, port = lifecycle.listen(1024, "127.0.0.1:0", identity=identity)
+    server, port = listen(1024, "127.0.0.1:0", identity=identity)
     await server.start()
     with pytest.raises(errors.ConfigError, match=f"cannot listen on 127.0.0.1:{port}"):
-        lifecycle.listen(1024, f"127.0.0.1:{port}", identity=identity)
+        listen(1024, f"127.0.0.1:{port}", identity=identity)
     await server.stop(None)
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from stagecoach.errors import InvalidArgument
-from stagecoach.rpc.channel import MAX_ADDRESSES, read_addresses
+from stagecoach.rpc.addresses import MAX_ADDRESSES, read_addresses
 
 
 def test_addresses_come_as_they_are_written():

@@ -7,14 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stagecoach.errors import InvalidArgument
+from stagecoach.rpc.addresses import check_address, split_address
 from stagecoach.rpc.channel import (
     MAX_PUBLIC_MESSAGE_BYTES,
     MAX_SHARD_MESSAGE_BYTES,
     channel_options,
-    check_address,
     public_limits,
     server_options,
-    split_address,
 )
 
 

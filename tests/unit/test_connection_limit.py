@@ -6,7 +6,7 @@ import resource
 
 import pytest
 
-from stagecoach.process.lifecycle import MAX_CONNECTIONS, max_connections
+from stagecoach.process.listener import MAX_CONNECTIONS, max_connections
 
 
 @pytest.mark.parametrize(

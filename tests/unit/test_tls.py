@@ -15,9 +15,10 @@ import pytest
 from cryptography import x509
 
 from stagecoach.errors import ConfigError, PermissionDenied
-from stagecoach.process import lifecycle
+from stagecoach.process.listener import listen
 from stagecoach.process.settings import read_settings
-from stagecoach.rpc.channel import dial_plainly, is_loopback
+from stagecoach.rpc.addresses import is_loopback
+from stagecoach.rpc.channel import dial_plainly
 from stagecoach.security.tls import (
     ROUTER_NAME,
     SHARD_NAME,
@@ -64,7 +65,7 @@ def test_loopback_is_what_only_this_machine_reaches(host: str) -> None:
 def test_without_tls_other_addresses_are_refused_with_the_way_out(host: str) -> None:
     assert not is_loopback(host)
     with pytest.raises(ConfigError, match=r"--tls-cert.*--insecure-listen") as caught:
-        lifecycle.listen(1, f"{host}:50051")
+        listen(1, f"{host}:50051")
     assert caught.value.field == "listen"
 
 

@@ -1,23 +1,16 @@
-"""A process's life: an event loop, a listening socket that is really ours, an orderly stop on SIGTERM and SIGINT."""
+"""A process's life: an event loop, and an orderly stop on SIGTERM and SIGINT."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import resource
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 
-import grpc.aio
 import uvloop
 
-from stagecoach.errors import ConfigError, StagecoachError
-from stagecoach.rpc.channel import check_address, is_loopback, public_limits, server_options, split_address
-from stagecoach.security.tls import Identity
-
-# Some 50 KB each while they do nothing.
-MAX_CONNECTIONS = 4096
+from stagecoach.errors import StagecoachError
 
 logger = logging.getLogger(__name__)
 
@@ -54,63 +47,3 @@ def run(program: str, main: Callable[[asyncio.Event], Awaitable[None]]) -> int:
         print(f"{program}: error: {error}", file=sys.stderr)  # noqa: T201
         return 1
     return 0
-
-
-def listen(
-    max_message_bytes: int,
-    address: str,
-    max_calls: int | None = None,
-    *,
-    identity: Identity | None = None,
-    insecure: bool = False,
-    interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
-) -> tuple[grpc.aio.Server, int]:
-    """A gRPC server, not yet started, bound to `address`, and its port (chosen by the system for port 0).
-
-    With `max_calls`, whoever connects is taken for a stranger: there are as many calls at a time, beyond which they are
-    refused with RESOURCE_EXHAUSTED, and limits on connections. With an `identity` it speaks TLS only.
-    Without one it listens on loopback only, unless `insecure`.
-
-    Raises ConfigError where it may not listen there, and where another process has the port.
-    """
-    check_address(address, "listen", listening=True)
-    if identity is None and not insecure:
-        _check_loopback(address)
-    options = server_options(max_message_bytes)
-    if max_calls is not None:
-        options += public_limits(max_connections())
-    server = grpc.aio.server(interceptors=interceptors, options=options, maximum_concurrent_rpcs=max_calls)
-    try:
-        if identity is None:
-            port = server.add_insecure_port(address)
-        else:
-            port = server.add_secure_port(address, identity.server_credentials())
-    except RuntimeError as error:
-        raise ConfigError(
-            f"listen: cannot listen on {address}: is the port in use?", field="listen", value=address
-        ) from error
-    if port == 0:
-        raise ConfigError(f"listen: cannot listen on {address}: is the port in use?", field="listen", value=address)
-    return server, port
-
-
-def max_connections() -> int:
-    """Half of the files that this process may have open: the other half is for all else, as without any left it could
-    neither open its files nor reach its shards.
-    """
-    soft_limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft_limit == resource.RLIM_INFINITY:
-        return MAX_CONNECTIONS
-    return max(1, min(MAX_CONNECTIONS, soft_limit // 2))
-
-
-def _check_loopback(address: str) -> None:
-    host, _ = split_address(address, "listen")
-    if not is_loopback(host):
-        raise ConfigError(
-            f"listen: {address} is open to other machines, and without TLS to anyone on the way: give --tls-cert, "
-            "--tls-key and --tls-ca (`stagecoach certs` makes them) or, on a network that you trust, --insecure-listen",
-            field="listen",
-            limit="a loopback address",
-            value=address,
-        )

@@ -1,15 +1,10 @@
-"""How our processes connect: the limits and timers of every channel and server, and what an address looks like."""
+"""How our processes connect: the limits and timers of every channel and server."""
 
 from __future__ import annotations
 
-import ipaddress
-import re
-from collections import Counter
 from collections.abc import Callable
 
 import grpc.aio
-
-from stagecoach.errors import InvalidArgument
 
 # Between callers and a router: prompts and tokens.
 MAX_PUBLIC_MESSAGE_BYTES = 4 * 2**20
@@ -33,12 +28,6 @@ MAX_UNSEEN_CALLS = 8192
 # Between two attempts to connect. Short at first, because a call fails at once while none is being made.
 FIRST_RECONNECT_DELAY_S = 0.1
 MAX_RECONNECT_DELAY_S = 3.0
-
-# In one list of shards.
-MAX_ADDRESSES = 1024
-
-_MAX_HOST_LENGTH = 253
-_HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
 
 Options = list[tuple[str, int]]
 # Opens a channel to the shard at HOST:PORT. How links are encrypted is decided where one is made
@@ -102,77 +91,6 @@ def public_limits(max_connections: int) -> Options:
 def dial_plainly(address: str) -> grpc.aio.Channel:
     """A channel to a shard without encryption."""
     return grpc.aio.insecure_channel(address, options=channel_options(MAX_SHARD_MESSAGE_BYTES))
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine's processes can reach a listener on `host`, as `split_address` gives it.
-
-    Of names only `localhost` counts: what another one leads to is its resolver's to say.
-    """
-    if host.lower() == "localhost":
-        return True
-    try:
-        ip = ipaddress.ip_address(host.strip("[]"))
-    except ValueError:
-        return False
-    mapped = ip.ipv4_mapped if isinstance(ip, ipaddress.IPv6Address) else None
-    return (mapped or ip).is_loopback
-
-
-def check_address(address: str, field: str, *, listening: bool = False) -> str:
-    """`address` as it came, if it is HOST:PORT; an IPv6 host stands in brackets. Else InvalidArgument with `field`.
-
-    The port is 1 to 65535; when `listening`, also 0, which means any free port.
-    """
-    host, port = split_address(address, field)
-    first_port = 0 if listening else 1
-    if not first_port <= port <= 65535:
-        limit = f"[{first_port}, 65535]"
-        raise InvalidArgument(f"{field}: port {port} is not in {limit}", field=field, limit=limit, value=address)
-    if host.startswith("["):
-        _check_ip(host[1:-1], 6, address, field)
-    elif re.fullmatch(r"[0-9.]+", host):
-        _check_ip(host, 4, address, field)
-    elif len(host) > _MAX_HOST_LENGTH or not _HOST_NAME.fullmatch(host):
-        raise _malformed(address, field, f"{host[:80]!r} is not a host name")
-    return address
-
-
-def read_addresses(text: str, field: str) -> list[str]:
-    """The addresses in "HOST:PORT,HOST:PORT", each for a process of its own. Else InvalidArgument with `field`."""
-    parts = text.split(",", MAX_ADDRESSES)
-    if len(parts) > MAX_ADDRESSES:
-        raise InvalidArgument(f"{field}: more than {MAX_ADDRESSES} addresses", field=field, limit=MAX_ADDRESSES)
-    addresses = [check_address(part.strip(), field) for part in parts]
-    twice = next((address for address, count in Counter(addresses).items() if count > 1), None)
-    if twice is not None:
-        raise InvalidArgument(f"{field}: {twice} is named twice", field=field, value=twice)
-    return addresses
-
-
-def split_address(address: str, field: str) -> tuple[str, int]:
-    """The host (an IPv6 one still in its brackets) and the port of HOST:PORT; neither is looked at any closer."""
-    if not isinstance(address, str):
-        raise _malformed(repr(address), field, "it is not a string")
-    if "//" in address:
-        raise _malformed(address, field, "leave the scheme out")
-    match = re.fullmatch(r"(?P<host>\[[^\[\]]*\]|[^\[\]:]+):(?P<port>[0-9]{1,6})", address)
-    if match is None:
-        reason = "put an IPv6 host in brackets" if address.count(":") > 1 and "[" not in address else ""
-        raise _malformed(address, field, reason)
-    return match["host"], int(match["port"])
-
-
-def _check_ip(text: str, version: int, address: str, field: str) -> None:
-    try:
-        ipaddress.IPv6Address(text) if version == 6 else ipaddress.IPv4Address(text)
-    except ValueError as error:
-        raise _malformed(address, field, f"{text!r} is not an IPv{version} address") from error
-
-
-def _malformed(address: str, field: str, reason: str) -> InvalidArgument:
-    text = f"{field} must be HOST:PORT, for example 127.0.0.1:50050; got {address[:200]!r}"
-    return InvalidArgument(f"{text} ({reason})" if reason else text, field=field, limit="HOST:PORT", value=address)
 
 
 def _message_limits(max_message_bytes: int) -> Options:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from stagecoach import PROTOCOL_VERSION, errors
 from stagecoach.errors.status import to_status
-from stagecoach.rpc.channel import check_address
+from stagecoach.rpc.addresses import check_address
 from stagecoach.rpc.forward_link import ForwardLink
 from stagecoach.rpc.framing import write_frame
 from stagecoach.rpc.watch_clock import LOOKS_PER_TIMEOUT, Silence
