@@ -89,6 +89,7 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer):
         self.stay_open = stay_open  # after the answer, until the caller goes away
         self.failures: deque[StagecoachError | grpc.StatusCode] = deque()
         self.requests: list[Any] = []
+        self.cancelled: list[str] = []  # the ids of requests that a caller has ended by name
         self.metadata: list[dict[str, Any]] = []
         self.timeouts_s: list[float] = []
         self.begun = threading.Event()
@@ -105,6 +106,10 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer):
         except StagecoachError as error:
             self._fail(error, context)
         self._stay()
+
+    def Cancel(self, request: pb.CancelRequest, context: Any) -> pb.CancelResponse:
+        self.cancelled.append(request.request_id)
+        return pb.CancelResponse()
 
     def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
         self._begin(request, context, stays=self.stay_open)

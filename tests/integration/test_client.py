@@ -123,6 +123,16 @@ async def test_dropping_a_stream_cancels_it_on_the_server(router: FakeRouter, cl
     assert await came(router.caller_left)
 
 
+@pytest.mark.parametrize("linger_s", [0.0, 60.0])
+async def test_leaving_a_stream_that_would_linger_ends_its_request_by_name(
+    router: FakeRouter, client: EitherClient, linger_s: float
+) -> None:
+    router.stay_open = True
+    async with await client.generate("x", stream=True, linger_s=linger_s, request_id="mine") as stream:
+        await anext(stream)
+    assert router.cancelled == (["mine"] if linger_s else [])
+
+
 async def test_closing_a_stream_wakes_its_reader(router: FakeRouter, client: EitherClient) -> None:
     router.answer, router.stay_open = lambda request: iter(()), True
     stream = await client.generate("x", stream=True)

@@ -131,6 +131,28 @@ async def test_other_failures_are_not_tried_again(
     assert len(router.requests) == 1
 
 
+async def test_a_stream_that_breaks_goes_on_without_a_gap_or_a_repeat(client: EitherClient, router: FakeRouter) -> None:
+    """At the first break both completions have two of three tokens; at the second, one of them has ended."""
+
+    def breaking(request: pb.GenerateRequest) -> Iterator[pb.GenerateResponse]:
+        firsts, lasts = list(words(request))[:2], list(words(request))[2:]
+        if not request.from_tokens:
+            yield from firsts
+        elif list(request.from_tokens) == [2, 2]:
+            yield lasts[0]
+        else:
+            yield lasts[1]
+            return
+        raise sdk.Unavailable("gone")
+
+    router.answer = breaking
+    stream = await client.generate("x", n=2, stream=True)
+    generation = await stream.collect()
+    assert [(each.text, each.token_ids) for each in generation.completions] == [("Hello, world", (1, 2, 3))] * 2
+    assert [list(request.from_tokens) for request in router.requests] == [[], [2, 2], [3, 2]]
+    assert len({request.request_id for request in router.requests}) == 1
+
+
 async def test_after_the_first_chunk_only_the_rest_is_asked_for(client: EitherClient, router: FakeRouter) -> None:
     def broken(request: pb.GenerateRequest) -> Iterator[pb.GenerateResponse]:
         if request.from_tokens:
