@@ -16,10 +16,11 @@ from stagecoach.topology import LayerRange
 from stagecoach_client.client import Client
 from stagecoach_client.status import ClusterStatus
 from stagecoach_client.tls import Tls
-from stagecoach_local.addresses import address_to_call, free_addresses
+from stagecoach_local.addresses import free_addresses
 from stagecoach_local.child_process import ChildProcess
 from stagecoach_local.commands import Commands, StagecoachCommands, even_threads
 from stagecoach_local.layer_split import read_shape, split_layers
+from stagecoach_local.plan import plan_processes
 from stagecoach_local.process import Process, Role
 from stagecoach_local.process_exit import ProcessDied, ProcessExit
 from stagecoach_local.supervisor import Supervisor
@@ -197,23 +198,12 @@ class LocalCluster:
                 self._supervisor.start()
 
     def _plan(self) -> list[Process]:
-        """The processes to start, in the order of `processes`, with addresses that are free now."""
-        ranges = [*self.layers * self.replicas, *[None] * self.spares]
-        *shard_addresses, listen = free_addresses([*["127.0.0.1:0"] * len(ranges), self._listen])
-        processes = []
-        for index, (layers, address) in enumerate(zip(ranges, shard_addresses, strict=True)):
-            command = self._commands.shard(index, layers, address)
-            role: Role = "spare" if layers is None else "shard"
-            processes.append(Process(self._shard_name(index), role, command, address, layers, self._on_line))
-        command = self._commands.router(shard_addresses, listen)
-        processes.append(Process("router", "router", command, address_to_call(listen), None, self._on_line))
-        return processes
-
-    def _shard_name(self, index: int) -> str:
-        replica, stage = divmod(index, len(self.layers))
-        if replica >= self.replicas:
-            return f"spare {index - self.replicas * len(self.layers) + 1}"
-        return f"shard {self.layers[stage]}" + (f" #{replica + 1}" if self.replicas > 1 else "")
+        """The processes to start, with addresses that are free now."""
+        num_shards = len(self.layers) * self.replicas + self.spares
+        *shard_addresses, listen = free_addresses([*["127.0.0.1:0"] * num_shards, self._listen])
+        return plan_processes(
+            self.layers, self.replicas, self.spares, self._commands, shard_addresses, listen, self._on_line
+        )
 
     def _end_all(self) -> None:
         with self._ending:

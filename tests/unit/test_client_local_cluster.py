@@ -14,6 +14,8 @@ from stagecoach.topology import LayerRange
 from stagecoach_local import LocalCluster
 from stagecoach_local.commands import StagecoachCommands
 from stagecoach_local.layer_split import ModelShape, read_shape, split_layers
+from stagecoach_local.plan import plan_processes
+from stagecoach_local.process import Process
 
 
 def test_stages_are_a_number_or_ranges() -> None:
@@ -140,27 +142,36 @@ def model(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_replicas_are_whole_pipelines_and_spares_have_no_layers(model: Path) -> None:
+HALVES = (LayerRange(0, 15), LayerRange(15, 30))
+
+
+def plan(commands: Recorded, replicas: int, spares: int) -> list[Process]:
+    """The processes of pipelines of two stages."""
+    addresses = [f"127.0.0.1:{port}" for port in range(1, 2 * replicas + spares + 1)]
+    return plan_processes(HALVES, replicas, spares, commands, addresses, "0.0.0.0:50050")
+
+
+def test_replicas_are_whole_pipelines_and_spares_have_no_layers() -> None:
     commands = Recorded()
-    plan = LocalCluster(model, 2, replicas=2, spares=2, commands=commands)._plan()
-    assert [(process.name, process.role) for process in plan] == [
-        ("shard 0:15 #1", "shard"),
-        ("shard 15:30 #1", "shard"),
-        ("shard 0:15 #2", "shard"),
-        ("shard 15:30 #2", "shard"),
-        ("spare 1", "spare"),
-        ("spare 2", "spare"),
-        ("router", "router"),
+    processes = plan(commands, replicas=2, spares=2)
+    assert [(process.name, process.role, process.layers) for process in processes] == [
+        ("shard 0:15 #1", "shard", HALVES[0]),
+        ("shard 15:30 #1", "shard", HALVES[1]),
+        ("shard 0:15 #2", "shard", HALVES[0]),
+        ("shard 15:30 #2", "shard", HALVES[1]),
+        ("spare 1", "spare", None),
+        ("spare 2", "spare", None),
+        ("router", "router", None),
     ]
-    ranges = [LayerRange(0, 15), LayerRange(15, 30)] * 2 + [None, None]
-    assert [(index, layers) for index, layers, _ in commands.shards] == list(enumerate(ranges))
-    assert commands.router_shards == [address for *_, address in commands.shards]
-    assert len(set(commands.router_shards)) == 6
+    assert [(index, layers) for index, layers, _ in commands.shards] == list(enumerate([*HALVES, *HALVES, None, None]))
+    assert [process.address for process in processes[:-1]] == [address for *_, address in commands.shards]
+    assert commands.router_shards == [f"127.0.0.1:{port}" for port in range(1, 7)]
+    assert processes[-1].address == "127.0.0.1:50050"
 
 
-def test_one_pipeline_needs_no_number(model: Path) -> None:
-    plan = LocalCluster(model, 2, spares=1, commands=Recorded())._plan()
-    assert [process.name for process in plan] == ["shard 0:15", "shard 15:30", "spare 1", "router"]
+def test_one_pipeline_needs_no_number() -> None:
+    names = [process.name for process in plan(Recorded(), replicas=1, spares=1)]
+    assert names == ["shard 0:15", "shard 15:30", "spare 1", "router"]
 
 
 @pytest.mark.parametrize("counts", [{"replicas": 0}, {"spares": -1}])
