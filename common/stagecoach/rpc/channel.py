@@ -43,8 +43,7 @@ def channel_options(max_message_bytes: int, *, connect_timeout_s: float = DEFAUL
     """
     return [
         *_message_limits(max_message_bytes),
-        ("grpc.keepalive_time_ms", _milliseconds(KEEPALIVE_INTERVAL_S)),
-        ("grpc.keepalive_timeout_ms", _milliseconds(KEEPALIVE_TIMEOUT_S)),
+        *_keepalive(),
         ("grpc.keepalive_permit_without_calls", 0),
         ("grpc.http2.max_pings_without_data", 0),  # no limit: a stream may be silent for as long as a prefill takes
         ("grpc.min_reconnect_backoff_ms", _milliseconds(connect_timeout_s)),  # gRPC's name for the connect timeout
@@ -56,6 +55,16 @@ def channel_options(max_message_bytes: int, *, connect_timeout_s: float = DEFAUL
     ]
 
 
+def _keepalive() -> Options:
+    return [
+        ("grpc.keepalive_time_ms", _milliseconds(KEEPALIVE_INTERVAL_S)),
+        ("grpc.keepalive_timeout_ms", _milliseconds(KEEPALIVE_TIMEOUT_S)),
+        # That of any ping, one that measures the bandwidth included. While such a one is out no other is sent, so its
+        # timeout, a minute by default, is the one that counts.
+        ("grpc.http2.ping_timeout_ms", _milliseconds(KEEPALIVE_TIMEOUT_S)),
+    ]
+
+
 def server_options(max_message_bytes: int) -> Options:
     """The options of a server whose callers use `channel_options`.
 
@@ -64,8 +73,7 @@ def server_options(max_message_bytes: int) -> Options:
     """
     return [
         *_message_limits(max_message_bytes),
-        ("grpc.keepalive_time_ms", _milliseconds(KEEPALIVE_INTERVAL_S)),
-        ("grpc.keepalive_timeout_ms", _milliseconds(KEEPALIVE_TIMEOUT_S)),
+        *_keepalive(),
         ("grpc.http2.min_ping_interval_without_data_ms", _milliseconds(KEEPALIVE_INTERVAL_S / 2)),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", _milliseconds(KEEPALIVE_INTERVAL_S / 2)),
         ("grpc.http2.max_pings_without_data", 0),
