@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -72,32 +71,24 @@ class Checkpoint:
         """By name, the files that a router needs to tokenize and to render chats, as far as they are there."""
         return {name: self.path / name for name in TOKENIZER_FILES if (self.path / name).is_file()}
 
+    @contextmanager
     def reader(
-        self, dtype: torch.dtype, device: torch.device, on_read: Callable[[], None] | None = None
-    ) -> TensorReader:
-        """Reads tensors one at a time; use it in a `with`. `on_read` is called after each."""
-        return TensorReader(self, dtype, device, on_read)
+        self, dtype: torch.dtype, device: torch.device, on_read: Callable[[], None] = lambda: None
+    ) -> Iterator[TensorReader]:
+        """Reads tensors one at a time, cast to `dtype` on `device`. `on_read` is called after each."""
+        with TensorFiles() as files:
+            yield TensorReader(self, files, dtype, device, on_read)
 
 
+@dataclass(frozen=True, slots=True)
 class TensorReader:
-    """Reads tensors one at a time, cast to one dtype on one device, until its `with` block ends."""
+    """Reads the tensors of a checkpoint, cast to one dtype on one device."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, on_read: Callable[[], None] | None
-    ) -> None:
-        self._checkpoint = checkpoint
-        self._dtype = dtype
-        self._device = device
-        self._on_read = on_read
-        self._files = TensorFiles()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._files.__exit__(kind, error, trace)
+    checkpoint: Checkpoint
+    files: TensorFiles
+    dtype: torch.dtype
+    device: torch.device
+    on_read: Callable[[], None]
 
     def read(self, name: str, shape: Sequence[int]) -> Tensor:
         """The tensor, which must have exactly this shape."""
@@ -111,18 +102,17 @@ class TensorReader:
         """
         entries = [self._entry(name, shape) for name, shape in parts]
         rows = sum(entry.shape[0] for entry in entries)
-        stacked = torch.empty(rows, *entries[0].shape[1:], dtype=self._dtype, device=self._device)
+        stacked = torch.empty(rows, *entries[0].shape[1:], dtype=self.dtype, device=self.device)
         start = 0
         for entry in entries:
-            stacked[start : start + entry.shape[0]].copy_(self._files.read(entry))
+            stacked[start : start + entry.shape[0]].copy_(self.files.read(entry))
             start += entry.shape[0]
-            self._checkpoint.names_read.append(entry.name)
-            if self._on_read is not None:
-                self._on_read()
+            self.checkpoint.names_read.append(entry.name)
+            self.on_read()
         return stacked
 
     def _entry(self, name: str, shape: Sequence[int]) -> TensorEntry:
-        entry = self._checkpoint.tensors.get(name)
+        entry = self.checkpoint.tensors.get(name)
         if entry is None:
             raise CheckpointError(
                 f"{name} is missing; config.json asks for it with shape {list(shape)}", field=name, limit=list(shape)

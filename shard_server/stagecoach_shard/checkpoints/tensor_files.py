@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -17,28 +16,20 @@ from stagecoach_shard.checkpoints.tensor_table import TensorEntry
 _READ_ERRORS = (SafetensorError, OSError, RuntimeError, TypeError, ValueError, AttributeError)
 
 
-class TensorFiles:
+class TensorFiles(ExitStack):
     """Opens each file once. What it reads are views into the file, so only what is looked at is fetched from it."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._files: dict[Path, Any] = {}
-        self._stack = ExitStack()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._files.clear()
-        self._stack.close()
+        self.callback(self._files.clear)
 
     def read(self, entry: TensorEntry) -> Tensor:
         """The tensor as it was stored, on the CPU. Raises CheckpointError with its name."""
         try:
             file = self._files.get(entry.file)
             if file is None:
-                file = self._stack.enter_context(safe_open(entry.file, framework="pt"))
+                file = self.enter_context(safe_open(entry.file, framework="pt"))
                 self._files[entry.file] = file
             tensor: Tensor = file.get_tensor(entry.name)
         except _READ_ERRORS as error:

@@ -9,7 +9,7 @@ class BlockRanges:
     """Hands out contiguous ranges of a shard's blocks, first fit."""
 
     def __init__(self, num_blocks: int) -> None:
-        self.num_blocks = num_blocks
+        self._num_blocks = num_blocks
         self._used: dict[int, int] = {}  # first block -> number of blocks
 
     @property
@@ -21,7 +21,7 @@ class BlockRanges:
         """What `num_free` would be if the range that begins at `former` were given back; None: as it is now."""
         used = sorted((first, num) for first, num in self._used.items() if first != former)
         starts = [0, *(first + num for first, num in used)]
-        ends = [*(first for first, _ in used), self.num_blocks]
+        ends = [*(first for first, _ in used), self._num_blocks]
         return max(end - start for start, end in zip(starts, ends, strict=True))
 
     def allocate(self, num_blocks: int) -> int:
@@ -31,7 +31,7 @@ class BlockRanges:
             if used_first - first >= num_blocks:
                 break
             first = used_first + self._used[used_first]
-        if num_blocks < 1 or first + num_blocks > self.num_blocks:
+        if num_blocks < 1 or first + num_blocks > self._num_blocks:
             raise KVCacheFull.of_blocks(needed=num_blocks, free=self.num_free)
         self._used[first] = num_blocks
         return first

@@ -60,11 +60,6 @@ class ServedStage:
         """How many leases are open."""
         return len(self._sessions)
 
-    @property
-    def num_blocks(self) -> int:
-        """How many K/V blocks there are, leased or free."""
-        return self._blocks.num_blocks
-
     def num_free_blocks(self, lease_id: int) -> int:
         """The most blocks that a lease can have now; if `lease_id` is open, that it can have when it is reopened."""
         session = self._sessions.get(lease_id)

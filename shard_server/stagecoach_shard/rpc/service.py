@@ -116,7 +116,7 @@ class ShardService:
             weights, cache = stage.runner.stage, stage.runner.cache
             description.shard_id = stage.shard_id
             description.layers.start, description.layers.end = weights.layers.start, weights.layers.end
-            description.num_blocks = stage.num_blocks
+            description.num_blocks = cache.num_blocks
             description.num_free_blocks = stage.num_free_blocks(lease_id)
             description.kv_cache_bytes = cache.total_bytes
             description.weights_bytes = weights.weights_bytes
