@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 import time
 from collections.abc import Callable
 
@@ -18,18 +17,6 @@ MAX_BREAK_S = 30.0
 FIRST_REATTACH_DELAY_S = 0.05
 MAX_REATTACH_DELAY_S = 1.0
 _SHORTEST_TIMEOUT_S = 0.001
-# What gRPC says of a call whose connection ended under it, and of one that never had a connection. Its text is all that
-# tells them apart: both have the same status and no metadata.
-_CONNECTION_ENDED = re.compile(r"Socket closed|Connection reset|Broken pipe|GOAWAY|Cancelling all calls|ping timeout")
-_NOT_CONNECTED = re.compile(r"failed to connect", re.IGNORECASE)
-
-
-def connection_ended(details: str) -> bool:
-    """Whether a call that failed with UNAVAILABLE and these `details` had reached a server before.
-
-    In doubt it had not. Then the call is tried again, only for a shorter time.
-    """
-    return _CONNECTION_ENDED.search(details) is not None and _NOT_CONNECTED.search(details) is None
 
 
 class Attempts:

@@ -17,14 +17,13 @@ from stagecoach.errors import (
     Cancelled,
     FailedPrecondition,
     StagecoachError,
-    Unavailable,
+    connection_ended,
     from_rpc_error,
-    from_trailing_metadata,
 )
 from stagecoach.v1.inference_pb2 import GenerateResponse
 from stagecoach_client.requests import GenerateCall
 from stagecoach_client.results import Chunk, Generation, GenerationBuilder
-from stagecoach_client.retry import Attempts, connection_ended
+from stagecoach_client.retry import Attempts
 
 # Begins the call, given the seconds to its deadline, and returns gRPC's call object.
 Begin = Callable[[float], Any]
@@ -101,7 +100,7 @@ class _Stream:
         error = from_rpc_error(failure, self._peer)
         if self._error is not None:  # the stream was closed meanwhile: then it no longer matters why the call failed
             raise self._error from failure
-        self._begun = self._begun or _ended_with_its_connection(error, failure)
+        self._begun = self._begun or connection_ended(failure)
         if self._begun:
             # A server that does not know the request has no more to say. Why the stream broke tells the caller more.
             is_unknown = self._received and self._broken is not None and isinstance(error, FailedPrecondition)
@@ -127,12 +126,6 @@ class _Stream:
         if self._error is not None:
             raise self._error
         return self._builder.build()
-
-
-def _ended_with_its_connection(error: StagecoachError, failure: grpc.RpcError) -> bool:
-    """Whether it was gRPC that ended the call, because of its connection, after the call had reached the server."""
-    is_bare = from_trailing_metadata(getattr(failure, "trailing_metadata", lambda: ())()) is None
-    return is_bare and type(error) is Unavailable and connection_ended(error.message)
 
 
 async def wait_for_event(event: asyncio.Event, timeout_s: float) -> None:

@@ -16,11 +16,12 @@ from stagecoach.errors import (
     ShardFault,
     StagecoachError,
     Unavailable,
+    connection_ended,
     to_trailing_metadata,
 )
 from stagecoach.v1 import inference_pb2 as pb
 from stagecoach_client.requests import GenerateCall, generate_call
-from stagecoach_client.retry import MAX_BREAK_S, MAX_REATTACH_DELAY_S, Attempts, connection_ended
+from stagecoach_client.retry import MAX_BREAK_S, MAX_REATTACH_DELAY_S, Attempts
 from stagecoach_client.streams import AsyncGenerationStream, GenerationStream
 
 
@@ -295,7 +296,7 @@ def test_an_address_where_nobody_was_is_given_up_soon() -> None:
     ],
 )
 def test_a_lost_connection_is_told_from_one_that_never_was(details: str, ended: bool) -> None:
-    assert connection_ended(details) == ended
+    assert connection_ended(Lost(details)) == ended
 
 
 def test_a_full_server_is_no_answer_to_a_stream_that_broke() -> None:

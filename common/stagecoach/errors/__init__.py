@@ -1,6 +1,6 @@
 """Every error that a Stagecoach process raises or passes on: a tree of classes, and how they travel over gRPC."""
 
-from stagecoach.errors.failed_calls import from_rpc_error
+from stagecoach.errors.failed_calls import connection_ended, from_rpc_error
 from stagecoach.errors.status import from_trailing_metadata, to_trailing_metadata
 from stagecoach.errors.tree import (
     Cancelled,
@@ -50,6 +50,7 @@ __all__ = [
     "Unauthenticated",
     "Unavailable",
     "Unimplemented",
+    "connection_ended",
     "from_rpc_error",
     "from_trailing_metadata",
     "to_trailing_metadata",

@@ -1,7 +1,8 @@
 """What it means that a call failed: the error that the server sent or, where gRPC itself ended the call, one of ours.
 
 gRPC says why it ended a call in words only. So a few of them are looked for here, and nowhere else: those that tell
-whether a retry can help, or what an operator has to change. What is not recognised stays what its code says.
+whether a retry can help, whether the call had reached the server, and what an operator has to change. What is not
+recognised stays what its code says.
 """
 
 from __future__ import annotations
@@ -41,15 +42,18 @@ _VERIFY_FAILED = re.compile(r"CERTIFICATE_VERIFY_FAILED(?:: (?P<reason>[a-z][a-z
 _OTHER_NAME = re.compile(r"Hostname Verification Check failed|is not in peer certificate")
 _CLOSED_AT_ONCE = re.compile(r"failed to connect.*(Socket closed|Connection reset)", re.DOTALL)
 
+# What gRPC says of a call whose connection ended under it, and of one that never had a connection.
+_CONNECTION_ENDED = re.compile(r"Socket closed|Connection reset|Broken pipe|GOAWAY|Cancelling all calls|ping timeout")
+_NOT_CONNECTED = re.compile(r"failed to connect", re.IGNORECASE)
+
 
 def from_rpc_error(error: grpc.RpcError, peer: str) -> tree.StagecoachError:
     """The error behind a failed call to `peer` (HOST:PORT). It is about the peer, unless that says who else it is."""
-    sent = from_trailing_metadata(getattr(error, "trailing_metadata", lambda: ())())
+    sent = _sent_error(error)
     if sent is not None:
         sent.addresses = sent.addresses or (peer,)
         return sent
-    code = error.code() if hasattr(error, "code") else grpc.StatusCode.UNKNOWN
-    details = (error.details() if hasattr(error, "details") else str(error)) or ""
+    code, details = _code_and_details(error)
     kind, retry_after_s = _BY_CODE.get(code, tree.StagecoachError), 0.0
     if _STATUS_LOST in details:
         kind = tree.InternalError
@@ -63,6 +67,29 @@ def from_rpc_error(error: grpc.RpcError, peer: str) -> tree.StagecoachError:
         # The accepting side closes the connection on whoever it does not like, and says why in its own log only.
         details += " (it hung up at once: perhaps it speaks TLS, and we do not, or it wants another certificate of us)"
     return kind(f"{peer}: {details or code.name}", retry_after_s=retry_after_s, addresses=[peer])
+
+
+def connection_ended(error: grpc.RpcError) -> bool:
+    """Whether it was gRPC that ended a call, because of its connection, after the call had reached the server.
+
+    In doubt it had not. Then the call is tried again, only for a shorter time.
+    """
+    code, details = _code_and_details(error)
+    return (
+        code is grpc.StatusCode.UNAVAILABLE
+        and _CONNECTION_ENDED.search(details) is not None
+        and _NOT_CONNECTED.search(details) is None
+        and _sent_error(error) is None
+    )
+
+
+def _sent_error(error: grpc.RpcError) -> tree.StagecoachError | None:
+    return from_trailing_metadata(getattr(error, "trailing_metadata", lambda: ())())
+
+
+def _code_and_details(error: grpc.RpcError) -> tuple[grpc.StatusCode, str]:
+    code = error.code() if hasattr(error, "code") else grpc.StatusCode.UNKNOWN
+    return code, (error.details() if hasattr(error, "details") else str(error)) or ""
 
 
 def why_no_handshake(details: str) -> str:
