@@ -1,3 +1,5 @@
+"""Addresses are checked and split, and the options of channels and servers fit together."""
+
 from __future__ import annotations
 
 import ipaddress

@@ -1,3 +1,5 @@
+"""The figures of a load: percentiles, rates and gaps, from the times at which tokens came."""
+
 from __future__ import annotations
 
 import numpy as np

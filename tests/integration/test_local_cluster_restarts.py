@@ -18,7 +18,7 @@ from stagecoach_client import Client
 from stagecoach_local import LocalCluster
 from stagecoach_local.process_exit import ProcessDied
 from stagecoach_local.restarts import MAX_FAILED_STARTS
-from tests.integration.test_client_up import SHARD, FakeCommands, gone
+from tests.integration.test_local_cluster_processes import SHARD, FakeCommands, gone
 
 TIMEOUT_S = 30
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="watches processes by pidfd, which is Linux's")

@@ -1,3 +1,5 @@
+"""How a model is split over local processes, which processes there are, and what they are started with."""
+
 from __future__ import annotations
 
 import json
