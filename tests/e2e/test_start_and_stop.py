@@ -12,7 +12,7 @@ import pytest
 
 from stagecoach_client import Client
 from tests.cluster import free_port
-from tests.e2e.processes import run, running, shard_arguments
+from tests.e2e.processes import run, run_each, running, shard_arguments
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc, which is Linux's")
 
@@ -63,50 +63,48 @@ def edited_copy(model, folder, **changes):
     return folder
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model_type": "gpt_neox"}, "gpt_neox"),
-        ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"num_hidden_layers": 3}, "layers"),
-        ({"intermediate_size": 95}, "mlp"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0}}, "yarn"),
-    ],
-)
-def test_a_checkpoint_that_cannot_be_served_is_refused_at_start_with_the_fields_name(
-    tiny_model, tmp_path, changes, message
-):
-    model = edited_copy(tiny_model, tmp_path / "model", **changes)
-    ended = run("stagecoach-shard", *shard_arguments(model, "0:4", free_port()))
-    assert ended.returncode == 1
-    assert "stagecoach-shard: error: " in ended.stderr
-    assert message in ended.stderr
-    assert "Traceback" not in ended.stderr
+# What is changed in a checkpoint's config.json, and what the refusal names.
+UNSERVABLE = [
+    ({"model_type": "gpt_neox"}, "gpt_neox"),
+    ({"hidden_act": "gelu"}, "hidden_act"),
+    ({"num_hidden_layers": 3}, "layers"),
+    ({"intermediate_size": 95}, "mlp"),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0}}, "yarn"),
+]
+MISTYPED = [
+    ({"layers": "0:9"}, "layers 0:9 were asked for"),
+    ({"layers": "4:2"}, "layers 4:2 is empty"),
+    ({"layers": "two"}, "START:END"),
+    ({"kv-cache-memory": "1K"}, "kv-cache-memory"),
+    ({"kv-cache-memory": "900T"}, "kv-cache-memory"),
+    ({"device": "cuda:7"}, "cuda:7"),
+    ({"model": "/nonexistent"}, "/nonexistent"),
+    ({"dtype": "int3"}, "dtype"),
+    ({"speed": "ludicrous"}, "--speed"),
+]
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ({"layers": "0:9"}, "layers 0:9 were asked for"),
-        ({"layers": "4:2"}, "layers 4:2 is empty"),
-        ({"layers": "two"}, "START:END"),
-        ({"kv-cache-memory": "1K"}, "kv-cache-memory"),
-        ({"kv-cache-memory": "900T"}, "kv-cache-memory"),
-        ({"device": "cuda:7"}, "cuda:7"),
-        ({"model": "/nonexistent"}, "/nonexistent"),
-        ({"dtype": "int3"}, "dtype"),
-        ({"speed": "ludicrous"}, "--speed"),
-    ],
-)
-def test_a_mistyped_flag_is_named(tiny_model, flags, message):
-    arguments = {"model": tiny_model, "layers": "0:4", "listen": f"127.0.0.1:{free_port()}", "kv-cache-memory": "4M"}
-    ended = run(
-        "stagecoach-shard", *(part for key, value in (arguments | flags).items() for part in (f"--{key}", str(value)))
+def test_a_checkpoint_that_cannot_be_served_is_refused_at_start_with_the_fields_name(tiny_model, tmp_path):
+    models = [
+        edited_copy(tiny_model, tmp_path / str(number), **changes) for number, (changes, _) in enumerate(UNSERVABLE)
+    ]
+    runs = run_each("stagecoach-shard", [shard_arguments(model, "0:4", free_port()) for model in models])
+    for (changes, message), ended in zip(UNSERVABLE, runs, strict=True):
+        assert ended.returncode == 1, changes
+        assert "stagecoach-shard: error: " in ended.stderr
+        assert message in ended.stderr
+        assert "Traceback" not in ended.stderr
+
+
+def test_a_mistyped_flag_is_named(tiny_model):
+    runs = run_each(
+        "stagecoach-shard", [shard_arguments(tiny_model, "0:4", free_port(), **flags) for flags, _ in MISTYPED]
     )
-    assert ended.returncode in (1, 2)
-    assert "error: " in ended.stderr
-    assert message in ended.stderr
-    assert "Traceback" not in ended.stderr
+    for (flags, message), ended in zip(MISTYPED, runs, strict=True):
+        assert ended.returncode in (1, 2), flags
+        assert "error: " in ended.stderr
+        assert message in ended.stderr
+        assert "Traceback" not in ended.stderr
 
 
 @pytest.mark.parametrize(

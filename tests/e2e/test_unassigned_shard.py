@@ -10,7 +10,7 @@ from stagecoach.v1 import model_pb2
 from stagecoach.v1 import shard_pb2 as pb
 from stagecoach.v1.shard_pb2_grpc import ShardStub
 from tests.cluster import free_port
-from tests.e2e.processes import run, running, shard_arguments
+from tests.e2e.processes import run, run_each, running, shard_arguments
 
 TIMEOUT_S = 60.0
 
@@ -39,25 +39,25 @@ def test_it_stops_with_status_0(tiny_model, number, assigned):
     assert not [line for line in shard.lines if "Traceback" in line]
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ({"layers": "automatic"}, "or auto"),
-        ({"model": "/nonexistent"}, "/nonexistent"),
-        ({"device": "cuda:7"}, "cuda:7"),
-        ({"kv-cache-memory": "plenty"}, "kv-cache-memory"),
-        ({"kernels": "native", "dtype": "float32"}, "native is for bfloat16"),
-    ],
-)
-def test_what_cannot_work_with_any_layers_is_said_at_the_start(tiny_model, flags, message):
-    facts = {"model": tiny_model, "layers": "auto", "listen": f"127.0.0.1:{free_port()}", "kv-cache-memory": "4M"}
-    ended = run(
-        "stagecoach-shard", *(part for key, value in (facts | flags).items() for part in (f"--{key}", str(value)))
+# Flags that cannot work, and what the refusal names.
+HOPELESS = [
+    ({"layers": "automatic"}, "or auto"),
+    ({"model": "/nonexistent"}, "/nonexistent"),
+    ({"device": "cuda:7"}, "cuda:7"),
+    ({"kv-cache-memory": "plenty"}, "kv-cache-memory"),
+    ({"kernels": "native", "dtype": "float32"}, "native is for bfloat16"),
+]
+
+
+def test_what_cannot_work_with_any_layers_is_said_at_the_start(tiny_model):
+    runs = run_each(
+        "stagecoach-shard", [shard_arguments(tiny_model, "auto", free_port(), **flags) for flags, _ in HOPELESS]
     )
-    assert ended.returncode == 1
-    assert "stagecoach-shard: error: " in ended.stderr
-    assert message in ended.stderr
-    assert "Traceback" not in ended.stderr
+    for (flags, message), ended in zip(HOPELESS, runs, strict=True):
+        assert ended.returncode == 1, flags
+        assert "stagecoach-shard: error: " in ended.stderr
+        assert message in ended.stderr
+        assert "Traceback" not in ended.stderr
 
 
 def test_help_says_that_layers_may_be_assigned():
