@@ -65,7 +65,7 @@ async def serve(settings: RouterSettings, stop: asyncio.Event) -> None:
     keys = None if settings.api_keys is None else await asyncio.to_thread(KeyFile, settings.api_keys)
     callers = Tenants(None, time.monotonic()) if keys is None else keys.callers
     journal = None if settings.journal is None else Journal(settings.journal)
-    service = InferenceService(callers, max_stall_s=settings.max_stall_s)
+    service = InferenceService(max_stall_s=settings.max_stall_s)
     door = CallLimits(max_calls, lambda: service.retry_after_s)
     server, port = listen(
         MAX_PUBLIC_MESSAGE_BYTES,
@@ -73,7 +73,7 @@ async def serve(settings: RouterSettings, stop: asyncio.Event) -> None:
         max_calls + UNCOUNTED_CALLS,
         identity=_edge_identity(settings),
         insecure=settings.insecure_listen,
-        interceptors=[door] if keys is None else [AuthInterceptor(callers), door],
+        interceptors=[AuthInterceptor(callers), door],
     )
     dial = tls.shard_dial(identity, settings.tls_shard_name)
     inference_pb2_grpc.add_InferenceServicer_to_server(service, server)  # type: ignore[no-untyped-call]

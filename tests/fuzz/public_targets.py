@@ -20,7 +20,7 @@ from stagecoach.security.api_keys import Grant, new_entry, read_entries, write_e
 from stagecoach.topology import LayerRange
 from stagecoach.v1 import inference_pb2 as pb
 from stagecoach.v1 import model_pb2
-from stagecoach_router.frontend.grpc_service import read_request
+from stagecoach_router.frontend.convert import read_request
 from stagecoach_router.tenants.tenants import Tenants
 from stagecoach_router.text import tokenizer as router_tokenizer
 from stagecoach_router.text.chat_template import ChatTemplate
@@ -71,11 +71,10 @@ def _files() -> dict[str, bytes]:
 def generate(scratch: Path) -> Target:
     """A GenerateRequest, up to the request that the engine is given."""
     tokenizer = router_tokenizer.Tokenizer(ModelFiles(_files()))
-    engine = SimpleNamespace(usual_capacity_tokens=lambda num_prompt_tokens: 64 * 16)
+    engine: Any = SimpleNamespace(usual_capacity_tokens=lambda num_prompt_tokens: 64 * 16)
     caller = Tenants(None, 0.0).identify(())
     model = model_pb2.ModelDescription(name="m", vocab_size=tokenizer.vocab_size, context_length=CONTEXT_LENGTH)
     encoder = PromptEncoder(tokenizer, ChatTemplate.from_files(ModelFiles(_files()), TemplateProcess()))
-    serving: Any = SimpleNamespace(model=model, tokenizer=tokenizer, encoder=encoder, engine=engine)
     loop = asyncio.new_event_loop()
     sampling = pb.SamplingParams(
         temperature=0.7,
@@ -106,7 +105,8 @@ def generate(scratch: Path) -> Target:
             message = pb.GenerateRequest.FromString(data)
         except DecodeError as error:
             raise errors.InvalidArgument(str(error)) from error
-        request = loop.run_until_complete(asyncio.wait_for(read_request(message, serving, caller), WAIT_S))
+        reading = read_request(message, model=model, encoder=encoder, engine=engine, caller=caller)
+        request = loop.run_until_complete(asyncio.wait_for(reading, WAIT_S))
         assert request.params.max_tokens is not None
         assert 1 <= request.params.max_tokens <= CONTEXT_LENGTH - len(request.prompt_tokens)
         assert all(0 <= token < tokenizer.vocab_size for token in request.prompt_tokens)

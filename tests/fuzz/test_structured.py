@@ -15,7 +15,7 @@ from stagecoach import errors
 from stagecoach.rpc.framing import PAYLOAD_FIELD, read_frame
 from stagecoach.v1 import inference_pb2, model_pb2
 from stagecoach.v1 import shard_pb2 as pb
-from stagecoach_router.frontend.grpc_service import read_params
+from stagecoach_router.frontend.convert import read_params
 from stagecoach_router.pipelines.shard_description import check_description
 from stagecoach_shard.checkpoints.raw_config import RawConfig
 from stagecoach_shard.checkpoints.tensor_table import read_header

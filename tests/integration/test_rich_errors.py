@@ -13,6 +13,7 @@ from grpc_status import rpc_status
 from stagecoach.v1 import inference_pb2 as pb
 from stagecoach.v1 import inference_pb2_grpc
 from stagecoach.v1.inference_pb2_grpc import InferenceStub
+from stagecoach_router.frontend.auth_interceptor import AuthInterceptor
 from stagecoach_router.frontend.grpc_service import InferenceService
 from stagecoach_router.tenants.tenants import Tenants
 
@@ -22,8 +23,8 @@ TIMEOUT_S = 20.0
 @pytest.fixture
 async def address():
     """A router's public service without a pipeline behind it."""
-    server = grpc.aio.server()
-    inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(Tenants(None, 0.0)), server)
+    server = grpc.aio.server(interceptors=[AuthInterceptor(Tenants(None, 0.0))])
+    inference_pb2_grpc.add_InferenceServicer_to_server(InferenceService(), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     yield f"127.0.0.1:{port}"

@@ -127,7 +127,8 @@ class Simulation:
             self._complete(plan, sent_s, timings)
 
     def _complete(self, plan, sent_s: float, timings: list[StageSeconds]) -> None:
-        self.scheduler.observe(plan, timings if self._timed else [], self.now_s - sent_s)
+        if self._timed:
+            self.pacing.observe(StepShape.of(plan.rows), timings, self.now_s - sent_s)
         for row in self.scheduler.complete(plan):
             self.arrivals[row.sequence.seq_id].append(self.now_s)
             self.scheduler.append_token(row.sequence, 1)

@@ -9,23 +9,17 @@ import pytest
 
 from stagecoach.errors import FailedPrecondition
 from stagecoach.v1 import inference_pb2 as pb
-from stagecoach_router.frontend import grpc_service
+from stagecoach_router.frontend import auth_interceptor, grpc_service
 from stagecoach_router.frontend.grpc_service import InferenceService
 from stagecoach_router.tenants.tenants import Tenants
 
 
 def make_service(**serving: Any) -> InferenceService:
-    service = InferenceService(Tenants(None, 0.0))
+    auth_interceptor._calling_tenant.set(Tenants(None, 0.0).identify(()))
+    service = InferenceService()
     facts: Any = SimpleNamespace(model=SimpleNamespace(name="tiny"), **serving)
     service.serving = facts
     return service
-
-
-class Context:
-    """A call that ends with the error it is aborted with."""
-
-    def invocation_metadata(self) -> tuple[()]:
-        return ()
 
 
 class JustLapsed:
@@ -44,7 +38,7 @@ async def test_a_request_that_is_forgotten_between_two_looks_is_not_known(monkey
 
     monkeypatch.setattr(grpc_service, "abort", abort)
     service = make_service(accepted=JustLapsed())
-    context: Any = Context()
+    context: Any = None
     with pytest.raises(FailedPrecondition, match="not known here, or not any more"):
         await service.Generate(pb.GenerateRequest(request_id="old", from_tokens=[3]), context)
 
@@ -58,5 +52,5 @@ async def test_a_status_is_of_what_was_served_when_it_was_asked_for(monkeypatch:
     pipeline = SimpleNamespace(lost=None, refresh_loads=stop_serving)
     engine = SimpleNamespace(replicas=[SimpleNamespace(pipeline=pipeline)])
     service = make_service(engine=engine, registry=None, totals=None)
-    context: Any = Context()
+    context: Any = None
     assert await service.GetClusterStatus(pb.GetClusterStatusRequest(), context) is written

@@ -2,7 +2,7 @@
 
 import pytest
 
-from stagecoach.errors import InvalidArgument, OutOfRange, Overloaded
+from stagecoach.errors import OutOfRange, Overloaded
 from stagecoach.sampling import SamplingParams
 from stagecoach_router.scheduling.block_manager import BlockManager
 from stagecoach_router.scheduling.retry_after import MAX_S, WINDOW_S
@@ -575,7 +575,6 @@ def test_free_slots_do_not_lengthen_the_queue_when_blocks_are_short():
 @pytest.mark.parametrize(
     ("num_blocks", "prompt", "max_tokens", "field", "limit"),
     [
-        (1000, 50, 1, "prompt", "49"),  # past the context length of 50
         (5, 20, None, "prompt", "19"),  # past the K/V cache of 20
         (5, 10, 11, "max_tokens", "10"),
         (1000, 49, 10_000, None, None),
@@ -593,8 +592,3 @@ def test_what_can_never_fit_is_refused(num_blocks, prompt, max_tokens, field, li
         add(scheduler, 1, prompt, max_tokens)
     assert (refusal.value.field, refusal.value.limit, refusal.value.retryable) == (field, limit, False)
     assert scheduler.num_waiting == 0
-
-
-def test_empty_prompt_is_refused():
-    with pytest.raises(InvalidArgument):
-        add(make_scheduler(), 1, 0)

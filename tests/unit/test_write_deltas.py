@@ -6,7 +6,7 @@ from typing import Any
 
 from stagecoach.sampling import SamplingParams
 from stagecoach.v1 import inference_pb2 as pb
-from stagecoach_router.frontend.grpc_service import write_deltas
+from stagecoach_router.frontend.convert import write_deltas
 from stagecoach_router.requests.completion import OutputDelta
 from stagecoach_router.requests.request import Request
 from stagecoach_router.requests.request_state import RequestState

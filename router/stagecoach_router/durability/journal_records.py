@@ -37,7 +37,7 @@ def read_request(request_id: object, content: object, cache_salt: object) -> Req
     params, prompt_tokens, priority = values["params"], values["prompt_tokens"], values["priority"]
     if not isinstance(params, dict) or params.keys() - _PARAMS:
         raise InvalidArgument("params: other fields than they have", field="params")
-    if not isinstance(prompt_tokens, list) or not all(_is_whole(each, 0, _MAX_TOKEN_ID) for each in prompt_tokens):
+    if not isinstance(prompt_tokens, list) or not all(type(each) is int for each in prompt_tokens):
         raise InvalidArgument("prompt_tokens: not token ids", field="prompt_tokens")
     if not _is_whole(priority, -_MAX_PRIORITY, _MAX_PRIORITY - 1):
         raise InvalidArgument("priority: not a whole number", field="priority")

@@ -246,12 +246,11 @@ class JournalStore:
     def _read(
         self, owner: object, request_id: object, digest: object, content: object, cache_salt: object
     ) -> JournaledRequest:
-        if not isinstance(owner, str) or not isinstance(request_id, str) or not isinstance(digest, bytes):
-            raise InvalidArgument("key: not text, or a digest that is not bytes", field="key")
+        if not isinstance(owner, str) or not isinstance(digest, bytes):
+            raise InvalidArgument("owner: not text, or a digest that is not bytes", field="owner")
         request = read_request(request_id, content, cache_salt)
-        return JournaledRequest(
-            (owner, request_id), digest, request, self._tokens((owner, request_id), request.params.n)
-        )
+        key = (owner, request.request_id)
+        return JournaledRequest(key, digest, request, self._tokens(key, request.params.n))
 
     def _tokens(self, key: RequestKey, num_completions: int) -> list[list[Sampled]]:
         past: list[list[Sampled]] = [[] for _ in range(num_completions)]

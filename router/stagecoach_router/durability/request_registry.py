@@ -8,7 +8,6 @@ the last of its calls broke.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import secrets
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +16,6 @@ from dataclasses import replace
 from typing import Protocol
 
 from stagecoach import errors
-from stagecoach.v1 import inference_pb2 as pb
 from stagecoach_router.durability.retention import Retention
 from stagecoach_router.engine.engine import Engine
 from stagecoach_router.requests.output_stream import OutputReader
@@ -38,15 +36,6 @@ class Log(Protocol):
 
     def forget(self, key: RequestKey) -> None:
         """A request has failed, or was kept for long enough: nothing of it is needed any more."""
-
-
-def content_digest(request: pb.GenerateRequest) -> bytes:
-    """SHA-256 of what is asked, without how the call wants it delivered."""
-    content = pb.GenerateRequest()
-    content.CopyFrom(request)
-    for field in ("request_id", "from_tokens", "linger_s"):
-        content.ClearField(field)
-    return hashlib.sha256(content.SerializeToString(deterministic=True)).digest()
 
 
 class RequestRegistry:

@@ -78,6 +78,8 @@ class StepLoop:
         self._counters = counters
         self._on_token = on_token
         self._fail = fail
+        assert scheduler.pacing is not None, "set when the pipeline was opened"
+        self._pacing = scheduler.pacing
         self._next_step = 1
         self._in_flight: deque[_Step] = deque()
 
@@ -129,7 +131,7 @@ class StepLoop:
             self._probe.token_came(time.perf_counter())
             self._on_token(False)
         stages = [StageSeconds(timing.queue_s, timing.compute_s) for timing in result.timings]
-        self._scheduler.observe(step.plan, stages, round_trip_s)
+        self._pacing.observe(step.shape, stages, round_trip_s)
         slow = self._straggler.observe(step.shape, stages, round_trip_s, time.monotonic())
         if slow is not None:
             address = self._pipeline.stages[slow].address
@@ -142,9 +144,7 @@ class StepLoop:
         shape = StepShape.of(plan.rows)
         self._in_flight.append(_Step(plan, order, shape, self._next_step, time.perf_counter(), is_probe))
         self._next_step += 1
-        pacing = self._scheduler.pacing
-        assert pacing is not None, "set when the pipeline was opened"
-        pipeline.send(frame, self._probe.expected_s if is_probe else pacing.expected_s(shape))
+        pipeline.send(frame, self._probe.expected_s if is_probe else self._pacing.expected_s(shape))
 
     def _take_tokens(
         self, step: _Step, outputs: list[GroupOutputs], deltas: list[tuple[RequestState, OutputDelta]]

@@ -1,8 +1,9 @@
-"""Who has no API key gets no further than the health check. In front of every service of the router."""
+"""Finds out whose each call is, once; a call without a known API key gets no further than the health check."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from typing import Any
 
 import grpc
@@ -10,7 +11,7 @@ import grpc.aio
 
 from stagecoach import errors
 from stagecoach.errors.status import abort
-from stagecoach_router.tenants.tenants import Tenants
+from stagecoach_router.tenants.tenants import Tenant, Tenants
 
 # What probes ask. Not Watch: it keeps a call open, and strangers are not to use up those that there may be.
 HEALTH_CHECK = "/grpc.health.v1.Health/Check"
@@ -19,8 +20,21 @@ HEALTH_CHECK = "/grpc.health.v1.Health/Check"
 Find = Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any] | None"]]
 
 
+# gRPC runs interceptors and method of a call in one task, so what is set here is read there.
+_calling_tenant: ContextVar[Tenant] = ContextVar("calling_tenant")
+
+
+def calling_tenant() -> Tenant:
+    """Whose call this is. To be asked within a call that the interceptor has let in."""
+    return _calling_tenant.get()
+
+
 class AuthInterceptor(grpc.aio.ServerInterceptor):
-    """Refuses every call but a health check that brings no known key: also of services that are added later."""
+    """In front of every service of the router, also of those that are added later.
+
+    It refuses every call but a health check that brings no known key. Where there are no keys, everyone is the same
+    tenant.
+    """
 
     def __init__(self, callers: Tenants) -> None:
         self._callers = callers
@@ -31,7 +45,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         """The method's handler, or one that refuses."""
         if handler_call_details.method != HEALTH_CHECK:
             try:
-                self._callers.identify(handler_call_details.invocation_metadata)
+                _calling_tenant.set(self._callers.identify(handler_call_details.invocation_metadata))
             except errors.Unauthenticated as error:
                 return _refusal(error)
         return await continuation(handler_call_details)

@@ -19,9 +19,8 @@ from typing import Any
 
 from stagecoach.errors import OutOfRange
 from stagecoach_router.scheduling.block_manager import BlockManager
-from stagecoach_router.scheduling.cost_model import StepShape
 from stagecoach_router.scheduling.deadlines import Deadlines
-from stagecoach_router.scheduling.pacing import NO_PROMPTS, Pace, Pacing, Prompts, StageSeconds
+from stagecoach_router.scheduling.pacing import NO_PROMPTS, Pace, Pacing, Prompts
 from stagecoach_router.scheduling.plan import BlockTableUpdate, Draft, Plan, Row
 from stagecoach_router.scheduling.sequence import Sequence
 from stagecoach_router.scheduling.waiting_queue import WaitingQueue, by_order, by_priority_then_arrival, token_limit
@@ -38,10 +37,10 @@ class Scheduler:
     """Sequences in, plans out.
 
     max_batch_tokens: tokens of one step. max_running: slots. max_waiting: sequences beyond those that can start right
-    away. num_lanes: steps in flight; where `pacing` is given, it decides that and how long chunks of prefill are, from
-    what `observe` tells it. max_logit_rows: rows of one step that want logits (whole rows of a vocabulary are
-    large); None: as many as run. context_length: tokens of one sequence, prompt and output. order_key: sorts
-    first what is to be admitted first and preempted last; taken once for each sequence, ties go by seq_id.
+    away. num_lanes: steps in flight; where `pacing` is given, it decides that, and how long chunks of prefill are.
+    max_logit_rows: rows of one step that want logits (whole rows of a vocabulary are large); None: as many as run.
+    context_length: tokens of one sequence, prompt and output. order_key: sorts first what is to be admitted first and
+    preempted last; taken once for each sequence, ties go by seq_id.
     """
 
     def __init__(
@@ -124,8 +123,8 @@ class Scheduler:
     def add(self, sequence: Sequence, *, was_accepted: bool = False) -> None:
         """Queues a sequence; sets its `token_limit`, at which the caller has to remove it.
 
-        Raises OutOfRange if it can never fit, InvalidArgument if the prompt is empty, Overloaded if the queue is full
-        and it was not accepted before, by another process.
+        Raises OutOfRange if it can never fit the K/V cache, Overloaded if the queue is full and it was not accepted
+        before, by another process.
         """
         assert sequence.order is None, f"{sequence} was added before"
         sequence.token_limit = token_limit(
@@ -176,11 +175,6 @@ class Scheduler:
         for row in rows:
             row.sequence.sampling = True
         return rows
-
-    def observe(self, plan: Plan, stages: list[StageSeconds], round_trip_s: float) -> None:
-        """Tells the pacing where a step's time went: at each stage, and from its sending to its result."""
-        if self.pacing is not None:
-            self.pacing.observe(StepShape.of(plan.rows), stages, round_trip_s)
 
     def append_token(self, sequence: Sequence, token_id: int) -> None:
         """A token was sampled from the logits that `complete` handed out. The sequence is ready again."""

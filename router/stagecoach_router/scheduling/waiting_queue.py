@@ -1,4 +1,4 @@
-"""Who comes in: what is refused at the door, who waits, and who of them gets blocks and may run. Pure."""
+"""Which sequences are refused, which wait, and which of those get blocks and may run. Pure."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any
 
-from stagecoach.errors import InvalidArgument, OutOfRange, Overloaded
+from stagecoach.errors import OutOfRange, Overloaded
 from stagecoach_router.scheduling.block_manager import BlockManager
 from stagecoach_router.scheduling.retry_after import RetryAfter
 from stagecoach_router.scheduling.sequence import Sequence
@@ -29,23 +29,20 @@ def by_priority_then_arrival(sequence: Sequence) -> tuple[int, int]:
 def token_limit(sequence: Sequence, *, context_length: int, capacity: int) -> int:
     """Tokens, prompt and output, that a sequence may come to. `capacity` is the positions that all blocks hold.
 
-    Raises InvalidArgument if the prompt is empty, OutOfRange if the sequence would not fit even if it were alone.
+    Raises OutOfRange if the sequence would not fit them even if it were alone.
     """
     num_prompt = len(sequence.prompt_tokens)
-    longest = min(context_length, capacity)
-    if not num_prompt:
-        raise InvalidArgument("the prompt is empty", field="prompt")
-    if num_prompt >= longest:
-        what = "the context length" if longest == context_length else "the K/V cache"
+    assert 0 < num_prompt < context_length, "checked where the request came in"
+    if num_prompt >= capacity:
         raise OutOfRange(
-            f"the prompt has {num_prompt} tokens; {what} is {longest}, and one has to be left for the output",
+            f"the prompt has {num_prompt} tokens; the K/V cache is {capacity}, and one has to be left for the output",
             field="prompt",
-            limit=longest - 1,
+            limit=capacity - 1,
             value=num_prompt,
         )
     max_tokens = sequence.params.max_tokens
     if max_tokens is None:
-        return longest
+        return min(context_length, capacity)
     limit = min(num_prompt + max_tokens, context_length)
     if limit > capacity:
         raise OutOfRange(

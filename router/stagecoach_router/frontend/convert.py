@@ -1,0 +1,156 @@
+"""Between the public messages and the router's own types. Protobuf goes no further than this.
+
+What a caller sends is checked here, once; what is inside is trusted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+from stagecoach import errors
+from stagecoach.sampling import SamplingParams
+from stagecoach.v1 import inference_pb2 as pb
+from stagecoach.v1 import model_pb2
+from stagecoach_router.engine.engine import Engine
+from stagecoach_router.requests.completion import FinishReason, OutputDelta
+from stagecoach_router.requests.request import Request, check_params, check_prompt, with_max_tokens
+from stagecoach_router.requests.request_state import RequestState
+from stagecoach_router.tenants.tenants import Tenant
+from stagecoach_router.text.prompt_encoder import PromptEncoder
+from stagecoach_router.text.tokenizer import Tokenizer
+
+MAX_CHAT_MESSAGES = 4096
+MAX_REQUEST_ID_LENGTH = 128
+MAX_CACHE_SALT_LENGTH = 128
+_FINISH_REASONS = {
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+}
+
+
+def content_digest(request: pb.GenerateRequest) -> bytes:
+    """SHA-256 of what is asked, without how the call wants it delivered."""
+    content = pb.GenerateRequest()
+    content.CopyFrom(request)
+    for field in ("request_id", "from_tokens", "linger_s"):
+        content.ClearField(field)
+    return hashlib.sha256(content.SerializeToString(deterministic=True)).digest()
+
+
+async def read_request(
+    request: pb.GenerateRequest,
+    *,
+    model: model_pb2.ModelDescription,
+    encoder: PromptEncoder,
+    engine: Engine,
+    caller: Tenant,
+) -> Request:
+    """The request in tokens, checked against the model. Raises typed errors that name the field."""
+    params = read_params(request.sampling)
+    for field, limit in (("request_id", MAX_REQUEST_ID_LENGTH), ("cache_salt", MAX_CACHE_SALT_LENGTH)):
+        length = len(getattr(request, field))
+        if length > limit:
+            raise errors.InvalidArgument(f"{field}: too long", field=field, limit=limit, value=length)
+    check_params(params, vocab_size=model.vocab_size)
+    prompt_tokens = tuple(await encode(request, encoder))
+    check_prompt(prompt_tokens, vocab_size=model.vocab_size, context_length=model.context_length)
+    return Request(
+        request_id=request.request_id,
+        prompt_tokens=prompt_tokens,
+        params=with_max_tokens(
+            params,
+            num_prompt_tokens=len(prompt_tokens),
+            context_length=model.context_length,
+            capacity=engine.usual_capacity_tokens(len(prompt_tokens)),
+        ),
+        priority=request.priority,
+        cache_salt=caller.cache_salt(request.cache_salt),
+    )
+
+
+def read_params(message: pb.SamplingParams) -> SamplingParams:
+    """The sampling parameters; absent fields get their defaults. Raises InvalidArgument."""
+
+    def optional(name: str, default: Any) -> Any:
+        return getattr(message, name) if message.HasField(name) else default
+
+    return SamplingParams(
+        temperature=optional("temperature", 1.0),
+        top_k=message.top_k,
+        top_p=optional("top_p", 1.0),
+        min_p=message.min_p,
+        repetition_penalty=optional("repetition_penalty", 1.0),
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        logit_bias=dict(message.logit_bias),
+        seed=optional("seed", None),
+        max_tokens=optional("max_tokens", None),
+        stop=tuple(message.stop),
+        stop_token_ids=tuple(message.stop_token_ids),
+        ignore_eos=message.ignore_eos,
+        logprobs=optional("logprobs", None),
+        n=optional("n", 1),
+    )
+
+
+async def encode(request: pb.GenerateRequest | pb.TokenizeRequest, encoder: PromptEncoder) -> list[int]:
+    """The tokens of a request's prompt, messages or token ids. Raises InvalidArgument."""
+    kind = request.WhichOneof("input")
+    if kind == "prompt":
+        return await encoder.encode_prompt(request.prompt)
+    if kind == "chat":
+        num_messages = len(request.chat.messages)
+        if not 1 <= num_messages <= MAX_CHAT_MESSAGES:
+            raise errors.InvalidArgument(
+                f"messages: {num_messages}; from 1 to {MAX_CHAT_MESSAGES}",
+                field="messages",
+                limit=MAX_CHAT_MESSAGES,
+                value=num_messages,
+            )
+        messages = [{"role": message.role, "content": message.content} for message in request.chat.messages]
+        return await encoder.encode_chat(messages)
+    if isinstance(request, pb.GenerateRequest) and kind == "token_ids":
+        return list(request.token_ids.ids)
+    raise errors.InvalidArgument("input: give a prompt, token_ids or messages", field="input")
+
+
+def write_deltas(deltas: Sequence[OutputDelta], state: RequestState, tokenizer: Tokenizer) -> list[pb.GenerateResponse]:
+    """The next responses of a Generate stream: one for what has come of each completion, as they came."""
+    if len(deltas) == 1:  # nearly always: the reader keeps up
+        return [_write_completion(deltas, state, tokenizer)]
+    by_completion: dict[int, list[OutputDelta]] = {}
+    for delta in deltas:
+        by_completion.setdefault(delta.index, []).append(delta)
+    return [_write_completion(each, state, tokenizer) for each in by_completion.values()]
+
+
+def _write_completion(deltas: Sequence[OutputDelta], state: RequestState, tokenizer: Tokenizer) -> pb.GenerateResponse:
+    """One response with all of `deltas`, which follow each other in one completion."""
+    request, delta = state.request, deltas[-1]
+    response = pb.GenerateResponse(
+        request_id=request.request_id,
+        index=delta.index,
+        text=delta.text if len(deltas) == 1 else "".join([each.text for each in deltas]),
+        token_ids=[each.token_id for each in deltas],
+    )
+    if delta.sampled.logprob is not None:
+        for each in deltas:
+            _write_logprobs(each, response.logprobs.add(), tokenizer)
+    if delta.finish_reason is not None:
+        response.finish_reason = _FINISH_REASONS[delta.finish_reason]
+        response.usage.prompt_tokens = len(request.prompt_tokens)
+        response.usage.cached_tokens = state.sequences[delta.index].num_cached
+        response.usage.completion_tokens = state.completions[delta.index].num_tokens
+    return response
+
+
+def _write_logprobs(delta: OutputDelta, position: pb.PositionLogprobs, tokenizer: Tokenizer) -> None:
+    assert delta.sampled.logprob is not None, "asked for with every token, or with none"
+    position.chosen.CopyFrom(_token_logprob(delta.token_id, delta.sampled.logprob, tokenizer))
+    position.top.extend(_token_logprob(token_id, logprob, tokenizer) for token_id, logprob in delta.sampled.top)
+
+
+def _token_logprob(token_id: int, logprob: float, tokenizer: Tokenizer) -> pb.TokenLogprob:
+    return pb.TokenLogprob(token_id=token_id, text=tokenizer.token_text(token_id), logprob=logprob)
