@@ -1,3 +1,5 @@
+"""A conversation in the terminal: what is kept of it, and what stops an answer or ends it."""
+
 from __future__ import annotations
 
 import io

@@ -1,3 +1,5 @@
+"""What the demo counts as a fault, and in which portions it shows answers that come at the same time."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,3 +1,5 @@
+"""Wrong usage and errors of the commands: one line, an exit status, and nothing left behind."""
+
 from __future__ import annotations
 
 import sys

@@ -1,3 +1,5 @@
+"""The arguments of a call: what is refused before it is sent, and the message that is made of the others."""
+
 from __future__ import annotations
 
 import math

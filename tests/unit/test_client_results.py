@@ -1,3 +1,5 @@
+"""Responses of the server become chunks, whole answers and statuses; broken ones become errors."""
+
 from __future__ import annotations
 
 import pytest

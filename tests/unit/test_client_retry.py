@@ -1,3 +1,5 @@
+"""Which failures are tried again, how long after, and when no more."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
