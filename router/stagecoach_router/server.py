@@ -1,4 +1,8 @@
-"""A router's life: takes the port, joins the shards into a pipeline, serves callers until told to stop."""
+"""A router's life: takes the port, joins the shards into pipelines, serves callers until told to stop.
+
+`Router` is where a router's parts are made and joined: those that need no shard in its constructor, and those of the
+model that the shards have in `_serve_model`.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,16 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
 
+import grpc.aio
 from grpc_reflection.v1alpha import reflection
 
 from stagecoach.errors import ConfigError, KVCacheFull, Unavailable
 from stagecoach.process.listener import listen
 from stagecoach.rpc.addresses import read_addresses
-from stagecoach.rpc.channel import MAX_PUBLIC_MESSAGE_BYTES, MAX_SHARD_MESSAGE_BYTES, Dial
+from stagecoach.rpc.channel import MAX_PUBLIC_MESSAGE_BYTES, MAX_SHARD_MESSAGE_BYTES
 from stagecoach.rpc.health import Health
 from stagecoach.security import tls
 from stagecoach.v1 import inference_pb2, inference_pb2_grpc, model_pb2
@@ -24,13 +29,12 @@ from stagecoach_router.durability.request_registry import RequestRegistry
 from stagecoach_router.engine.engine import Engine
 from stagecoach_router.engine.health_probe import HealthProbe
 from stagecoach_router.engine.replica import Owner, Replica, ReplicaSettings
-from stagecoach_router.engine.step_loop import Counters
 from stagecoach_router.frontend.auth_interceptor import AuthInterceptor
 from stagecoach_router.frontend.call_limits import CallLimits
 from stagecoach_router.frontend.grpc_service import InferenceService, Serving
-from stagecoach_router.metrics.counters import PipelineTotals
+from stagecoach_router.pipelines.pipeline import Links
 from stagecoach_router.pipelines.pipeline_manager import PipelineManager, PipelineSettings
-from stagecoach_router.pipelines.shard_client import Stage, fetch_files
+from stagecoach_router.pipelines.shard_client import fetch_files
 from stagecoach_router.pipelines.shard_registry import ShardRegistry
 from stagecoach_router.pipelines.watchdog import FaultLimits
 from stagecoach_router.scheduling.block_manager import BlockManager
@@ -46,10 +50,11 @@ from stagecoach_router.text.tokenizer import Tokenizer
 
 SERVICE_NAME = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 STOP_GRACE_S = 2.0
-CONNECT_RETRY_DELAY_S = 0.2
+# Shards that refuse us at once are not asked again sooner. Those that do not answer are waited for by events.
+RETRY_PAUSE_S = 0.2
 # Beside the requests that run or wait: status, tokenize, and those that are only to be refused.
 SPARE_CALLS = 256
-# gRPC's own limit, beyond those: health checks, strangers, and those that the door refuses.
+# gRPC's own limit, beyond those: health checks, strangers, and those that the call limits refuse.
 UNCOUNTED_CALLS = 1024
 
 Result = TypeVar("Result")
@@ -58,212 +63,200 @@ logger = logging.getLogger(__name__)
 
 
 async def serve(settings: RouterSettings, stop: asyncio.Event) -> None:
-    """Takes the port, opens the pipeline as soon as its shards are there, serves until `stop`."""
-    addresses = read_addresses(settings.shards, "shards")
-    max_calls = settings.max_running + settings.max_waiting + SPARE_CALLS
-    identity = tls.read_identity(settings.tls_cert, settings.tls_key, settings.tls_ca)
+    """Takes the port, opens a pipeline as soon as its shards are there, serves until `stop`."""
     keys = None if settings.api_keys is None else await asyncio.to_thread(KeyFile, settings.api_keys)
-    callers = Tenants(None, time.monotonic()) if keys is None else keys.callers
-    journal = None if settings.journal is None else Journal(settings.journal)
-    service = InferenceService(max_stall_s=settings.max_stall_s)
-    door = CallLimits(max_calls, lambda: service.retry_after_s)
-    server, port = listen(
-        MAX_PUBLIC_MESSAGE_BYTES,
-        settings.listen,
-        max_calls + UNCOUNTED_CALLS,
-        identity=_edge_identity(settings),
-        insecure=settings.insecure_listen,
-        interceptors=[AuthInterceptor(callers), door],
-    )
-    dial = tls.shard_dial(identity, settings.tls_shard_name)
-    inference_pb2_grpc.add_InferenceServicer_to_server(service, server)  # type: ignore[no-untyped-call]
-    health = Health(server, SERVICE_NAME)
-    reflection.enable_server_reflection((SERVICE_NAME, reflection.SERVICE_NAME), server)
-    await server.start()
-    logger.info("listening on port %d", port)
-    stopped = asyncio.create_task(stop.wait())
-    working = asyncio.create_task(_work(settings, addresses, service, health, dial, journal, callers))
-    watching = [] if keys is None else [asyncio.create_task(keys.watch())]
-    try:
-        await asyncio.wait([stopped, working, *watching], return_when=asyncio.FIRST_COMPLETED)
-        for task in (working, *watching):
-            if task.done():
-                task.result()  # only an error ends it
-        await _drain(settings.drain_timeout_s, service, health, working)
-        if working.done():
-            working.result()
-    finally:
-        logger.info("stopping")
-        health.set_ready(False)
-        serving, service.serving, service.reason = service.serving, None, "the router is stopping"
-        stopped.cancel()
-        for task in (working, *watching):
-            task.cancel()
-        await asyncio.gather(working, *watching, return_exceptions=True)
-        if journal is not None:
-            await journal.close()
-        if serving is not None:
-            serving.accepted.close()
-            await serving.engine.close()
-            await serving.encoder.close()
-        await server.stop(STOP_GRACE_S)
+    await Router(settings, keys).run(stop)
 
 
-async def _drain(timeout_s: float, service: InferenceService, health: Health, working: asyncio.Task[None]) -> None:
-    """Takes no new requests, and returns when those that run have ended, or their time or the pipeline's work has."""
-    health.drain()
-    service.draining = True
-    if service.serving is None:
-        return
-    accepted = service.serving.accepted
-    if accepted.num_running:
-        logger.info(
-            "draining: %d requests have %g s to end; a second signal stops at once", accepted.num_running, timeout_s
+class Router:
+    """A router with the parts that need no shard. `keys`: who may call, where not everybody may."""
+
+    def __init__(self, settings: RouterSettings, keys: KeyFile | None) -> None:
+        addresses = read_addresses(settings.shards, "shards")
+        identity = tls.read_identity(settings.tls_cert, settings.tls_key, settings.tls_ca)
+        self._settings = settings
+        self._keys = keys
+        self._callers = Tenants(None, time.monotonic()) if keys is None else keys.callers
+        self._journal = None if settings.journal is None else Journal(settings.journal)
+        self._service = InferenceService(max_stall_s=settings.max_stall_s)
+        self._server, self._port = self._listen()
+        self._health = Health(self._server, SERVICE_NAME)
+        self._dial = tls.shard_dial(identity, settings.tls_shard_name)
+        links = Links(
+            lease_id=secrets.randbits(64),
+            dial=self._dial,
+            faults=FaultLimits(settings.fault_timeout_s, settings.step_timeout_s),
         )
-    ended = asyncio.create_task(accepted.all_ended())
-    try:
-        await asyncio.wait([ended, working], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        ended.cancel()
-    if accepted.num_running:
-        logger.warning("%d requests have not ended in time", accepted.num_running)
-
-
-async def _work(
-    settings: RouterSettings,
-    addresses: list[str],
-    service: InferenceService,
-    health: Health,
-    dial: Dial,
-    journal: Journal | None,
-    callers: Tenants,
-) -> None:
-    if journal is not None:
-        await journal.open()
-    pipeline_manager = make_pipeline_manager(settings, addresses, dial)
-    tasks = [
-        asyncio.create_task(pipeline_manager.registry.run()),
-        asyncio.create_task(_serve_pipelines(settings, pipeline_manager, service, health, dial, journal, callers)),
-    ]
-    try:
-        ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in ended:
-            task.result()  # only an error ends it
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _serve_pipelines(
-    settings: RouterSettings,
-    pipeline_manager: PipelineManager,
-    service: InferenceService,
-    health: Health,
-    dial: Dial,
-    journal: Journal | None,
-    callers: Tenants,
-) -> None:
-    shard = await _when_possible(pipeline_manager.first_shard, service)
-    model = model_pb2.ModelDescription()
-    model.CopyFrom(shard.description.model)
-    if settings.model_name:
-        model.name = settings.model_name
-    files = await _when_possible(lambda: _model_files(settings, shard.address, dial), service)
-    tokenizer = await asyncio.to_thread(Tokenizer, files)
-    encoder = PromptEncoder(tokenizer, ChatTemplate.from_files(files, TemplateProcess()))
-    engine = build_engine(settings, pipeline_manager, shard, tokenizer, health.set_ready)
-    await _when_possible(engine.open_replica, service)
-    accepted = RequestRegistry(engine, max_linger_s=settings.max_linger_s, log=journal)
-    if journal is not None:
-        try:
-            await recover_requests(journal, accepted, callers, model, settings.max_linger_s)
-        except BaseException:
-            await engine.close()
-            raise
-    registry, totals = pipeline_manager.registry, pipeline_manager.totals
-    service.serving = Serving(model, tokenizer, encoder, engine, accepted, registry, totals)
-    logger.info("%s ready: sequences of up to %d tokens", model.name, engine.capacity_tokens)
-    await engine.run(pipeline_manager.another)
-
-
-async def _when_possible(attempt: Callable[[], Awaitable[Result]], service: InferenceService) -> Result:
-    """Waits for shards that are not up yet, or whose blocks a former router still holds.
-
-    Shards that do not fit together are an error at once.
-    """
-    while True:
-        try:
-            return await attempt()
-        except (Unavailable, KVCacheFull) as error:
-            if service.reason != str(error):
-                logger.info("waiting for shards: %s", error)
-            service.reason = str(error)
-            await asyncio.sleep(CONNECT_RETRY_DELAY_S)
-
-
-async def _model_files(settings: RouterSettings, address: str, dial: Dial) -> ModelFiles:
-    if settings.model is not None:
-        return await asyncio.to_thread(ModelFiles.from_folder, settings.model)
-    return ModelFiles(await fetch_files(address, dial))
-
-
-def make_pipeline_manager(settings: RouterSettings, addresses: list[str], dial: Dial) -> PipelineManager:
-    """The shards, and what makes pipelines of them."""
-    lease_id = secrets.randbits(64)
-    faults = FaultLimits(settings.fault_timeout_s, settings.step_timeout_s)
-    return PipelineManager(
-        ShardRegistry(addresses, dial, lease_id=lease_id, timeout_s=settings.fault_timeout_s),
-        PipelineSettings(
+        self._registry = ShardRegistry(
+            addresses, self._dial, lease_id=links.lease_id, timeout_s=settings.fault_timeout_s
+        )
+        pipeline_settings = PipelineSettings(
             num_stages=settings.stages,
             num_replicas=settings.replicas,
             kv_blocks=settings.kv_blocks,
             lanes=settings.lanes,
             max_slots=settings.max_running + 1,  # the last one is the probe's
-            faults=faults,
-        ),
-        lease_id=lease_id,
-        totals=PipelineTotals(),
-        dial=dial,
-    )
+        )
+        self._pipelines = PipelineManager(self._registry, pipeline_settings, links)
 
+    def _listen(self) -> tuple[grpc.aio.Server, int]:
+        """The public server, not started yet, and its port."""
+        settings, service = self._settings, self._service
+        max_calls = settings.max_running + settings.max_waiting + SPARE_CALLS
+        limits = CallLimits(max_calls, lambda: service.retry_after_s)
+        server, port = listen(
+            MAX_PUBLIC_MESSAGE_BYTES,
+            settings.listen,
+            max_calls + UNCOUNTED_CALLS,
+            identity=_edge_identity(settings),
+            insecure=settings.insecure_listen,
+            interceptors=[AuthInterceptor(self._callers), limits],
+        )
+        inference_pb2_grpc.add_InferenceServicer_to_server(service, server)  # type: ignore[no-untyped-call]
+        reflection.enable_server_reflection((SERVICE_NAME, reflection.SERVICE_NAME), server)
+        return server, port
 
-def build_engine(
-    settings: RouterSettings,
-    pipeline_manager: PipelineManager,
-    shard: Stage,
-    tokenizer: Tokenizer,
-    on_ready: Callable[[bool], None],
-) -> Engine:
-    """The engine for the model that `shard` has a part of."""
-    model = shard.description.model
-    replica_settings = ReplicaSettings(
-        vocab_size=model.vocab_size,
-        max_batch_tokens=settings.max_batch_tokens,
-        recovery_timeout_s=settings.recovery_timeout_s,
-        straggler_window_s=settings.fault_timeout_s / 2,
-        lanes=settings.lanes,
-    )
+    async def run(self, stop: asyncio.Event) -> None:
+        """Serves until `stop`, then drains. Raises what ends the router's work before."""
+        await self._server.start()
+        logger.info("listening on port %d", self._port)
+        stopped = asyncio.create_task(stop.wait())
+        working = [asyncio.create_task(self._work())]
+        if self._keys is not None:
+            working.append(asyncio.create_task(self._keys.watch()))
+        try:
+            await asyncio.wait([stopped, *working], return_when=asyncio.FIRST_COMPLETED)
+            _raise_errors(working)
+            await self._drain(working[0])
+            _raise_errors(working[:1])
+        finally:
+            logger.info("stopping")
+            await self._close([stopped, *working])
 
-    def make_replica(counters: Counters, owner: Owner) -> Replica:
-        scheduler = Scheduler(
-            BlockManager(1, shard.description.block_size),  # the replica tells it how many when its pipeline is open
+    async def _drain(self, working: asyncio.Task[None]) -> None:
+        """Takes no new requests, and returns when those that run have ended, or their time or `working` has."""
+        self._health.drain()
+        self._service.draining = True
+        if self._service.serving is None:
+            return
+        timeout_s, accepted = self._settings.drain_timeout_s, self._service.serving.accepted
+        if accepted.num_running:
+            logger.info(
+                "draining: %d requests have %g s to end; a second signal stops at once", accepted.num_running, timeout_s
+            )
+        ended = asyncio.create_task(accepted.all_ended())
+        try:
+            await asyncio.wait([ended, working], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ended.cancel()
+        if accepted.num_running:
+            logger.warning("%d requests have not ended in time", accepted.num_running)
+
+    async def _close(self, tasks: Sequence[asyncio.Task[Any]]) -> None:
+        self._health.set_ready(False)
+        serving, self._service.serving = self._service.serving, None
+        self._service.reason = "the router is stopping"
+        await _cancel(tasks)
+        if self._journal is not None:
+            await self._journal.close()
+        if serving is not None:
+            serving.accepted.close()
+            await serving.engine.close()
+            await serving.encoder.close()
+        await self._server.stop(STOP_GRACE_S)
+
+    async def _work(self) -> None:
+        """Watches the shards and serves the model that they have. Only an error ends it."""
+        if self._journal is not None:
+            await self._journal.open()
+        tasks = [asyncio.create_task(self._registry.run()), asyncio.create_task(self._serve_model())]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            _raise_errors(tasks)
+        finally:
+            await _cancel(tasks)
+
+    async def _serve_model(self) -> None:
+        """Opens a pipeline as soon as its shards are there, and then serves."""
+        settings = self._settings
+        shard = await self._when_possible(self._pipelines.first_shard)
+        model = model_pb2.ModelDescription()
+        model.CopyFrom(shard.facts.model)
+        model.name = settings.model_name or model.name
+        files = await self._when_possible(lambda: self._model_files(shard.address))
+        tokenizer = await asyncio.to_thread(Tokenizer, files)
+        encoder = PromptEncoder(tokenizer, ChatTemplate.from_files(files, TemplateProcess()))
+        engine = self._make_engine(tokenizer, model, shard.facts.block_size)
+        await self._when_possible(engine.open_replica)
+        accepted = RequestRegistry(engine, max_linger_s=settings.max_linger_s, log=self._journal)
+        if self._journal is not None:
+            try:
+                await recover_requests(self._journal, accepted, self._callers, model, settings.max_linger_s)
+            except BaseException:
+                await engine.close()
+                raise
+        self._service.serving = Serving(
+            model, tokenizer, encoder, engine, accepted, self._registry, self._pipelines.totals
+        )
+        logger.info("%s ready: sequences of up to %d tokens", model.name, engine.capacity_tokens)
+        await engine.run(self._pipelines)
+
+    async def _when_possible(self, attempt: Callable[[], Awaitable[Result]]) -> Result:
+        """Waits for shards that are not up yet, or whose blocks a former router still holds.
+
+        Shards that do not fit together are an error at once.
+        """
+        while True:
+            try:
+                return await attempt()
+            except (Unavailable, KVCacheFull) as error:
+                if self._service.reason != str(error):
+                    logger.info("waiting for shards: %s", error)
+                self._service.reason = str(error)
+                await asyncio.sleep(RETRY_PAUSE_S)
+
+    async def _model_files(self, address: str) -> ModelFiles:
+        if self._settings.model is not None:
+            return await asyncio.to_thread(ModelFiles.from_folder, self._settings.model)
+        return ModelFiles(await fetch_files(address, self._dial))
+
+    def _make_engine(self, tokenizer: Tokenizer, model: model_pb2.ModelDescription, block_size: int) -> Engine:
+        settings = self._settings
+        replica_settings = ReplicaSettings(
             max_batch_tokens=settings.max_batch_tokens,
-            max_running=settings.max_running,
-            max_waiting=settings.max_waiting,
-            max_logit_rows=max(1, MAX_SHARD_MESSAGE_BYTES // 2 // (4 * model.vocab_size)),
-            context_length=model.context_length,
-        )
-        return Replica(
-            scheduler,
-            replica_settings,
-            connect=pipeline_manager.connector(),
-            probe=HealthProbe(settings.probe_interval_s, slot=settings.max_running, vocab_size=model.vocab_size),
-            counters=counters,
-            owner=owner,
+            recovery_timeout_s=settings.recovery_timeout_s,
+            straggler_window_s=settings.fault_timeout_s / 2,
+            lanes=settings.lanes,
         )
 
-    return Engine(tokenizer, vocab_size=model.vocab_size, make_replica=make_replica, on_ready=on_ready)
+        def make_replica(owner: Owner) -> Replica:
+            scheduler = Scheduler(
+                BlockManager(1, block_size),  # the replica tells it how many when its pipeline is open
+                max_batch_tokens=settings.max_batch_tokens,
+                max_running=settings.max_running,
+                max_waiting=settings.max_waiting,
+                max_logit_rows=max(1, MAX_SHARD_MESSAGE_BYTES // 2 // (4 * model.vocab_size)),
+                context_length=model.context_length,
+            )
+            probe = HealthProbe(settings.probe_interval_s, slot=settings.max_running, vocab_size=model.vocab_size)
+            return Replica(scheduler, replica_settings, connect=self._pipelines.connector(), probe=probe, owner=owner)
+
+        return Engine(
+            tokenizer, vocab_size=model.vocab_size, make_replica=make_replica, on_ready=self._health.set_ready
+        )
+
+
+def _raise_errors(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Raises the error that has ended one of these, if one has ended: nothing else does."""
+    for task in tasks:
+        if task.done():
+            task.result()
+
+
+async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _edge_identity(settings: RouterSettings) -> tls.Identity | None:

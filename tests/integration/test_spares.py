@@ -15,7 +15,7 @@ OUTPUT_TOKENS = 120
 
 
 @asynccontextmanager
-async def pipeline_manager(model, ranges, **router_settings):
+async def shards_and_router(model, ranges, **router_settings):
     """A client, and the shards by their index in `ranges`, of which tests may close and start some."""
     shards = [start_shard(model, layers) for layers in ranges]
     router = start_router([shard.address for shard in shards], recovery_timeout_s=20.0, **router_settings)
@@ -59,7 +59,7 @@ async def all_end_exactly(reference, prompts, streams):
 
 @pytest.mark.parametrize("spare", ["2:4", "auto"], ids=["of the same range", "without layers"])
 async def test_a_spare_takes_the_place_of_a_lost_stage(tiny_model, reference, spare):
-    async with pipeline_manager(tiny_model, ["0:2", "2:4", spare]) as (client, shards):
+    async with shards_and_router(tiny_model, ["0:2", "2:4", spare]) as (client, shards):
         before = await client.status()
         [stage] = before.spares
         used, unused = (1, 2) if stage.address == shards[2].address else (2, 1)
@@ -76,7 +76,7 @@ async def test_a_spare_takes_the_place_of_a_lost_stage(tiny_model, reference, sp
 
 
 async def test_a_shard_that_comes_back_stands_by_for_the_one_that_took_its_place(tiny_model, reference):
-    async with pipeline_manager(tiny_model, ["0:2", "2:4", "auto"]) as (client, shards):
+    async with shards_and_router(tiny_model, ["0:2", "2:4", "auto"]) as (client, shards):
         first, fixed, auto = shards
         await fixed.close()
         status = await status_becomes(client, lambda now: now.ready and auto.address in addresses(now.pipelines[0]))
@@ -91,7 +91,7 @@ async def test_a_shard_that_comes_back_stands_by_for_the_one_that_took_its_place
 
 
 async def test_requests_move_to_another_pipeline_and_the_router_stays_ready(tiny_model, reference):
-    async with pipeline_manager(tiny_model, ["0:2", "2:4", "0:1", "1:4"]) as (client, shards):
+    async with shards_and_router(tiny_model, ["0:2", "2:4", "0:1", "1:4"]) as (client, shards):
         await status_becomes(client, lambda now: now.num_ready == 2)
         prompts, streams = await started_streams(client, 8)
         status = await client.status()
@@ -112,7 +112,7 @@ async def test_requests_move_to_another_pipeline_and_the_router_stays_ready(tiny
 
 
 async def test_what_two_broken_pipelines_have_left_makes_one(tiny_model, reference):
-    async with pipeline_manager(tiny_model, ["0:2", "2:4", "0:2", "2:4"]) as (client, shards):
+    async with shards_and_router(tiny_model, ["0:2", "2:4", "0:2", "2:4"]) as (client, shards):
         status = await status_becomes(client, lambda now: now.num_ready == 2)
         by_address = {shard.address: shard for shard in shards}
         one, other = [[by_address[address] for address in addresses(pipeline)] for pipeline in status.pipelines]
@@ -126,7 +126,7 @@ async def test_what_two_broken_pipelines_have_left_makes_one(tiny_model, referen
 
 
 async def test_shards_without_layers_make_as_many_pipelines_as_are_wanted(tiny_model, reference):
-    async with pipeline_manager(tiny_model, ["auto"] * 5, stages=2, replicas=2) as (client, shards):
+    async with shards_and_router(tiny_model, ["auto"] * 5, stages=2, replicas=2) as (client, shards):
         status = await status_becomes(client, lambda now: now.num_ready == 2)
         for pipeline in status.pipelines:
             ranges = [(stage.first_layer, stage.end_layer) for stage in pipeline.stages]
@@ -141,7 +141,7 @@ async def test_shards_without_layers_make_as_many_pipelines_as_are_wanted(tiny_m
 
 
 async def test_all_shards_without_layers_make_one_pipeline_where_nothing_else_is_said(tiny_model, reference):
-    async with pipeline_manager(tiny_model, ["auto", "auto"]) as (client, _):
+    async with shards_and_router(tiny_model, ["auto", "auto"]) as (client, _):
         [pipeline] = (await client.status()).pipelines
         assert len(pipeline.stages) == 2
         prompts, streams = await started_streams(client, 2)
@@ -150,7 +150,7 @@ async def test_all_shards_without_layers_make_one_pipeline_where_nothing_else_is
 
 async def test_one_shard_does_not_take_over_what_was_split_over_two(tiny_model):
     """It may not have the memory, and the other one may be back in a moment."""
-    async with pipeline_manager(tiny_model, ["auto", "auto"]) as (client, shards):
+    async with shards_and_router(tiny_model, ["auto", "auto"]) as (client, shards):
         [pipeline] = (await client.status()).pipelines
         by_address = {shard.address: shard for shard in shards}
         kept, lost = (by_address[address] for address in addresses(pipeline))
@@ -166,7 +166,7 @@ async def test_one_shard_does_not_take_over_what_was_split_over_two(tiny_model):
 
 
 async def test_a_shard_of_another_model_is_left_out_once_there_is_a_pipeline(tiny_model, other_model):
-    async with pipeline_manager(tiny_model, ["0:2", "2:4", "2:4"]) as (client, shards):
+    async with shards_and_router(tiny_model, ["0:2", "2:4", "2:4"]) as (client, shards):
         spare = (await client.status()).spares[0].address
         index = next(index for index, shard in enumerate(shards) if shard.address == spare)
         await shards[index].close()

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,7 +11,7 @@ from stagecoach import errors
 from stagecoach_client import AsyncClient
 from stagecoach_client.activity import activity
 from stagecoach_router.metrics.counters import PipelineTotals
-from stagecoach_router.pipelines.pipeline import Pipeline
+from stagecoach_router.pipelines.pipeline import Links, Pipeline
 from stagecoach_router.pipelines.shard_client import describe
 from tests.cluster import cluster, start_router, start_shard, wait_until_ready
 from tests.integration.test_shard_service import micro_batch
@@ -43,14 +44,10 @@ async def discovered(addresses):
 async def opened(addresses, totals, *, epoch=1):
     """A pipeline, and the results and losses that it delivers, in order."""
     delivered = asyncio.Queue()
-    pipeline = Pipeline(
-        await discovered(addresses),
-        lease_id=77,
-        epoch=epoch,
-        on_result=lambda result, payload: delivered.put_nowait(result),
-        on_lost=delivered.put_nowait,
-        totals=totals,
+    listener = SimpleNamespace(
+        result_came=lambda result, payload: delivered.put_nowait(result), pipeline_lost=delivered.put_nowait
     )
+    pipeline = Pipeline(await discovered(addresses), epoch, listener, Links(lease_id=77, totals=totals))
     await pipeline.open(num_blocks=8, max_slots=4)
     try:
         yield pipeline, delivered

@@ -16,7 +16,7 @@ from stagecoach.rpc.channel import MAX_SHARD_MESSAGE_BYTES, channel_options, dia
 from stagecoach.security.tls import ROUTER_NAME, SHARD_NAME, Identity, name_override, shard_dial
 from stagecoach_client import AsyncClient, Client, Tls
 from stagecoach_local.certificates import ThrowawayCA, issue_cluster
-from stagecoach_router.pipelines import shard_client as discovery
+from stagecoach_router.pipelines import shard_client
 from tests.cluster import start_router, start_shard, wait_until_ready
 from tests.tiny_model import greedy, random_prompts, reference_tokens
 
@@ -65,7 +65,7 @@ async def describe(address, dial):
     async with asyncio.timeout(TIMEOUT_S):
         while True:
             try:
-                return await discovery.describe(address, dial)
+                return await shard_client.describe(address, dial)
             except errors.HandshakeFailed:
                 raise
             except errors.Unavailable:  # it does not listen yet, or loads
@@ -79,7 +79,7 @@ async def test_tokens_are_the_same_and_every_link_is_encrypted(tiny_model, refer
         stages = (await client.status()).pipelines[0].stages
         for stage in stages:  # a listener speaks TLS or does not: what goes to these is encrypted
             with pytest.raises(errors.Unavailable, match="perhaps it speaks TLS"):
-                await discovery.describe(stage.address, dial_plainly)
+                await shard_client.describe(stage.address, dial_plainly)
     for prompt, answer in zip(prompts, answers, strict=True):
         assert answer.completions[0].token_ids == reference_tokens(reference, prompt, 12)
 
@@ -113,7 +113,7 @@ async def test_strangers_do_not_get_into_a_shard(tiny_model, issued, tmp_path):
         }
         for reason, dial in mistrusted.items():
             with pytest.raises(errors.HandshakeFailed, match=f"{address}.*{reason}") as caught:
-                await discovery.describe(address, dial)
+                await shard_client.describe(address, dial)
             assert not caught.value.retryable
         strangers = [
             shard_dial(Identity(*others.router, issued.ca), SHARD_NAME),
@@ -123,8 +123,8 @@ async def test_strangers_do_not_get_into_a_shard(tiny_model, issued, tmp_path):
         ]
         for dial in strangers:  # who listens tells strangers nothing; they see that it hung up
             with pytest.raises(errors.Unavailable, match=f"{address}.*hung up at once.*TLS"):
-                await discovery.describe(address, dial)
-        assert await discovery.describe(address, shard_dial(we, SHARD_NAME))
+                await shard_client.describe(address, dial)
+        assert await shard_client.describe(address, shard_dial(we, SHARD_NAME))
 
 
 async def test_a_good_certificate_of_a_wrong_name_is_refused_by_name(tiny_model, tmp_path):
@@ -134,11 +134,11 @@ async def test_a_good_certificate_of_a_wrong_name_is_refused_by_name(tiny_model,
     intruder = shard_dial(Identity(*other, authority.ca), SHARD_NAME)
     async with one_shard(tiny_model, colleague, **tls_settings(own, authority.ca)) as address:
         with pytest.raises(errors.PermissionDenied, match="intruder") as caught:
-            await discovery.describe(address, intruder)
+            await shard_client.describe(address, intruder)
         assert "stagecoach-router" in caught.value.message
     async with one_shard(tiny_model, intruder, allow_peer="intruder", **tls_settings(own, authority.ca)) as address:
         with pytest.raises(errors.PermissionDenied, match="stagecoach-shard"):
-            await discovery.describe(address, colleague)
+            await shard_client.describe(address, colleague)
 
 
 async def test_a_router_of_a_wrong_name_ends_with_the_reason(tiny_model, tmp_path):
@@ -177,7 +177,7 @@ async def test_a_shard_that_does_not_trust_the_next_one_fails_the_open_with_the_
 async def test_tls_to_a_plain_listener_is_a_reason_and_no_hang(tiny_model, issued):
     async with one_shard(tiny_model, dial_plainly) as address:
         with pytest.raises(errors.HandshakeFailed, match="does not speak TLS"):
-            await discovery.describe(address, shard_dial(Identity(*issued.router, issued.ca), SHARD_NAME))
+            await shard_client.describe(address, shard_dial(Identity(*issued.router, issued.ca), SHARD_NAME))
 
 
 async def fails_to_connect(address, kind=errors.HandshakeFailed, **settings):
@@ -294,7 +294,7 @@ async def test_a_process_with_an_expired_certificate_is_not_connected_to(tmp_pat
     server, port = listen(1024, "127.0.0.1:0", identity=Identity(*late, authority.ca, now=half_an_hour_ago))
     await server.start()
     with pytest.raises(errors.HandshakeFailed, match="expired"):
-        await discovery.describe(f"127.0.0.1:{port}", shard_dial(Identity(*own, authority.ca), SHARD_NAME))
+        await shard_client.describe(f"127.0.0.1:{port}", shard_dial(Identity(*own, authority.ca), SHARD_NAME))
     await server.stop(None)
 
 
@@ -326,9 +326,9 @@ async def test_a_shard_can_be_asked_for_the_host_that_it_is_reached_at(tiny_mode
     router = Identity(*authority.issue(ROUTER_NAME), authority.ca)
     async with one_shard(tiny_model, shard_dial(router, ""), **tls_settings(here, authority.ca)) as address:
         with pytest.raises(errors.HandshakeFailed, match="another name"):
-            await discovery.describe(address, shard_dial(router, SHARD_NAME))
+            await shard_client.describe(address, shard_dial(router, SHARD_NAME))
     async with one_shard(
         tiny_model, shard_dial(router, SHARD_NAME), **tls_settings(elsewhere, authority.ca)
     ) as address:
         with pytest.raises(errors.HandshakeFailed, match="another name"):
-            await discovery.describe(address, shard_dial(router, ""))
+            await shard_client.describe(address, shard_dial(router, ""))

@@ -44,13 +44,14 @@ class FakePipeline:
         self.sent: list[pb.MicroBatchHeader] = []
         self.epoch = 0
 
-    async def connect(self, on_result: Any, on_lost: Any) -> Any:
-        self.on_result, self._on_lost = on_result, on_lost
+    async def connect(self, listener: Any) -> Any:
+        self.listener = listener
         self.epoch += 1
         self.sent.clear()
         self._open = SimpleNamespace(
             lost=None,
             stages=[None, None],
+            vocab_size=VOCAB_SIZE,
             num_blocks=self.num_blocks + 1,
             max_batch_tokens=64,
             max_queued_steps=4,
@@ -73,7 +74,7 @@ class FakePipeline:
             rows = len(group.token_indices)
             result.outputs.add(num_rows=rows, num_columns=1, candidates=True, dtype=1)
             payload += np.full(rows, token, "<i4").tobytes() + np.ones(rows, "<f4").tobytes()
-        self.on_result(result, memoryview(payload))
+        self.listener.result_came(result, memoryview(payload))
 
     def answer_all(self, most: int = 1000) -> None:
         """Until nothing is under way."""
@@ -86,7 +87,7 @@ class FakePipeline:
     def break_down(self) -> None:
         error = Unavailable("gone")
         self._open.lost = error
-        self._on_lost(error)
+        self.listener.pipeline_lost(error)
 
 
 class FakeCluster:
@@ -119,7 +120,7 @@ class FakeCluster:
         self.engine.submit(state, past)
         return state
 
-    def _make_replica(self, counters: Any, owner: Any) -> Replica:
+    def _make_replica(self, owner: Any) -> Replica:
         scheduler = Scheduler(
             BlockManager(1, BLOCK_SIZE),
             max_batch_tokens=64,
@@ -129,12 +130,9 @@ class FakeCluster:
         )
         return Replica(
             scheduler,
-            ReplicaSettings(
-                vocab_size=VOCAB_SIZE, max_batch_tokens=64, recovery_timeout_s=60.0, straggler_window_s=2.5
-            ),
+            ReplicaSettings(max_batch_tokens=64, recovery_timeout_s=60.0, straggler_window_s=2.5),
             connect=self._not_open.pop(0).connect,
             probe=HealthProbe(1.0, slot=self._max_running, vocab_size=VOCAB_SIZE),
-            counters=counters,
             owner=owner,
         )
 

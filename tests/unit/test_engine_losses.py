@@ -45,8 +45,9 @@ async def test_a_canary_without_a_number_is_an_error():
     header = pipeline.sent.pop(0)
     result = pb.StepResult(epoch=header.epoch, step=header.step)
     result.outputs.add(num_rows=1, num_columns=1, candidates=True, dtype=1)
+    payload = np.array([TOKEN], "<i4").tobytes() + np.array([np.nan], "<f4").tobytes()
     with pytest.raises(ShardFault):
-        pipeline.on_result(result, memoryview(np.array([TOKEN], "<i4").tobytes() + np.array([np.nan], "<f4").tobytes()))
+        pipeline.listener.result_came(result, memoryview(payload))
     assert not cluster.engine.ready
 
 
@@ -88,8 +89,8 @@ async def test_a_pipeline_that_breaks_before_it_is_handed_over_is_lost():
     cluster = FakeCluster(pipeline)
     connect = pipeline.connect
 
-    async def connect_and_break(on_result, on_lost):
-        opened = await connect(on_result, on_lost)
+    async def connect_and_break(listener):
+        opened = await connect(listener)
         pipeline.break_down()
         return opened
 

@@ -39,8 +39,8 @@ class MemoryPipeline(FakePipeline):
         super().__init__(NUM_BLOCKS)
         self.is_open = False
 
-    async def connect(self, on_result: Any, on_lost: Any) -> Any:
-        opened = await super().connect(on_result, on_lost)
+    async def connect(self, listener: Any) -> Any:
+        opened = await super().connect(listener)
         self._memory = np.full(((NUM_BLOCKS + 1) * BLOCK_SIZE), UNWRITTEN)
         self._tables: dict[int, list[int]] = defaultdict(list)
         self._results: list[tuple[pb.StepResult, bytes]] = []
@@ -81,7 +81,7 @@ class MemoryPipeline(FakePipeline):
         if not self.is_open or not self._results:
             return False
         result, payload = self._results.pop(0)
-        self.on_result(result, memoryview(payload))
+        self.listener.result_came(result, memoryview(payload))
         return True
 
     def break_down(self) -> None:

@@ -4,40 +4,50 @@ from __future__ import annotations
 
 import asyncio
 import math
+from typing import Any
 
 import pytest
 
-from stagecoach.errors import ShardFault, Unavailable
+from stagecoach.errors import ShardFault, StagecoachError, Unavailable
 from stagecoach.errors.status import to_status
+from stagecoach.rpc.framing import FrameCounter
 from stagecoach.v1 import model_pb2
 from stagecoach.v1 import shard_pb2 as pb
-from stagecoach_router.metrics.counters import PipelineTotals
 from stagecoach_router.metrics.load_report import LoadReport
-from stagecoach_router.pipelines.pipeline import Pipeline, _read_fault, check_timings
-from stagecoach_router.pipelines.shard_client import Stage
+from stagecoach_router.pipelines.pipeline import Links, Pipeline, check_timings
+from stagecoach_router.pipelines.shard_description import ShardDescription
+from stagecoach_router.pipelines.stage_session import StageSession, read_fault
+
+
+class NoListener:
+    def result_came(self, result: pb.StepResult, payload: memoryview) -> None: ...
+
+    def pipeline_lost(self, error: StagecoachError) -> None: ...
+
+
+def shard(address: str) -> ShardDescription:
+    layers = model_pb2.LayerRange(start=0, end=2)
+    return ShardDescription(address, pb.DescribeResponse(shard_id="x", layers=layers, max_batch_tokens=8))
 
 
 @pytest.fixture
 def pipeline() -> Pipeline:
-    stages = [Stage(f"shard:{index}", pb.DescribeResponse(shard_id="x", max_batch_tokens=8)) for index in range(2)]
-    return Pipeline(
-        stages, lease_id=1, epoch=1, on_result=lambda *_: None, on_lost=lambda _: None, totals=PipelineTotals()
-    )
+    return Pipeline([shard("shard:0"), shard("shard:1")], 1, NoListener(), Links(lease_id=1))
 
 
 async def test_stages_that_do_not_report_are_not_waited_for_longer_than_said(pipeline: Pipeline) -> None:
     await asyncio.wait_for(pipeline.refresh_loads(0.001), 5.0)
-    assert not any(stage.reports for stage in pipeline.stages)
+    assert not any(stage._awaited_reports for stage in pipeline.stages)
 
 
 async def test_it_waits_for_a_report_that_was_asked_for_after_it_was_wanted(pipeline: Pipeline) -> None:
     waiting = asyncio.create_task(pipeline.refresh_loads(60.0))
-    await pipeline.stages[0].report_wanted.wait()
-    await pipeline.stages[1].report_wanted.wait()
+    for stage in pipeline.stages:
+        await stage._was_asked.wait()
     for number in (0, 1):  # by itself, and asked for
         for stage in pipeline.stages:
             assert not waiting.done()
-            pipeline._take_load(stage, LoadReport(number=number, queue_depth=3))
+            stage.take_load(LoadReport(number=number, queue_depth=3))
         await asyncio.sleep(0)
     await asyncio.wait_for(waiting, 5.0)
     assert [stage.queue_depth for stage in pipeline.stages] == [3, 3]
@@ -65,8 +75,9 @@ def test_timings_of_every_stage_or_of_none_will_do(timings: list[pb.StageTiming]
 
 
 def test_a_fault_is_about_the_stage_that_reports_it_and_about_the_other_end_of_its_broken_link() -> None:
-    stage = Stage("a:1", pb.DescribeResponse(layers=model_pb2.LayerRange(start=0, end=2)))
+    listener: Any = None
+    stage = StageSession(shard("a:1"), listener, FrameCounter())
     own = pb.Fault(status=to_status(ShardFault("step 3 failed")))
-    assert _read_fault(own, stage).addresses == ("a:1",)
+    assert read_fault(own, stage).addresses == ("a:1",)
     link = pb.Fault(status=to_status(Unavailable("b:1: Socket closed", addresses=["b:1"])))
-    assert _read_fault(link, stage).addresses == ("a:1", "b:1")
+    assert read_fault(link, stage).addresses == ("a:1", "b:1")

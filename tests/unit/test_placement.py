@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from stagecoach.errors import TopologyError
 from stagecoach.topology import LayerRange, split_evenly
-from stagecoach_router.pipelines.placement import Candidate, Link, find_chain
+from stagecoach_router.pipelines.placement import Candidate, PlannedStage, find_chain
 
 
 def fixed(address, layers, num_blocks=8):
@@ -83,7 +83,6 @@ def test_a_gap_is_cut_for_as_many_shards_as_the_pipeline_had():
     assert chain(shards, prefer=["a", "b", "c"]) == "a=0:10 b=10:20+ c=20:30+"
     assert chain(shards, num_stages=4) == "a=0:10 b=10:17+ c=17:24+ d=24:30+"
     assert chain(shards, num_stages=9) == "a=0:10 b=10:17+ c=17:24+ d=24:30+"
-    assert chain(shards, num_stages=3, head_layers=4) == "a=0:10 b=10:22+ c=22:30+"
 
 
 def test_nothing_is_loaded_where_that_is_not_wanted():
@@ -97,7 +96,6 @@ def test_shards_without_layers_split_the_model_evenly():
     shards = [empty(name) for name in "abc"]
     assert chain(shards) == "a=0:10+ b=10:20+ c=20:30+"
     assert chain(shards, num_stages=2) == "a=0:15+ b=15:30+"
-    assert chain(shards, num_stages=2, head_layers=4) == "a=0:17+ b=17:30+"
 
 
 def test_where_a_shards_layers_do_not_help_the_others_split_the_model():
@@ -182,10 +180,9 @@ def candidates_of_a_small_model(draw):
     prefer=st.lists(st.sampled_from([f"s{index}" for index in range(5)]), unique=True),
     num_stages=st.integers(0, 4),
     may_load=st.booleans(),
-    head_layers=st.integers(0, 4),
 )
 def test_the_best_of_all_chains_is_found_and_an_error_raised_only_where_there_is_none(
-    shards, prefer, num_stages, may_load, head_layers
+    shards, prefer, num_stages, may_load
 ):
     known = {shard.address: shard for shard in shards}
     assignable = [shard for shard in shards if shard.assignable and may_load]
@@ -194,9 +191,7 @@ def test_the_best_of_all_chains_is_found_and_an_error_raised_only_where_there_is
     can_split = bool(assignable) and num_stages <= len(assignable)
 
     try:
-        links = find_chain(
-            shards, NUM_LAYERS, prefer=prefer, num_stages=num_stages, may_load=may_load, head_layers=head_layers
-        )
+        links = find_chain(shards, NUM_LAYERS, prefer=prefer, num_stages=num_stages, may_load=may_load)
     except TopologyError:
         assert best is None
         assert not can_split
@@ -215,7 +210,7 @@ def test_the_best_of_all_chains_is_found_and_an_error_raised_only_where_there_is
     if best is None:
         assert can_split
         assert all(link.must_load for link in links)
-        assert [link.layers for link in links] == split_evenly(NUM_LAYERS, len(links), head_layers)
+        assert [link.layers for link in links] == split_evenly(NUM_LAYERS, len(links))
         return
     served = [known[link.address] for link in links if not link.must_load]
     num_loads = sum(len(link.layers) for link in links if link.must_load)
@@ -258,8 +253,8 @@ def test_ranges_that_make_more_chains_than_could_be_tried_take_no_time(shards):
 def test_an_address_is_in_one_link_only_where_every_shard_could_fill_every_gap():
     shards = [loaded(name, layers) for name, layers in zip("abcd", ("0:10", "0:10", "12:20", "12:20"), strict=True)]
     assert find_chain(shards, 30) == [
-        Link("a", LayerRange(0, 10), False),
-        Link("b", LayerRange(10, 12), True),
-        Link("c", LayerRange(12, 20), False),
-        Link("d", LayerRange(20, 30), True),
+        PlannedStage("a", LayerRange(0, 10), False),
+        PlannedStage("b", LayerRange(10, 12), True),
+        PlannedStage("c", LayerRange(12, 20), False),
+        PlannedStage("d", LayerRange(20, 30), True),
     ]

@@ -47,11 +47,17 @@ _CONNECTION_ENDED = re.compile(r"Socket closed|Connection reset|Broken pipe|GOAW
 _NOT_CONNECTED = re.compile(r"failed to connect", re.IGNORECASE)
 
 
-def from_rpc_error(error: grpc.RpcError, peer: str) -> tree.StagecoachError:
-    """The error behind a failed call to `peer` (HOST:PORT). It is about the peer, unless that says who else it is."""
+def from_rpc_error(error: grpc.RpcError, peer: str, *, names_peer: bool = False) -> tree.StagecoachError:
+    """The error behind a failed call to `peer` (HOST:PORT). It is about the peer, unless that says who else it is.
+
+    `names_peer`: its text begins with the peer also where the peer wrote it, who need not say who it is.
+    """
     sent = _sent_error(error)
     if sent is not None:
         sent.addresses = sent.addresses or (peer,)
+        if names_peer:
+            sent.message = f"{peer}: {sent.message}"
+            sent.args = (sent.message,)
         return sent
     code, details = _code_and_details(error)
     kind, retry_after_s = _BY_CODE.get(code, tree.StagecoachError), 0.0

@@ -10,14 +10,14 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from collections.abc import Sequence as Many
+from typing import Protocol
 
 from stagecoach import errors
 from stagecoach_router.engine.load_balancer import ReplicaLoad, choose_replica, relative_speeds
 from stagecoach_router.engine.replica import Owner, Replica
-from stagecoach_router.engine.step_loop import Counters
-from stagecoach_router.metrics.counters import ActiveTime
+from stagecoach_router.metrics.counters import ActiveTime, Counters
 from stagecoach_router.requests.completion import Completion
 from stagecoach_router.requests.request_state import RequestState
 from stagecoach_router.sampling.outputs import Sampled, wanted_output
@@ -39,8 +39,17 @@ POISON_PATIENCE_S = 10.0
 # A pipeline that is open has so long until its first token, before its requests move to another.
 UNPROVEN_PATIENCE_S = 5.0
 
-# Makes a replica, which gets these two.
-MakeReplica = Callable[[Counters, Owner], Replica]
+MakeReplica = Callable[[Owner], Replica]
+
+
+class ShardSupply(Protocol):
+    """Where the shards of further pipelines come from."""
+
+    def is_ready_for(self, num_replicas: int) -> bool:
+        """Whether there are shards for so many pipelines. All but the last of them are open."""
+
+    async def changed(self) -> None:
+        """Returns when that may have changed."""
 
 
 class Engine:
@@ -91,36 +100,31 @@ class Engine:
 
     async def open_replica(self) -> Replica:
         """Opens one more pipeline. Raises what its `connect` raises. `run` has to run it."""
-        replica = self._make_replica(self.counters, self)
+        replica = self._make_replica(self)
         await replica.open()
         self.replicas.append(replica)
         self.replica_changed(replica)  # a token may have come before it was one of us
         return replica
 
-    async def run(self, another: Callable[[int, Callable[[], bool]], Awaitable[None]]) -> None:
-        """Keeps the pipelines open, and opens further ones. Runs until cancelled.
-
-        `another` is given how many there are, and whom to ask whether all are open, and returns when shards for one
-        more may be there.
-        """
+    async def run(self, shards: ShardSupply) -> None:
+        """Keeps the pipelines open, and opens further ones when there are shards for them. Runs until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             for replica in self.replicas:
                 tasks.create_task(replica.run())
             delay_s = GROW_FIRST_DELAY_S
             while True:
-                await another(len(self.replicas), self._all_open)
-                # One that has lost its pipeline comes first, and looks for shards itself.
-                if self._all_open():
-                    try:
-                        tasks.create_task((await self.open_replica()).run())
-                        delay_s = GROW_FIRST_DELAY_S
-                        continue
-                    except errors.StagecoachError as error:
-                        logger.warning("no further pipeline yet, next attempt in %g s: %s", delay_s, error)
-                        await asyncio.sleep(delay_s)
-                        delay_s = min(2 * delay_s, GROW_MAX_DELAY_S)
-                else:
-                    await asyncio.sleep(GROW_FIRST_DELAY_S)
+                # A replica that has lost its pipeline comes first, and looks for shards itself.
+                all_open = all(replica.is_open for replica in self.replicas)
+                if not (all_open and shards.is_ready_for(len(self.replicas) + 1)):
+                    await shards.changed()
+                    continue
+                try:
+                    tasks.create_task((await self.open_replica()).run())
+                    delay_s = GROW_FIRST_DELAY_S
+                except errors.StagecoachError as error:
+                    logger.warning("no further pipeline yet, next attempt in %g s: %s", delay_s, error)
+                    await asyncio.sleep(delay_s)
+                    delay_s = min(2 * delay_s, GROW_MAX_DELAY_S)
 
     async def close(self) -> None:
         """Fails what runs, and closes the pipelines."""
@@ -286,9 +290,6 @@ class Engine:
                     lost.move(request, self.replicas[chosen])
                     changed |= {lost, self.replicas[chosen]}
         return changed
-
-    def _all_open(self) -> bool:
-        return all(replica.is_open for replica in self.replicas)
 
     def _share_waiting(self, newcomer: Replica) -> set[Replica]:
         """Moves requests that wait for a slot elsewhere to one that has become ready, the last ones in line first."""

@@ -16,8 +16,9 @@ from typing import Any, Protocol
 from stagecoach import errors
 from stagecoach.v1 import shard_pb2
 from stagecoach_router.engine.health_probe import HealthProbe
-from stagecoach_router.engine.step_loop import Counters, StepLoop
+from stagecoach_router.engine.step_loop import StepLoop
 from stagecoach_router.engine.straggler import StragglerDetector
+from stagecoach_router.metrics.counters import Counters
 from stagecoach_router.pipelines.pipeline import Connect, Pipeline
 from stagecoach_router.requests.request_state import RequestState
 from stagecoach_router.scheduling.pacing import Pacing
@@ -40,7 +41,6 @@ class ReplicaSettings:
     pipeline before they fail; `lanes` is Pacing's, `straggler_window_s` StragglerDetector's.
     """
 
-    vocab_size: int
     max_batch_tokens: int
     recovery_timeout_s: float
     straggler_window_s: float
@@ -49,6 +49,10 @@ class ReplicaSettings:
 
 class Owner(Protocol):
     """Who has the replicas, and is told of what concerns more than one of them."""
+
+    @property
+    def counters(self) -> Counters:
+        """To which is added what they do."""
 
     def replica_changed(self, replica: Replica) -> None:
         """Its `ready` has changed, or it still has no pipeline through which tokens come."""
@@ -63,8 +67,8 @@ class Owner(Protocol):
 class Replica:
     """Generates over one pipeline at a time.
 
-    `connect` opens it; `probe` says when to try it without a request; what it does is added to `counters`. It is
-    `ready` once a token has come through the pipeline, until that is lost.
+    `connect` opens it; `probe` says when to try it without a request. It is `ready` once a token has come through the
+    pipeline, until that is lost.
     """
 
     def __init__(
@@ -74,17 +78,16 @@ class Replica:
         *,
         connect: Connect,
         probe: HealthProbe,
-        counters: Counters,
         owner: Owner,
     ) -> None:
         self.scheduler = scheduler
+        self.counters = owner.counters
         self.pipeline: Pipeline | None = None  # the one it had last, where that is lost
         self.ready = False
         self.reason = "it has not been open yet"  # why it is not ready
         self._settings = settings
         self._connect = connect
         self._probe = probe
-        self._counters = counters
         self._owner = owner
         self._requests: dict[int, RequestState] = {}  # by the seq_id of each sequence that runs or waits here
         self._steps: StepLoop | None = None  # of the pipeline; None once that is lost
@@ -185,7 +188,7 @@ class Replica:
     async def open(self) -> None:
         """Opens a pipeline, and goes on with what waits. Raises what `connect` raises."""
         self._lost.clear()
-        self.pipeline = await self._connect(self._take, self._lose)
+        self.pipeline = await self._connect(self)
         self._fit(self.pipeline)
         if self.pipeline.lost is None:
             self._steps = self._begin(self.pipeline)
@@ -222,12 +225,9 @@ class Replica:
             pipeline,
             self.scheduler,
             self._requests,
-            vocab_size=self._settings.vocab_size,
-            probe=self._probe,
-            straggler=StragglerDetector(pacing, self._settings.straggler_window_s),
-            counters=self._counters,
-            on_token=self._token_came,
-            fail=self.fail,
+            self._probe,
+            StragglerDetector(pacing, self._settings.straggler_window_s),
+            self,
         )
 
     async def _reopen_whenever_lost(self) -> None:
@@ -257,17 +257,20 @@ class Replica:
                 continue
             return
 
-    def _take(self, result: shard_pb2.StepResult, payload: memoryview) -> None:
+    def result_came(self, result: shard_pb2.StepResult, payload: memoryview) -> None:
+        """A step has come back. What this raises, the pipeline is lost by."""
         assert self._steps is not None, "nothing is delivered after the loss"
         self._steps.take(result, payload)
         self._owner.work_changed()
 
-    def _token_came(self, is_probe: bool) -> None:
+    def token_came(self, *, is_probe: bool) -> None:
+        """The pipeline works; `is_probe`: for what is nobody's, at least."""
         if not (is_probe and self._requests):  # a probe proves nothing about requests that break the pipeline
             self._reopen_delay_s = REOPEN_FIRST_DELAY_S
         self._set_ready(True)
 
-    def _lose(self, error: errors.StagecoachError) -> None:
+    def pipeline_lost(self, error: errors.StagecoachError) -> None:
+        """Puts every sequence back to waiting, and has `run` open a pipeline again."""
         logger.warning("pipeline lost: %s", error)
         self.reason = str(error)
         steps, self._steps = self._steps, None

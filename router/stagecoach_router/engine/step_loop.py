@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from stagecoach import errors
 from stagecoach.v1 import shard_pb2
 from stagecoach_router.engine.health_probe import HealthProbe
 from stagecoach_router.engine.straggler import StragglerDetector
 from stagecoach_router.engine.wire import GroupOutputs, OutputOrder, read_outputs, write_micro_batch
+from stagecoach_router.metrics.counters import Counters
 from stagecoach_router.pipelines.pipeline import Pipeline
 from stagecoach_router.requests.completion import OutputDelta
 from stagecoach_router.requests.request_state import RequestState
@@ -27,18 +28,6 @@ from stagecoach_router.scheduling.sequence import Sequence
 MAX_UNREAD_DELTAS = 4096
 
 
-@dataclass(slots=True)
-class Counters:
-    """What the router did since it started."""
-
-    num_finished: int = 0
-    prompt_tokens: int = 0
-    looked_up_prompt_tokens: int = 0  # in the prefix cache, where cached_prompt_tokens of them were
-    cached_prompt_tokens: int = 0
-    completion_tokens: int = 0
-    num_repeats: int = 0  # rows computed once more because their candidates did not determine the token
-
-
 @dataclass(frozen=True, slots=True)
 class _Step:
     plan: Plan
@@ -49,11 +38,24 @@ class _Step:
     is_probe: bool = False
 
 
+class StepOwner(Protocol):
+    """Whose steps they are."""
+
+    @property
+    def counters(self) -> Counters:
+        """To which is added what is done."""
+
+    def token_came(self, *, is_probe: bool) -> None:
+        """At least one token has come; `is_probe`: and it was only the probe's."""
+
+    def fail(self, request: RequestState, error: errors.StagecoachError) -> None:
+        """Ends all of a request."""
+
+
 class StepLoop:
     """Sends what `scheduler` plans over `pipeline`, and gives the tokens that come to `requests`, by seq_id.
 
-    A sequence that finishes is taken out of `requests`; `fail` has to end all of a request. `on_token` is told whenever
-    at least one token has come, and whether it was only the probe's. What is done is added to `counters`.
+    A sequence that finishes is taken out of `requests`.
     """
 
     def __init__(
@@ -61,23 +63,18 @@ class StepLoop:
         pipeline: Pipeline,
         scheduler: Scheduler,
         requests: dict[int, RequestState],
-        *,
-        vocab_size: int,
         probe: HealthProbe,
         straggler: StragglerDetector,
-        counters: Counters,
-        on_token: Callable[[bool], None],
-        fail: Callable[[RequestState, errors.StagecoachError], None],
+        owner: StepOwner,
     ) -> None:
         self._pipeline = pipeline
         self._scheduler = scheduler
         self._requests = requests
-        self._vocab_size = vocab_size
+        self._vocab_size = pipeline.vocab_size
         self._probe = probe
         self._straggler = straggler
-        self._counters = counters
-        self._on_token = on_token
-        self._fail = fail
+        self._counters = owner.counters
+        self._owner = owner
         assert scheduler.pacing is not None, "set when the pipeline was opened"
         self._pacing = scheduler.pacing
         self._next_step = 1
@@ -117,7 +114,7 @@ class StepLoop:
         outputs = read_outputs(result, payload, step.order, self._vocab_size)
         if step.is_probe:
             self._probe.take(outputs, time.perf_counter(), round_trip_s)
-            self._on_token(True)
+            self._owner.token_came(is_probe=True)
             return
         deltas: list[tuple[RequestState, OutputDelta]] = []
         try:
@@ -129,7 +126,7 @@ class StepLoop:
                 request.put(delta)
         if deltas:
             self._probe.token_came(time.perf_counter())
-            self._on_token(False)
+            self._owner.token_came(is_probe=False)
         stages = [StageSeconds(timing.queue_s, timing.compute_s) for timing in result.timings]
         self._pacing.observe(step.shape, stages, round_trip_s)
         slow = self._straggler.observe(step.shape, stages, round_trip_s, time.monotonic())
@@ -173,10 +170,10 @@ class StepLoop:
         """Takes a sequence's next token; returns what it adds, None where there is no token."""
         counters = self._counters
         if request.num_unread >= MAX_UNREAD_DELTAS:
-            self._fail(request, errors.Overloaded("the answer is not being read", limit=MAX_UNREAD_DELTAS))
+            self._owner.fail(request, errors.Overloaded("the answer is not being read", limit=MAX_UNREAD_DELTAS))
             return None
         if isinstance(sampled, errors.ShardFault):  # no number among this row's logits: nobody else's fault
-            self._fail(request, sampled)
+            self._owner.fail(request, sampled)
             return None
         if isinstance(sampled, InsufficientCandidates):
             sequence.next_want = wider_output(sequence.next_want, self._vocab_size)

@@ -7,8 +7,8 @@ from stagecoach.v1 import model_pb2
 from stagecoach_router.engine.engine import Engine
 from stagecoach_router.engine.replica import Replica
 from stagecoach_router.metrics.counters import PipelineTotals, StageTotals
-from stagecoach_router.pipelines.shard_client import Stage
 from stagecoach_router.pipelines.shard_registry import Shard, ShardRegistry
+from stagecoach_router.pipelines.stage_session import StageSession
 
 
 def write_status(
@@ -39,7 +39,7 @@ def write_status(
         num_fast_frames=totals.frames.num_fast_frames,
     )
     response.pipelines.extend(_pipeline_status(model, replica, totals) for replica in engine.replicas)
-    response.spares.extend(_spare_status(member) for member in registry.free)
+    response.spares.extend(_spare_status(shard) for shard in registry.free)
     return response
 
 
@@ -57,25 +57,25 @@ def _pipeline_status(model: model_pb2.ModelDescription, replica: Replica, totals
     )
 
 
-def _stage_status(stage: Stage, totals: StageTotals) -> pb.StageStatus:
-    description = stage.description
+def _stage_status(stage: StageSession, totals: StageTotals) -> pb.StageStatus:
+    facts = stage.shard.facts
     return pb.StageStatus(
         address=stage.address,
-        layers=description.layers,
-        device=description.device,
-        dtype=description.dtype,
-        pid=description.pid,
-        hostname=description.hostname,
-        kernels=description.kernels,
-        weights_bytes=description.weights_bytes,
-        kv_cache_bytes=description.kv_cache_bytes,
+        layers=facts.layers,
+        device=facts.device,
+        dtype=facts.dtype,
+        pid=facts.pid,
+        hostname=facts.hostname,
+        kernels=facts.kernels,
+        weights_bytes=facts.weights_bytes,
+        kv_cache_bytes=facts.kv_cache_bytes,
         queue_depth=stage.queue_depth,
         **totals.counters._asdict(),
     )
 
 
-def _spare_status(member: Shard) -> pb.SpareStatus:
-    status = pb.SpareStatus(address=member.address, assignable=member.assignable, reason=member.reason)
-    if member.layers is not None:
-        status.layers.start, status.layers.end = member.layers.start, member.layers.end
+def _spare_status(shard: Shard) -> pb.SpareStatus:
+    status = pb.SpareStatus(address=shard.address, assignable=shard.assignable, reason=shard.reason)
+    if shard.layers is not None:
+        status.layers.start, status.layers.end = shard.layers.start, shard.layers.end
     return status

@@ -7,9 +7,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from stagecoach.rpc.framing import FrameCounter
 from stagecoach_router.metrics.load_report import StageCounters
+
+
+@dataclass(slots=True)
+class Counters:
+    """What the router did since it started."""
+
+    num_finished: int = 0
+    prompt_tokens: int = 0
+    looked_up_prompt_tokens: int = 0  # in the prefix cache, where cached_prompt_tokens of them were
+    cached_prompt_tokens: int = 0
+    completion_tokens: int = 0
+    num_repeats: int = 0  # rows computed once more because their candidates did not determine the token
 
 
 class StageTotals:

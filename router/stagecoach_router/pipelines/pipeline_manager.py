@@ -1,21 +1,20 @@
-"""Pipelines out of the shards that are there: the first, those that take a lost one's place, and further ones."""
+"""Opens pipelines over the shards that there are: the first, those that take a lost one's place, and further ones."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stagecoach import errors
-from stagecoach.rpc.channel import Dial, dial_plainly
-from stagecoach_router.metrics.counters import PipelineTotals
-from stagecoach_router.pipelines.pipeline import Connect, LostHandler, Pipeline, ResultHandler
-from stagecoach_router.pipelines.placement import Link, find_chain
-from stagecoach_router.pipelines.shard_client import Stage, check_same_model, describe
+from stagecoach.v1 import shard_pb2
+from stagecoach_router.pipelines.pipeline import Links, Pipeline, PipelineListener
+from stagecoach_router.pipelines.shard_choice import Choice, Wish, choose_shards
+from stagecoach_router.pipelines.shard_client import describe
+from stagecoach_router.pipelines.shard_description import ShardDescription
 from stagecoach_router.pipelines.shard_registry import ShardRegistry
-from stagecoach_router.pipelines.watchdog import FaultLimits
 
 logger = logging.getLogger(__name__)
 
@@ -37,12 +36,11 @@ class PipelineSettings:
     layers, and for one. max_slots: of each lease.
     """
 
-    num_stages: int
-    num_replicas: int
-    kv_blocks: int
-    lanes: int
-    max_slots: int
-    faults: FaultLimits
+    num_stages: int = 0
+    num_replicas: int = 0
+    kv_blocks: int = 0
+    lanes: int = 0
+    max_slots: int = 1
 
 
 class PipelineManager:
@@ -52,39 +50,20 @@ class PipelineManager:
     pipeline it is in now.
     """
 
-    def __init__(
-        self,
-        registry: ShardRegistry,
-        settings: PipelineSettings,
-        *,
-        lease_id: int,
-        totals: PipelineTotals,
-        dial: Dial = dial_plainly,
-    ) -> None:
+    def __init__(self, registry: ShardRegistry, settings: PipelineSettings, links: Links) -> None:
         self.registry = registry
+        self.totals = links.totals
         self._settings = settings
-        self._lease_id = lease_id
-        self.totals = totals
-        self._dial = dial
+        self._links = links
         self._epoch = 0
-        self._num_formed = 0  # connectors that have opened a pipeline
+        self._num_replicas = 0  # that have had a pipeline
         self._started_s = time.monotonic()
 
-    def connector(self) -> Connect:
-        """What opens the pipelines of one replica, each time preferring the shards of the one before."""
-        former: list[str] = []
+    def connector(self) -> Connector:
+        """What opens the pipelines of one more replica."""
+        return Connector(self)
 
-        async def connect(on_result: ResultHandler, on_lost: LostHandler) -> Pipeline:
-            may_load = bool(former) or self._num_formed < max(1, self._settings.num_replicas)
-            chain = await self._find(former, may_load=may_load)
-            pipeline = await self._open([link.address for link in chain], on_result, on_lost)
-            self._num_formed += not former
-            former[:] = [link.address for link in chain]
-            return pipeline
-
-        return connect
-
-    async def first_shard(self) -> Stage:
+    async def first_shard(self) -> ShardDescription:
         """One that has answered. Raises Unavailable where none does for a while, ModelMismatch where they differ."""
         began = time.monotonic()
         while (model := self.registry.model()) is None:
@@ -93,21 +72,29 @@ class PipelineManager:
             await self.registry.changed(FIND_TIMEOUT_S)
         return model
 
-    async def another(self, num_replicas: int, all_open: Callable[[], bool]) -> None:
-        """Returns when there are shards for one more pipeline than `num_replicas`.
+    def is_ready_for(self, num_replicas: int) -> bool:
+        """Whether there are shards for so many pipelines, all but the last of which are open.
 
-        Others load layers for that only while all pipelines are open: a lost one comes first.
+        Where shards are to load layers for so many, and have to for this one, they are told to.
         """
-        while True:
-            may_load = num_replicas < self._settings.num_replicas and all_open()
-            try:
-                if self._look([], may_load=may_load) is not None:
-                    return
-            except errors.TopologyError:
-                pass
-            await self.registry.changed(FIND_TIMEOUT_S)
+        return bool(self._choose([], may_load=num_replicas <= self._settings.num_replicas).stages)
 
-    async def _find(self, former: list[str], *, may_load: bool) -> list[Link]:
+    async def changed(self) -> None:
+        """Returns when something was learnt about a shard, or after a while: quarantines end by themselves."""
+        await self.registry.changed(FIND_TIMEOUT_S)
+
+    async def connect(self, former: Sequence[str], listener: PipelineListener) -> Pipeline:
+        """Opens a replica's pipeline, preferably over the shards `former` that it had before (none: it had none).
+
+        Raises Unavailable or KVCacheFull where that cannot be done yet, and TopologyError, ConfigError or ModelMismatch
+        where it never can.
+        """
+        may_load = bool(former) or self._num_replicas < max(1, self._settings.num_replicas)
+        pipeline = await self._open(await self._find(former, may_load=may_load), listener)
+        self._num_replicas += not former
+        return pipeline
+
+    async def _find(self, former: Sequence[str], *, may_load: bool) -> list[str]:
         """The next pipeline's shards.
 
         Raises Unavailable where there are none for a while, TopologyError where all have answered and cannot be one.
@@ -115,153 +102,129 @@ class PipelineManager:
         began = time.monotonic()
         while True:
             waited_s = time.monotonic() - began
-            asked = all(self.registry.members[address].asked for address in former)
-            error: errors.StagecoachError
-            try:
-                chain = self._look(former, may_load=may_load and (asked or waited_s >= ASK_PATIENCE_S))
-            except errors.TopologyError as missing:
-                error = missing
-            else:
-                is_quarantined = chain is not None and self._waits_for_better(former, chain)
-                if chain is not None and not (is_quarantined and waited_s < QUARANTINE_PATIENCE_S):
-                    return chain
-                error = errors.Unavailable("layers are being loaded")
-                if is_quarantined:
-                    await self.registry.changed(QUARANTINE_PATIENCE_S - waited_s)
-                    continue
-            if waited_s >= FIND_TIMEOUT_S:
-                raise self._explained(error)
-            await self.registry.changed(FIND_TIMEOUT_S - waited_s)
+            were_asked = all(self.registry.shards[address].was_asked for address in former)
+            choice = self._choose(former, may_load=may_load and (were_asked or waited_s >= ASK_PATIENCE_S))
+            patience_s = QUARANTINE_PATIENCE_S if choice.is_second_choice else FIND_TIMEOUT_S
+            if choice.stages and not (choice.is_second_choice and waited_s < patience_s):
+                return choice.addresses
+            if choice.error is not None and waited_s >= patience_s:
+                raise self._explained(choice.error)
+            await self.registry.changed(patience_s - waited_s)
 
-    def _look(self, former: list[str], *, may_load: bool) -> list[Link] | None:
-        """A chain of shards that need not load anything. None: some have to, and are told to.
+    def _choose(self, former: Sequence[str], *, may_load: bool) -> Choice:
+        """The shards for a pipeline. Those that have to load layers for it are told to.
 
-        Raises TopologyError where there is neither.
+        Raises ModelMismatch where the shards do not fit together.
         """
         model = self.registry.model()
         if model is None:
-            raise errors.TopologyError("no shard has answered yet", field="shards")
-        num_layers = model.description.model.num_layers
-        candidates = self.registry.candidates(self._min_blocks)
+            return Choice(error=errors.TopologyError("no shard has answered yet", field="shards"))
         started = bool(former) or self.registry.all_answered or self._has_waited_enough()
-        try:
-            chain = find_chain(candidates, num_layers, prefer=former, may_load=False)
-        except errors.TopologyError:
-            if may_load and started and self._load_missing(former, num_layers, without=()):
-                return None
-            # Those without room may have some by the time they are asked; else they say how much they lack.
-            return find_chain(self.registry.candidates(0), num_layers, prefer=former, may_load=False)
-        quarantined = self._quarantined(chain)
-        if may_load and quarantined:
-            # All of them, or else one: a broken link is quarantined on both of its ends.
-            any(
-                self._load_missing(former, num_layers, without=each)
-                for each in [quarantined, *zip(reversed(quarantined))]
-            )
-        return chain
-
-    def _quarantined(self, chain: list[Link]) -> list[str]:
-        return [link.address for link in chain if self.registry.members[link.address].is_quarantined]
-
-    def _waits_for_better(self, former: list[str], chain: list[Link]) -> bool:
-        """Whether a shard is loading what makes a chain with fewer that are quarantined."""
-        if not self._quarantined(chain):
-            return False
-        candidates = self.registry.candidates(self._min_blocks, with_loading=True)
-        try:
-            better = find_chain(candidates, chain[-1].layers.end, prefer=former, may_load=False)
-        except errors.TopologyError:  # this one's shards lack room
-            return False
-        return len(self._quarantined(better)) < len(self._quarantined(chain))
-
-    def _load_missing(self, former: list[str], num_layers: int, *, without: Collection[str]) -> bool:
-        """Has shards load what is missing, or finds that they do. Returns whether that makes a pipeline."""
-        candidates = self.registry.candidates(self._min_blocks, with_loading=True)
-        try:
-            chain = find_chain(
-                [shard for shard in candidates if shard.address not in without],
-                num_layers,
-                prefer=former,
-                # One that was split over several shards is not to become a single shard's.
-                num_stages=len(former) or self._settings.num_stages,
-            )
-        except errors.TopologyError:
-            return False
-        for link in chain:
-            if link.must_load:
-                self.registry.load(link.address, link.layers)
-        return True
-
-    @property
-    def _min_blocks(self) -> int:
-        return max(self._settings.kv_blocks, 1) + 1  # one is the probe's
+        wish = Wish(
+            num_layers=model.facts.model.num_layers,
+            min_blocks=num_needed_blocks(self._settings.kv_blocks),
+            former=former,
+            num_stages=self._settings.num_stages,
+            may_load=may_load and started,
+        )
+        choice = choose_shards(self.registry.candidates, wish)
+        for stage in choice.loads:
+            self.registry.load(stage.address, stage.layers)
+        return choice
 
     def _has_waited_enough(self) -> bool:
         return time.monotonic() - self._started_s >= START_PATIENCE_S
 
     def _explained(self, error: errors.StagecoachError) -> errors.StagecoachError:
         """With what is wrong with the shards that could help; as an error for good where nothing is."""
-        reasons = [member.reason for member in self.registry.free if member.reason]
+        reasons = [shard.reason for shard in self.registry.free if shard.reason]
         if reasons:
             return errors.Unavailable("; ".join(dict.fromkeys([*reasons, str(error)])))
         if isinstance(error, errors.TopologyError) and self.registry.all_answered:
             return error
         return errors.Unavailable(str(error))
 
-    async def _open(self, addresses: list[str], on_result: ResultHandler, on_lost: LostHandler) -> Pipeline:
+    async def _open(self, addresses: list[str], listener: PipelineListener) -> Pipeline:
         settings = self._settings
         self._epoch += 1
-        epoch = self._epoch
-        self.registry.take(addresses, epoch)
-
-        def lost(error: errors.StagecoachError) -> None:
-            self._let_go(addresses, epoch, error)
-            on_lost(error)
-
+        taken = _TakenShards(self.registry, addresses, self._epoch)
         try:
-            stages = await self._describe(addresses)
-            _check_lanes(settings.lanes, len(stages))
-            pipeline = Pipeline(
-                stages,
-                lease_id=self._lease_id,
-                epoch=epoch,
-                on_result=on_result,
-                on_lost=lost,
-                totals=self.totals,
-                dial=self._dial,
-                faults=settings.faults,
-            )
-            num_blocks = num_blocks_to_lease(settings.kv_blocks, stages)
+            shards = await self._describe(addresses)
+            _check_lanes(settings.lanes, len(shards))
+            pipeline = Pipeline(shards, taken.epoch, _ReleasingListener(taken, listener), self._links)
+            num_blocks = num_blocks_to_lease(settings.kv_blocks, shards)
             await _open_as_described(pipeline, num_blocks, settings.max_slots)
         except BaseException as error:
-            self._let_go(addresses, epoch, error)
+            taken.release(error)
             raise
-        self.registry.settle(stages[0])
-        places = ", ".join(f"layers {stage.layers} at {stage.address}" for stage in stages)
-        logger.info("pipeline open in epoch %d: %s; %d K/V blocks", epoch, places, num_blocks)
+        self.registry.settle(shards[0])
+        places = ", ".join(f"layers {stage.layers} at {stage.address}" for stage in pipeline.stages)
+        logger.info("pipeline open in epoch %d: %s; %d K/V blocks", pipeline.epoch, places, num_blocks)
         return pipeline
 
-    def _let_go(self, addresses: list[str], epoch: int, error: BaseException) -> None:
-        """Gives up a pipeline's shards, and quarantines those that the error names; all, where it names none."""
-        if isinstance(error, (errors.Unavailable, errors.ShardFault)):
-            named = [address for address in addresses if address in error.addresses]
-            self.registry.quarantine(named or addresses)
-        self.registry.release(addresses, epoch)
-
-    async def _describe(self, addresses: list[str]) -> list[Stage]:
+    async def _describe(self, addresses: Sequence[str]) -> list[ShardDescription]:
         """As they are now: since they were last asked, others may have taken their blocks."""
-        timeout_s = self._settings.faults.fault_timeout_s
-        asked = [describe(address, self._dial, lease_id=self._lease_id, timeout_s=timeout_s) for address in addresses]
-        stages = await asyncio.gather(*asked)
-        model = self.registry.model() or stages[0]
+        links = self._links
+        asked = [
+            describe(address, links.dial, lease_id=links.lease_id, timeout_s=links.faults.fault_timeout_s)
+            for address in addresses
+        ]
+        shards = await asyncio.gather(*asked)
+        model = self.registry.model() or shards[0]
         end = 0
-        for stage in stages:
-            check_same_model(stage, model)
-            if stage.description.layers.start != end:
-                text = f"{stage.address} has other layers now: {stage.description.layers}"
-                raise errors.Unavailable(text, addresses=[stage.address])
-            end = stage.description.layers.end
-        return stages
+        for shard in shards:
+            shard.check_same_model(model)
+            if shard.layers is None or shard.layers.start != end:
+                text = f"{shard.address} has other layers now: {shard.layers or 'none'}"
+                raise errors.Unavailable(text, addresses=[shard.address])
+            end = shard.layers.end
+        return shards
+
+
+class Connector:
+    """Opens the pipelines of one replica, each time preferring the shards of the one before."""
+
+    def __init__(self, manager: PipelineManager) -> None:
+        self._manager = manager
+        self._former: list[str] = []
+
+    async def __call__(self, listener: PipelineListener) -> Pipeline:
+        """Opens the next one. Raises as PipelineManager.connect."""
+        pipeline = await self._manager.connect(self._former, listener)
+        self._former = [stage.address for stage in pipeline.stages]
+        return pipeline
+
+
+class _TakenShards:
+    """The shards of one pipeline: nobody else's until they are released."""
+
+    def __init__(self, registry: ShardRegistry, addresses: Sequence[str], epoch: int) -> None:
+        self.epoch = epoch
+        self._registry = registry
+        self._addresses = addresses
+        registry.take(addresses, epoch)
+
+    def release(self, error: BaseException) -> None:
+        """Gives them up, and quarantines those that the error names; all, where it names none."""
+        if isinstance(error, (errors.Unavailable, errors.ShardFault)):
+            named = [address for address in self._addresses if address in error.addresses]
+            self._registry.quarantine(named or self._addresses)
+        self._registry.release(self._addresses, self.epoch)
+
+
+class _ReleasingListener:
+    """Releases a pipeline's shards when it is lost, and hands on what comes of it."""
+
+    def __init__(self, taken: _TakenShards, listener: PipelineListener) -> None:
+        self._taken = taken
+        self._listener = listener
+
+    def result_came(self, result: shard_pb2.StepResult, payload: memoryview) -> None:
+        self._listener.result_came(result, payload)
+
+    def pipeline_lost(self, error: errors.StagecoachError) -> None:
+        self._taken.release(error)
+        self._listener.pipeline_lost(error)
 
 
 async def _open_as_described(pipeline: Pipeline, num_blocks: int, max_slots: int) -> None:
@@ -282,14 +245,19 @@ def _check_lanes(lanes: int, num_stages: int) -> None:
         )
 
 
-def num_blocks_to_lease(wanted: int, stages: list[Stage]) -> int:
-    """What is free on every stage, or `wanted` of it and one for the probe.
+def num_needed_blocks(wanted: int) -> int:
+    """The K/V blocks without which no pipeline can be opened: those that are wanted, and one for the probe."""
+    return max(wanted, 1) + 1
+
+
+def num_blocks_to_lease(wanted: int, shards: Sequence[ShardDescription]) -> int:
+    """What is free on every shard; of it, where so many are `wanted`, these and one for the probe.
 
     Raises KVCacheFull, ConfigError for more than there ever are.
     """
-    needed = max(wanted, 1) + 1
-    free_blocks = min(stage.description.num_free_blocks for stage in stages)
-    all_blocks = min(stage.description.num_blocks for stage in stages)
+    needed = num_needed_blocks(wanted)
+    free_blocks = min(shard.facts.num_free_blocks for shard in shards)
+    all_blocks = min(shard.facts.num_blocks for shard in shards)
     if needed > all_blocks:
         text = f"kv_blocks: {needed - 1} wanted and one for the probe, a stage has {all_blocks}"
         raise errors.ConfigError(text, field="kv_blocks", limit=all_blocks - 1, value=wanted)

@@ -1,0 +1,166 @@
+"""The session with one stage of a pipeline: opens the lease on its shard, and reads what the shard sends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import Protocol
+
+import grpc
+import grpc.aio
+
+from stagecoach import errors
+from stagecoach.errors.status import from_status, from_trailing_metadata
+from stagecoach.rpc.channel import Dial
+from stagecoach.rpc.framing import FrameCounter, read_frame
+from stagecoach.rpc.shard_rpc import ShardStub
+from stagecoach.topology import LayerRange
+from stagecoach.v1 import shard_pb2
+from stagecoach_router.metrics.load_report import LoadReport, read_load_report
+from stagecoach_router.pipelines.shard_description import ShardDescription
+
+logger = logging.getLogger(__name__)
+
+OPEN_TIMEOUT_S = 20.0
+
+Call = grpc.aio.StreamStreamCall[shard_pb2.SessionRequest, bytes]
+
+
+class SessionListener(Protocol):
+    """Who is told what comes of a session."""
+
+    def result_came(self, result: shard_pb2.StepResult, payload: memoryview, message_bytes: int) -> None:
+        """The last stage has computed a step."""
+
+    def load_came(self, session: StageSession, report: LoadReport) -> None:
+        """The stage has said what it has done."""
+
+    def session_ended(self, error: errors.StagecoachError) -> None:
+        """It has broken. Nothing comes after this."""
+
+
+class StageSession:
+    """One stage of a pipeline. `frames` counts what is read."""
+
+    def __init__(self, shard: ShardDescription, listener: SessionListener, frames: FrameCounter) -> None:
+        assert shard.layers is not None, "a stage has layers"
+        self.shard = shard
+        self.layers: LayerRange = shard.layers
+        self.queue_depth = 0  # of the latest load report
+        self._listener = listener
+        self._frames = frames
+        self._channel: grpc.aio.Channel | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._question = 0  # the latest request for a load report
+        self._was_asked = asyncio.Event()
+        self._awaited_reports: dict[int, asyncio.Future[None]] = {}
+
+    @property
+    def address(self) -> str:
+        return self.shard.address
+
+    def __str__(self) -> str:
+        return f"stage {self.layers} at {self.address}"
+
+    async def open(self, request: shard_pb2.OpenRequest, dial: Dial) -> None:
+        """Opens the lease. Raises what the shard refuses it with, Unavailable where it does not answer."""
+        self._channel = dial(self.address)
+        call = ShardStub(self._channel).session()
+        try:
+            async with asyncio.timeout(OPEN_TIMEOUT_S):
+                await call.write(shard_pb2.SessionRequest(open=request))
+                data = await call.read()
+        except TimeoutError:
+            text = f"{self.address}: no answer to Open in {OPEN_TIMEOUT_S:g} s"
+            raise errors.Unavailable(text, addresses=[self.address]) from None
+        except asyncio.InvalidStateError:
+            data = grpc.aio.EOF
+        except grpc.RpcError as error:
+            raise errors.from_rpc_error(error, self.address) from error
+        if data is grpc.aio.EOF:
+            raise await self._why_ended(call)
+        self._tasks = [asyncio.create_task(self._read(call)), asyncio.create_task(self._ask(call))]
+
+    async def close(self) -> None:
+        """Ends the lease."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        # What ended them knows their frames, and these the call, whose connection would wait for garbage collection.
+        self._tasks.clear()
+        if self._channel is not None:
+            await self._channel.close()
+
+    def ask_for_load(self, question: int) -> None:
+        """Asks for a load report. Later questions have higher numbers."""
+        self._question = question
+        self._was_asked.set()
+
+    async def load_report(self, question: int) -> None:
+        """Asks for a load report, and returns when it has come."""
+        arrived = self._awaited_reports[question] = asyncio.get_running_loop().create_future()
+        self.ask_for_load(question)
+        try:
+            await arrived
+        finally:
+            del self._awaited_reports[question]
+
+    def take_load(self, report: LoadReport) -> None:
+        """A load report has come."""
+        self.queue_depth = report.queue_depth
+        self._listener.load_came(self, report)
+        for question, arrived in self._awaited_reports.items():
+            if question <= report.number and not arrived.done():
+                arrived.set_result(None)
+
+    async def _ask(self, call: Call) -> None:
+        """Asks whenever somebody wants to know. A task of its own: a write that is cancelled ends its call."""
+        with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):  # the reader learns why
+            while True:
+                await self._was_asked.wait()
+                self._was_asked.clear()
+                request = shard_pb2.ReportLoad(number=self._question)
+                await call.write(shard_pb2.SessionRequest(report_load=request))
+
+    async def _read(self, call: Call) -> None:
+        error: errors.StagecoachError
+        try:
+            while isinstance(data := await call.read(), bytes):
+                self._take(data)
+            error = await self._why_ended(call)
+        except grpc.RpcError as rpc_error:
+            error = errors.from_rpc_error(rpc_error, self.address)
+        except errors.StagecoachError as typed:
+            error = typed
+        except Exception as unforeseen:  # a bug, here or there: without this the streams would wait for ever
+            logger.exception("reading from %s", self.address)
+            error = errors.ShardFault(f"{self}: {unforeseen!r}", addresses=[self.address])
+        self._listener.session_ended(error)
+
+    def _take(self, data: bytes) -> None:
+        message, payload = read_frame(shard_pb2.SessionResponse, data, self._frames)
+        kind = message.WhichOneof("kind")
+        if kind == "result":
+            self._listener.result_came(message.result, payload, len(data))
+        elif kind == "load":
+            self.take_load(read_load_report(message.load))
+        elif kind == "fault":
+            self._listener.session_ended(read_fault(message.fault, self))
+
+    async def _why_ended(self, call: Call) -> errors.StagecoachError:
+        """The error behind a session that the shard has ended."""
+        code = await call.code()
+        detailed = from_trailing_metadata(await call.trailing_metadata())
+        if detailed is not None:
+            detailed.addresses = detailed.addresses or (self.address,)
+            return detailed
+        text = f"{self.address}: the session ended ({code.name}: {await call.details()})"
+        return errors.Unavailable(text, addresses=[self.address])
+
+
+def read_fault(fault: shard_pb2.Fault, stage: StageSession) -> errors.ShardFault:
+    """A fault is about the stage that reports it and whom that names: its next hop, where their link has broken."""
+    cause = from_status(fault.status)
+    named = () if cause is None else cause.addresses
+    return errors.ShardFault(f"{stage}: {fault.status.message}", addresses=[stage.address, *named])
