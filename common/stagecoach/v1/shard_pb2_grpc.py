@@ -72,30 +72,31 @@ class ShardServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Assign(self, request, context):
-        """Loads other layers, instead of those it has. Only to a shard that was started without a range of its own, and only
-        while no lease is open on it; answered when they are loaded.
+        """Loads layers in the place of those it has, and answers when they are loaded. It is refused by a shard that was
+        started with layers of its own, and while a lease is open.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def FetchFiles(self, request, context):
-        """The tokenizer and the configuration, so that a router needs no copy of the checkpoint.
+        """The checkpoint's small files, such as its tokenizer, so that a router needs no copy of the checkpoint.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Session(self, request_iterator, context):
-        """Router <-> every shard of its pipeline. The first request opens a lease; the lease ends with the stream.
-        Step results, faults and load reports come back on it.
+        """A router has one of these streams to every shard of its pipeline. The first request opens a lease, which ends with
+        the stream. Step results, faults and load reports come back on it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Forward(self, request_iterator, context):
-        """Upstream (the router, or the stage before) -> this shard. Micro-batches run first in, first out.
+        """The router sends micro-batches to the first stage, and each stage to the next. They are computed in the order in
+        which they come.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
