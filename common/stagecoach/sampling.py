@@ -19,15 +19,15 @@ MAX_SEED = 2**64 - 1
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are chosen. Applied in this order: logit bias, penalties, temperature, top-k, top-p, min-p.
+    """How tokens are chosen. It is applied in this order: logit bias, penalties, temperature, top-k, top-p, min-p.
 
     Raises InvalidArgument with the field and the limit for a value that is out of range or not a number.
     """
 
     temperature: float = 1.0  # 0: the likeliest token, ties to the lowest id
-    top_k: int = 0  # 0: off
-    top_p: float = 1.0  # the smallest set of likeliest tokens whose probability reaches it
-    min_p: float = 0.0  # tokens at least so likely, relative to the likeliest
+    top_k: int = 0  # only the k likeliest tokens can be drawn; 0: all
+    top_p: float = 1.0  # only the smallest set of likeliest tokens whose probability reaches this can be drawn
+    min_p: float = 0.0  # only tokens at least so likely, relative to the likeliest, can be drawn
     repetition_penalty: float = 1.0  # divides positive, multiplies negative logits of tokens in prompt and output
     presence_penalty: float = 0.0  # subtracted once from tokens in the output
     frequency_penalty: float = 0.0  # subtracted for each time the token is in the output
@@ -37,8 +37,8 @@ class SamplingParams:
     stop: tuple[str, ...] = ()  # text that ends a completion; it is not part of it
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
-    logprobs: int | None = None  # None: none; 0: the chosen token's; n: also those of the n likeliest
-    n: int = 1  # completions of the one prompt
+    logprobs: int | None = None  # None: none; 0: the chosen token's; k: also those of the k likeliest
+    n: int = 1  # how many completions of the one prompt
 
     def __post_init__(self) -> None:
         _number("temperature", self.temperature, 0.0, 100.0)

@@ -12,10 +12,11 @@ import grpc
 
 
 class StagecoachError(Exception):
-    """The root. `field` names the request field at fault, `limit` what was passed and `value` by what ("" if none).
+    """The root of the tree.
 
-    `addresses`: HOST:PORT of the processes that it is about, where it names any. Whom to avoid is told by these, never
-    by the text.
+    `field` names the request field at fault, `value` what it was and `limit` what it may be ("" for none).
+    `addresses` are HOST:PORT of the processes that the error is about: whom to avoid is told by these, not by the text.
+    `retryable` says whether sending the same again can help, and `retry_after_s` when (0: not known).
     """
 
     code: grpc.StatusCode = grpc.StatusCode.UNKNOWN
@@ -53,7 +54,7 @@ class OutOfRange(StagecoachError):
 
 
 class NotFound(StagecoachError):
-    """No such model."""
+    """There is no such model."""
 
     code = grpc.StatusCode.NOT_FOUND
 
@@ -71,7 +72,7 @@ class PermissionDenied(StagecoachError):
 
 
 class Overloaded(StagecoachError):
-    """The server is full right now. Nothing was begun; `retry_after_s` is a hint."""
+    """The server is full right now. Nothing was begun."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
     retryable = True

@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 def run(program: str, main: Callable[[asyncio.Event], Awaitable[None]]) -> int:
     """Runs `main(stop)` until it returns. Returns the exit status.
 
-    A signal sets `stop`, on which `main` ends in its own time; a second one cancels it. A typed error
-    ends the process with status 1 and one line on stderr.
+    The first signal sets `stop`, and `main` is to end in its own time; a second one cancels it. A typed error ends the
+    process with status 1 and one line on stderr.
     """
 
     async def supervised() -> None:

@@ -1,4 +1,4 @@
-"""A server process's listening port: really its own, open to no more machines than its settings say."""
+"""The port that a server process listens on. No process shares it, and without TLS no other machine reaches it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stagecoach.rpc.addresses import check_address, is_loopback, split_address
 from stagecoach.rpc.channel import public_limits, server_options
 from stagecoach.security.tls import Identity
 
-# Some 50 KB each while they do nothing.
+# An idle connection takes some 50 KB.
 MAX_CONNECTIONS = 4096
 
 
@@ -25,11 +25,11 @@ def listen(
     insecure: bool = False,
     interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
 ) -> tuple[grpc.aio.Server, int]:
-    """A gRPC server, not yet started, bound to `address`, and its port (chosen by the system for port 0).
+    """A gRPC server that is bound to `address` and not yet started, and its port (for port 0, one that is free).
 
-    With `max_calls`, whoever connects is taken for a stranger: there are as many calls at a time, beyond which they are
-    refused with RESOURCE_EXHAUSTED, and limits on connections. With an `identity` it speaks TLS only.
-    Without one it listens on loopback only, unless `insecure`.
+    `max_calls` is for a server that strangers can reach: beyond so many calls at a time, further ones are refused with
+    RESOURCE_EXHAUSTED, and there are limits on connections. With an `identity` the server speaks TLS only. Without one
+    it listens on loopback only, unless it is told to be `insecure`.
 
     Raises ConfigError where it may not listen there, and where another process has the port.
     """
@@ -55,8 +55,9 @@ def listen(
 
 
 def max_connections() -> int:
-    """Half of the files that this process may have open: the other half is for all else, as without any left it could
-    neither open its files nor reach its shards.
+    """How many connections strangers may open: as many as half of the files that this process may have open.
+
+    With none left it could neither open its own files nor reach its shards.
     """
     soft_limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft_limit == resource.RLIM_INFINITY:

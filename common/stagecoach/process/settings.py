@@ -27,7 +27,7 @@ from stagecoach.errors import ConfigError, InvalidArgument
 
 
 class ProcessSettings(BaseSettings):
-    """The root of the settings classes."""
+    """What the settings class of each process derives from."""
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", validate_default=True)
 

@@ -8,7 +8,7 @@ from collections import Counter
 
 from stagecoach.errors import InvalidArgument
 
-# In one list of shards.
+# How many addresses one list may have.
 MAX_ADDRESSES = 1024
 
 _MAX_HOST_LENGTH = 253
@@ -16,9 +16,9 @@ _HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine's processes can reach a listener on `host`, as `split_address` gives it.
+    """Whether only this machine's processes can reach a listener on `host`, which is as `split_address` returns it.
 
-    Of names only `localhost` counts: what another one leads to is its resolver's to say.
+    The only name for which that is so is `localhost`: where another one leads is up to the resolver.
     """
     if host.lower() == "localhost":
         return True
@@ -31,9 +31,9 @@ def is_loopback(host: str) -> bool:
 
 
 def check_address(address: str, field: str, *, listening: bool = False) -> str:
-    """`address` as it came, if it is HOST:PORT; an IPv6 host stands in brackets. Else InvalidArgument with `field`.
+    """Returns `address` if it is HOST:PORT, with an IPv6 host in brackets. Else raises InvalidArgument with `field`.
 
-    The port is 1 to 65535; when `listening`, also 0, which means any free port.
+    The port is 1 to 65535. When `listening` it may also be 0, which means any free port.
     """
     host, port = split_address(address, field)
     first_port = 0 if listening else 1
@@ -50,7 +50,7 @@ def check_address(address: str, field: str, *, listening: bool = False) -> str:
 
 
 def read_addresses(text: str, field: str) -> list[str]:
-    """The addresses in "HOST:PORT,HOST:PORT", each for a process of its own. Else InvalidArgument with `field`."""
+    """The addresses in "HOST:PORT,HOST:PORT". Raises InvalidArgument with `field`, also where one is there twice."""
     parts = text.split(",", MAX_ADDRESSES)
     if len(parts) > MAX_ADDRESSES:
         raise InvalidArgument(f"{field}: more than {MAX_ADDRESSES} addresses", field=field, limit=MAX_ADDRESSES)
@@ -62,7 +62,7 @@ def read_addresses(text: str, field: str) -> list[str]:
 
 
 def split_address(address: str, field: str) -> tuple[str, int]:
-    """The host (an IPv6 one still in its brackets) and the port of HOST:PORT; neither is looked at any closer."""
+    """The host (an IPv6 one still in its brackets) and the port of HOST:PORT. Neither is checked any further."""
     if not isinstance(address, str):
         raise _malformed(repr(address), field, "it is not a string")
     if "//" in address:

@@ -6,26 +6,27 @@ from collections.abc import Callable
 
 import grpc.aio
 
-# Between callers and a router: prompts and tokens.
+# Messages between callers and a router hold prompts and tokens.
 MAX_PUBLIC_MESSAGE_BYTES = 4 * 2**20
-# Between a router and shards: hidden states. 2,048 tokens x 8,192 x float32 are 64 MiB; a longer prefill is chunked.
+# Messages between a router and shards hold hidden states: those of 2,048 tokens x 8,192 x float32 are 64 MiB, and a
+# longer prefill is cut into chunks.
 MAX_SHARD_MESSAGE_BYTES = 128 * 2**20
 
-# A peer that vanished without a word (its machine lost power, a firewall forgot the flow) is found out in at most the
-# sum of the two. Asked only while a call is open.
+# A peer that vanished without a word (its machine lost power, a firewall forgot the flow) is noticed after the sum of
+# the two at most, while a call is open.
 KEEPALIVE_INTERVAL_S = 20.0
 KEEPALIVE_TIMEOUT_S = 10.0
 
 DEFAULT_CONNECT_TIMEOUT_S = 5.0
-# Whoever connects and does not say by then who they are is cut off: gRPC's own two minutes let few strangers take many
+# Whoever connects has so long for the handshake. With gRPC's own two minutes, few strangers could hold many
 # connections.
 HANDSHAKE_TIMEOUT_S = 10.0
-# A connection without a call is closed after so long; a channel makes another one when it has need of it.
+# A connection without a call is closed after so long. Its channel makes another one when it needs it.
 MAX_IDLE_S = 300.0
-# Calls of all connections that have arrived and that the event loop has not looked at yet, which takes it some 0.3 ms
-# each. gRPC's own limit is 1,000, and beyond that it cancels calls without a word.
+# How many calls may wait for the event loop to look at them, which takes it some 0.3 ms each. Beyond its own limit of
+# 1,000, gRPC cancels calls without saying why.
 MAX_UNSEEN_CALLS = 8192
-# Between two attempts to connect. Short at first, because a call fails at once while none is being made.
+# The pause between two attempts to connect. It is short at first, because every call fails at once during it.
 FIRST_RECONNECT_DELAY_S = 0.1
 MAX_RECONNECT_DELAY_S = 3.0
 
@@ -68,8 +69,8 @@ def _keepalive() -> Options:
 def server_options(max_message_bytes: int) -> Options:
     """The options of a server whose callers use `channel_options`.
 
-    It accepts their keepalive pings, which gRPC's own limit (one in five minutes) takes for abuse, sends the same, and
-    refuses to share a port with another process, which would get half of the calls.
+    It accepts their keepalive pings, which gRPC by default takes for abuse (its limit is one in five minutes), and
+    sends the same. It refuses to share a port with another process, which would get half of the calls.
     """
     return [
         *_message_limits(max_message_bytes),
@@ -83,10 +84,10 @@ def server_options(max_message_bytes: int) -> Options:
 
 
 def public_limits(max_connections: int) -> Options:
-    """What a server takes of those whom it does not know, beside `server_options`.
+    """Further options, for a server that strangers can reach.
 
-    Beyond `max_connections` at a time, new ones are closed. There is no limit on one connection's calls: gRPC resets
-    those beyond it, and a caller would not learn when to come back.
+    Beyond `max_connections` at a time, new ones are closed. The calls of one connection are not limited: gRPC would
+    reset those beyond the limit, and a caller would not learn when to come back.
     """
     return [
         ("grpc.server.max_pending_requests", MAX_UNSEEN_CALLS),

@@ -1,15 +1,15 @@
-"""How a receiver of micro-batches gives credits back: a few at a time.
+"""How a receiver of micro-batches gives credits back to the sender: a few at a time.
 
-A message of one credit costs both ends as much of the event loop as a small frame does, and competes with the next
-frame for it. A quarter of the window may be kept back, so at least three quarters of it can always be in use, and a
-sender never waits for a credit that nothing more would set free.
+A credit is the right to send one micro-batch, and there is a window of them. A message that brings back a single one
+would cost both ends as much of the event loop as a small frame does. So the receiver collects a quarter of the window
+first: three quarters are always in use or free, and a sender never waits for a credit that no further message brings.
 """
 
 from __future__ import annotations
 
 
 def usable_credits(size: int) -> int:
-    """Of a window of `size` micro-batches, how many a sender can count on at any moment."""
+    """How many credits of a window of `size` a sender can always count on: the receiver may collect the others."""
     return size - max(1, size // 4) + 1
 
 
@@ -22,7 +22,7 @@ class CreditWindow:
         self._owed = 0
 
     def give_back(self, credits: int) -> int:
-        """So many micro-batches have moved on; returns how many credits to send now, 0 for none yet."""
+        """Adds credits of micro-batches that moved on. Returns how many to send now, or 0 to collect more first."""
         self._owed += credits
         if self._owed < self._batch:
             return 0

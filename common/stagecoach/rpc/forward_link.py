@@ -55,7 +55,7 @@ class ForwardLink:
             raise
 
     def send(self, frame: bytes, on_sent: Callable[[], None] | None = None) -> None:
-        """Queues a frame; `on_sent` is called when gRPC has taken it."""
+        """Puts a frame in line, and returns at once. `on_sent` is called when gRPC has taken it."""
         self._waiting.append((frame, on_sent))
         self._wake.set()
 
@@ -64,7 +64,8 @@ class ForwardLink:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        # What ended them knows their frames, and these the call, whose connection would wait for the garbage collector.
+        # An ended task keeps its stack alive by its exception, and so the call: without this, its connection would stay
+        # open until the garbage collector comes by.
         self._tasks.clear()
         if not self._opened.done():
             self._opened.cancel()

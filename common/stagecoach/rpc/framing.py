@@ -18,12 +18,12 @@ from typing import Protocol, Self, TypeVar
 from stagecoach.errors import InvalidArgument
 
 PAYLOAD_FIELD = 15
-PAYLOAD_ALIGNMENT = 16  # bytes, from the frame's beginning; an allocator aligns that no less
+PAYLOAD_ALIGNMENT = 16  # bytes from the frame's beginning, which the allocator aligns at least as well
 _PAYLOAD_TAG = bytes([PAYLOAD_FIELD << 3 | 2])
-# At the top of a frame, where our contract has two. Each costs a turn of a Python loop.
+# The fields at the top of a frame. Our contract has two, and each costs a turn of a Python loop.
 MAX_FIELDS = 64
-# Of what is not payload. Parsed, a header takes some 20 times as much memory where it is made of empty messages. Block
-# tables make up most of one: this is more than 40 million positions whose K/V a step finds in the prefix cache.
+# What is not payload. A hostile header, full of empty messages, takes some 20 times as much memory once it is parsed.
+# An honest one is mostly block tables: in so many bytes they name the K/V of more than 40 million positions.
 MAX_HEADER_BYTES = 8 << 20
 _MAX_VARINT_BYTES = 10
 
@@ -48,14 +48,14 @@ class FrameCounter:
     num_fast_frames: int = 0
 
     def payload_was_copied(self) -> None:
-        """The frame read last was none of the fast ones after all: its reader had to copy the payload."""
+        """Tells that the reader of the last frame had to copy its payload after all."""
         self.num_fast_frames -= 1
 
 
 def write_frame(message: _Message, payload: Sequence[memoryview | bytes] = ()) -> bytes:
-    """The wire form of `message` with the buffers of `payload`, back to back, as its field 15.
+    """The serialised `message`, with the buffers of `payload` back to back as its field 15.
 
-    `message` itself must not have a payload. Buffers must be contiguous and of bytes (format "B").
+    `message` itself must not have a payload. The buffers must be contiguous and of bytes (format "B").
     """
     length = sum(len(buffer) for buffer in payload)
     if length == 0:
@@ -69,7 +69,7 @@ def read_frame(
 ) -> tuple[MessageT, memoryview]:
     """The message without its payload, and the payload: a view into `data`, empty where there is none.
 
-    Fields may come in any order, as protobuf allows; only a payload that is not last costs a copy of the header.
+    Fields may come in any order, as protobuf allows, but a payload that is not the last one costs a copy of the header.
     Raises InvalidArgument(field="frame") where `data` is not a serialised message, or passes a limit.
     """
     view = memoryview(data)
@@ -104,7 +104,7 @@ def read_frame(
 
 
 def _padding(num_bytes: int) -> bytes:
-    """A payload field that takes `num_bytes` modulo the alignment: tag, length and zeros are two bytes at the least."""
+    """A payload field of zeros, `num_bytes` long, or one alignment longer where its tag and length do not fit."""
     if num_bytes == 0:
         return b""
     num_zeros = num_bytes - 2 if num_bytes > 1 else num_bytes - 2 + PAYLOAD_ALIGNMENT
@@ -134,7 +134,7 @@ def _read_varint(data: bytes, position: int) -> tuple[int, int]:
 
 
 def _skip_value(data: bytes, position: int, wire_type: int) -> tuple[int, int]:
-    """Where the value of a field begins, and where it ends. Groups (wire types 3, 4) are not in our contract."""
+    """Where a field's value begins and ends. Our contract has no groups (wire types 3 and 4)."""
     if wire_type == 0:
         return position, _read_varint(data, position)[1]
     if wire_type == 2:

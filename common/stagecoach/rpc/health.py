@@ -1,7 +1,7 @@
-"""grpc.health.v1: "" and the service's own name tell readiness, "liveness" that the event loop turns.
+"""The health service, grpc.health.v1: asked for "" or the service's own name it says whether the process is ready.
 
-Liveness is not a flag that somebody sets: the loop that does the work also answers, and where it does not turn, nothing
-answers. A watcher that does not read delays nobody's answer but its own.
+Asked for "liveness" it always says yes, from the same event loop that does the work: where that loop stands still,
+nobody answers. A watcher that does not read delays nobody's answer but its own.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # its packa
         self.set_ready(False)
 
     def set_ready(self, ready: bool) -> None:
-        """From now on, to who asks and to who watches."""
+        """Sets what is answered from now on, and tells those who watch."""
         ready = ready and not self._draining
         for name in self._names:
             self._statuses[name] = _Status.SERVING if ready else _Status.NOT_SERVING
@@ -39,19 +39,19 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # its packa
             changed.set()
 
     def drain(self) -> None:
-        """Not ready from now on, whatever comes back: this process is about to stop."""
+        """Makes the process not ready for good: it is about to stop."""
         self._draining = True
         self.set_ready(False)
 
     async def Check(self, request: Any, context: Context) -> Any:  # noqa: N802
-        """The status of a service now; NOT_FOUND for one that is not here."""
+        """Answers with a service's status, or NOT_FOUND for an unknown one."""
         status = self._statuses.get(request.service)
         if status is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"no such service: {request.service[:100]!r}")
         return _Status(status=status)
 
     async def Watch(self, request: Any, context: Context) -> None:  # noqa: N802
-        """The status now, and whenever it has changed. Who reads slowly may miss one that did not last."""
+        """Sends a service's status now and whenever it changes. A slow reader may miss one that did not last."""
         changed = asyncio.Event()
         self._watchers.add(changed)
         last = None

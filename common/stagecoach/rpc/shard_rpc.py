@@ -1,7 +1,7 @@
-"""The `Shard` service with our framing: stub and server handlers whose big messages stay bytes.
+"""The `Shard` service, as stub and as server handlers, whose messages with payloads stay bytes.
 
-The generated stub would have protobuf copy every payload twice. Streams that carry payloads hand over `bytes` here;
-`stagecoach.rpc.framing` writes and reads them.
+With the generated code protobuf would copy every payload twice. Here the streams that carry payloads take and give
+`bytes`, which `stagecoach.rpc.framing` writes and reads.
 """
 
 from __future__ import annotations

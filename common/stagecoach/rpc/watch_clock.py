@@ -1,7 +1,7 @@
-"""Time as one counts it who waits for a sign of life from somebody else. Pure: told the time.
+"""How long somebody else has given no sign of life, as told by a process that may have stood still itself. Pure.
 
-A process that stood still itself (stopped, starved of its core, its machine asleep) finds on its return that long ago
-was the last it heard, and answers that it has not read yet. So only time in which it looked counts.
+A process that was stopped, starved of its core or asleep with its machine finds on its return that it has heard nothing
+for a long time, while the answers wait unread. So only the time in which it was looking counts.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ LOOKS_PER_TIMEOUT = 10
 
 
 class WatchClock:
-    """Seconds in which somebody looked, every `interval_s` at the latest: of a longer gap, two intervals count."""
+    """Counts the seconds between looks, of which there is to be one each `interval_s`. A longer gap counts as two."""
 
     def __init__(self, interval_s: float) -> None:
         assert interval_s > 0.0, interval_s
@@ -19,7 +19,7 @@ class WatchClock:
         self._looked_s: float | None = None
 
     def look(self, monotonic_s: float) -> float:
-        """Counts the time since the last look; returns that of all."""
+        """Counts the time since the last look. Returns all that was counted."""
         if self._looked_s is not None:
             self.now_s += min(max(0.0, monotonic_s - self._looked_s), 2.0 * self.interval_s)
         self._looked_s = monotonic_s
@@ -27,7 +27,7 @@ class WatchClock:
 
 
 class Silence:
-    """Whether somebody has been silent for `timeout_s`."""
+    """Tells whether somebody has been silent for `timeout_s`."""
 
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
@@ -36,7 +36,7 @@ class Silence:
 
     @property
     def interval_s(self) -> float:
-        """How often to look."""
+        """The pause between two looks."""
         return self._clock.interval_s
 
     def heard(self) -> None:
@@ -44,5 +44,5 @@ class Silence:
         self._heard_s = self._clock.now_s
 
     def is_over_limit(self, monotonic_s: float) -> bool:
-        """Looks: whether nothing was heard for so long."""
+        """Looks, and says whether nothing was heard for `timeout_s`."""
         return self._clock.look(monotonic_s) - self._heard_s >= self.timeout_s

@@ -1,4 +1,4 @@
-"""API keys: what one looks like, what is kept of it, and the file that says what each may do. Pure but for the dice.
+"""API keys: what one looks like, what is kept of it, and the file that says what each may do.
 
 The file is TOML. It holds no key, only what is needed to recognise one:
 
@@ -64,12 +64,12 @@ class KeyEntry:
 
 
 def new_key() -> str:
-    """A key that nobody has. It is shown once; an entry keeps its id and digest only."""
+    """A new key. It is shown once, and an entry of the file keeps only its id and digest."""
     return f"sc_{secrets.token_hex(8)}_{secrets.token_urlsafe(32)}"
 
 
 def key_id(key: str) -> str | None:
-    """The part of a key that says which entry it belongs to; None for what is no key."""
+    """The part of a key that says which entry it belongs to. None for text that is no key."""
     match = _KEY.fullmatch(key)
     return None if match is None else match["id"]
 
@@ -112,7 +112,7 @@ def read_entries(text: str) -> tuple[KeyEntry, ...]:
 
 
 def write_entry(entry: KeyEntry) -> str:
-    """The entry as the file has it; the end of a file is a good place for it. `read_entries` gives it back."""
+    """The entry as text, to be appended to a file. `read_entries` reads it back."""
     lines = ["[[keys]]"]
     for name in ("name", "id", "sha256"):
         lines.append(f'{name} = "{getattr(entry, name)}"')
@@ -124,7 +124,7 @@ def write_entry(entry: KeyEntry) -> str:
 
 
 def check_grant(grant: Grant, where: str) -> Grant:
-    """The grant as it came. Raises ConfigError where a field of it cannot be; `where` is what the field is in."""
+    """Returns `grant`, or raises ConfigError for a field with an impossible value. `where` is put before its name."""
     _whole(grant.requests_per_minute, f"{where}requests_per_minute", 1, MAX_PER_MINUTE)
     _whole(grant.tokens_per_minute, f"{where}tokens_per_minute", 1, MAX_PER_MINUTE)
     _whole(grant.max_concurrent, f"{where}max_concurrent", 1, MAX_CONCURRENT)
@@ -137,7 +137,7 @@ def check_grant(grant: Grant, where: str) -> Grant:
 
 
 def check_name(name: object, where: str) -> str:
-    """The name as it came. Raises ConfigError for one that is not letters, digits and . _ -, or has a key in it."""
+    """Returns `name`, or raises ConfigError where it is not letters, digits and . _ -, or has a key in it."""
     if isinstance(name, str) and _KEY.search(name):
         raise ConfigError(f"{where}name: that is a key; names are in logs and errors", field=f"{where}name")
     return _text(name, _NAME, f"{where}name", "1 to 64 letters, digits and . _ -, the first a letter or digit")

@@ -65,9 +65,9 @@ class InferenceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """Streams text and tokens as they are generated. When the call ends early, so does the request, unless it is to linger.
-        A second call with the same request_id and content attaches to the first one's request, as long as that runs or is
-        remembered.
+        """Streams text and tokens as they are generated. When the call ends early, so does the request, unless it is to
+        linger. A second call with the same request_id and content attaches to the first one's request, as long as that
+        runs or is remembered.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
