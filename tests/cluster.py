@@ -6,14 +6,14 @@ import asyncio
 import contextlib
 import random
 import socket
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stagecoach.errors import Unavailable
-from stagecoach_client import AsyncClient
+from stagecoach_client import AsyncClient, ClusterStatus
 from stagecoach_router import server as router
 from stagecoach_router.settings import RouterSettings
 from stagecoach_shard import server as shard
@@ -103,6 +103,14 @@ async def _is_ready(client: AsyncClient) -> bool:
         return any(pipeline.ready for pipeline in (await client.status()).pipelines)
     except Unavailable:  # it does not listen yet
         return False
+
+
+async def status_becomes(client: AsyncClient, holds: Callable[[ClusterStatus], bool]) -> ClusterStatus:
+    """The router's status, once `holds(status)`."""
+    async with asyncio.timeout(READY_TIMEOUT_S):
+        while not holds(status := await client.status()):
+            await asyncio.sleep(0.01)
+    return status
 
 
 @asynccontextmanager

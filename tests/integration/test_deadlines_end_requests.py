@@ -1,24 +1,15 @@
 """A call's deadline ends its request on the router, also one that would go on without its caller."""
 
-import asyncio
-
 import pytest
 
 from stagecoach import errors
-from stagecoach_client import AsyncClient
-from tests.cluster import cluster
+from tests.cluster import cluster, status_becomes
 from tests.held_stage import held_stages
 from tests.tiny_model import greedy, random_prompts, reference_tokens
 
 TIMEOUT_S = 30.0
 # It would be noticed: none of these requests may outlive its deadline by so long.
 LINGER_S = 60.0
-
-
-async def until(client: AsyncClient, holds) -> None:
-    async with asyncio.timeout(TIMEOUT_S):
-        while not holds(await client.status()):
-            await asyncio.sleep(0.01)
 
 
 async def test_one_that_waits_leaves_the_line_and_one_that_runs_its_blocks(tiny_model, reference, monkeypatch):
@@ -35,11 +26,11 @@ async def test_one_that_waits_leaves_the_line_and_one_that_runs_its_blocks(tiny_
             waits = await client.generate(
                 token_ids=prompts[2], stream=True, timeout_s=0.5, linger_s=LINGER_S, **greedy(60)
             )
-            await until(client, lambda status: status.num_waiting == 1)
+            await status_becomes(client, lambda status: status.num_waiting == 1)
             for stream in (waits, runs):
                 with pytest.raises(errors.DeadlineExceeded):
                     await stream.collect()
-            await until(client, lambda status: (status.num_waiting, status.num_running) == (0, 1))
+            await status_becomes(client, lambda status: (status.num_waiting, status.num_running) == (0, 1))
             goes_on.set()
             answer = await stays.collect()
         assert answer.completions[0].token_ids == reference_tokens(reference, prompts[0], 60)
@@ -54,10 +45,10 @@ async def test_a_prompt_in_the_middle_of_its_prefill_is_given_up(tiny_model, mon
             stream = await client.generate(
                 token_ids=random_prompts(1, 300)[0], stream=True, timeout_s=0.5, linger_s=LINGER_S, **greedy(9)
             )
-            await until(client, lambda status: status.num_running == 1)
+            await status_becomes(client, lambda status: status.num_running == 1)
             with pytest.raises(errors.DeadlineExceeded):
                 await stream.collect()
-            await until(client, lambda status: status.num_running == 0)
+            await status_becomes(client, lambda status: status.num_running == 0)
         before = (await client.status()).num_results
         await client.generate(token_ids=[1, 2, 3], **greedy(1))
         status = await client.status()

@@ -10,7 +10,7 @@ import pytest
 from stagecoach.rpc.shard_rpc import ShardStub
 from stagecoach.v1 import shard_pb2 as pb
 from stagecoach_client import AsyncClient
-from tests.cluster import start_router, start_shard, wait_until_ready
+from tests.cluster import start_router, start_shard, status_becomes, wait_until_ready
 from tests.delay_proxy import DelayProxy
 from tests.integration.test_shard_service import open_session, read_kind, running_shard
 from tests.tiny_model import greedy, random_prompts, reference_tokens
@@ -38,14 +38,6 @@ async def proxied_cluster(model, **router_settings):
         yield client, proxies, shards
 
 
-async def readiness_becomes(client, ready):
-    """The status, once it says so."""
-    async with asyncio.timeout(TIMEOUT_S):
-        while (status := await client.status()).ready is not ready:
-            await asyncio.sleep(0.02)
-    return status
-
-
 @pytest.mark.parametrize("direction", ["to_target", "from_target"])
 @pytest.mark.parametrize("cut", [0, 1], ids=["first stage", "last stage"])
 async def test_streams_survive_a_stage_that_is_cut_off_in_one_direction(tiny_model, reference, cut, direction):
@@ -61,13 +53,13 @@ async def test_streams_survive_a_stage_that_is_cut_off_in_one_direction(tiny_mod
             for stream in streams:
                 await anext(stream)
             proxies[cut].stall(direction)
-            await readiness_becomes(client, False)
+            await status_becomes(client, lambda status: not status.ready)
             proxies[cut].resume(direction)
             answers = await asyncio.gather(*(stream.collect() for stream in streams))
         for prompt, answer in zip(prompts[1:], answers, strict=False):
             assert answer.completions[0].token_ids == reference_tokens(reference, prompt, OUTPUT_TOKENS)
         assert answers[-1].completions[0].token_ids == undisturbed.completions[0].token_ids
-        status = await readiness_becomes(client, True)
+        status = await status_becomes(client, lambda status: status.ready)
         assert status.pipelines[0].epoch >= 2
         assert status.num_free_blocks == status.num_blocks == KV_BLOCKS
 
@@ -76,10 +68,10 @@ async def test_an_idle_pipeline_that_is_cut_between_its_stages_is_not_ready_and_
     async with proxied_cluster(tiny_model) as (client, proxies, _):
         for direction in ("to_target", "from_target"):
             proxies[1].stall(direction)
-        await readiness_becomes(client, False)
+        await status_becomes(client, lambda status: not status.ready)
         for direction in ("to_target", "from_target"):
             proxies[1].resume(direction)
-        await readiness_becomes(client, True)
+        await status_becomes(client, lambda status: status.ready)
         answer = await client.generate(token_ids=[1, 2, 3], **greedy(4))
         assert answer.usage.completion_tokens == 4
 
@@ -102,10 +94,10 @@ async def test_a_compute_thread_that_hangs_while_nobody_asks_is_found(tiny_model
             await wait_until_ready(client, router, shard)
             before = await client.status()
             monkeypatch.setattr(Stage, "forward", hang)
-            await readiness_becomes(client, False)
+            await status_becomes(client, lambda status: not status.ready)
             monkeypatch.undo()
             let_go.set()
-            await readiness_becomes(client, True)
+            await status_becomes(client, lambda status: status.ready)
             answer = await client.generate(token_ids=[1, 2, 3], **greedy(4))
             after = await client.status()
         assert answer.usage.completion_tokens == 4

@@ -19,18 +19,12 @@ from stagecoach.v1 import inference_pb2 as pb
 from stagecoach.v1.inference_pb2_grpc import InferenceStub
 from stagecoach_client import AsyncClient
 from stagecoach_router.text.tokenizer import Tokenizer
-from tests.cluster import cluster, free_port
+from tests.cluster import cluster, free_port, status_becomes
 from tests.held_stage import held_stages
 from tests.tiny_model import greedy, random_prompts, reference_tokens
 
 TIMEOUT_S = 60.0
 GENERATE = "/stagecoach.v1.Inference/Generate"
-
-
-async def until(client: AsyncClient, holds) -> None:
-    async with asyncio.timeout(TIMEOUT_S):
-        while not holds(await client.status()):
-            await asyncio.sleep(0.01)
 
 
 def is_idle(status) -> bool:
@@ -92,7 +86,7 @@ async def test_of_hundreds_at_once_each_is_answered_exactly_or_told_when_to_come
     expected = [reference_tokens(reference, prompt, 8) for prompt in prompts]
     async with overloaded(tiny_model, max_running=8, max_waiting=16) as (client, stub, _):
         outcomes = await asyncio.gather(*(outcome(stub, prompts[i % 4], 8, TIMEOUT_S) for i in range(600)))
-        await until(client, is_idle)
+        await status_becomes(client, is_idle)
     answered = {i: each for i, each in enumerate(outcomes) if isinstance(each, tuple)}
     refused = [each for each in outcomes if not isinstance(each, tuple)]
     assert len(answered) >= 24, "as many as may run and wait, at least"
@@ -107,7 +101,7 @@ async def test_far_more_calls_than_may_be_open_are_told_when_to_come_back(tiny_m
     [prompt] = random_prompts(1, 20)
     async with overloaded(tiny_model, max_running=2, max_waiting=2) as (client, stub, _):
         outcomes = await asyncio.gather(*(outcome(stub, prompt, 8, TIMEOUT_S) for _ in range(2500)))
-        await until(client, is_idle)
+        await status_becomes(client, is_idle)
     refused = [each for each in outcomes if not isinstance(each, tuple)]
     assert len(refused) >= 1500
     assert {error.code() for error in refused} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
@@ -119,20 +113,20 @@ async def test_those_that_wait_past_their_deadline_leave_their_places_to_others(
     async with overloaded(tiny_model, ["0:4"], max_running=2, max_waiting=6) as (client, stub, _):
         with held_stages(monkeypatch) as goes_on:
             run = [asyncio.create_task(outcome(stub, prompt, 80, TIMEOUT_S)) for prompt in prompts[:2]]
-            await until(client, lambda status: status.num_running == 2)
+            await status_becomes(client, lambda status: status.num_running == 2)
             goes_on.clear()
             wait = [asyncio.create_task(outcome(stub, prompts[2], 8, 0.5)) for _ in range(6)]
-            await until(client, lambda status: status.num_waiting == 6)
+            await status_becomes(client, lambda status: status.num_waiting == 6)
             refused = await outcome(stub, prompts[2], 8, TIMEOUT_S)
             assert refused.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
             codes = Counter(error.code() for error in await asyncio.gather(*wait))
             assert codes == {grpc.StatusCode.DEADLINE_EXCEEDED: 6}
-            await until(client, lambda status: (status.num_running, status.num_waiting) == (2, 0))
+            await status_becomes(client, lambda status: (status.num_running, status.num_waiting) == (2, 0))
             late = [asyncio.create_task(outcome(stub, prompts[2], 8, TIMEOUT_S)) for _ in range(6)]
-            await until(client, lambda status: status.num_waiting == 6)
+            await status_becomes(client, lambda status: status.num_waiting == 6)
             goes_on.set()
             answers = await asyncio.gather(*run, *late)
-        await until(client, is_idle)
+        await status_becomes(client, is_idle)
     assert answers[:2] == [reference_tokens(reference, prompt, 80) for prompt in prompts[:2]]
     assert answers[2:] == [reference_tokens(reference, prompts[2], 8)] * 6
 
@@ -145,9 +139,9 @@ async def test_callers_that_never_read_lose_their_calls_and_others_are_served_me
         connected(address, window_bytes=4096) as hostile,
     ):
         calls = [hostile.unary_stream(GENERATE)(long_answer(prompt).SerializeToString()) for _ in range(4)]
-        await until(client, lambda status: status.num_running == 4)
+        await status_becomes(client, lambda status: status.num_running == 4)
         assert await outcome(stub, other, 8, TIMEOUT_S) == reference_tokens(reference, other, 8)
-        await until(client, is_idle)  # generated to the end, and never read
+        await status_becomes(client, is_idle)  # generated to the end, and never read
         assert await outcome(stub, other, 8, TIMEOUT_S) == reference_tokens(reference, other, 8)
         for call in calls:  # and who reads after all learns what happened, and does not wait for ever
             async with asyncio.timeout(TIMEOUT_S):
@@ -172,10 +166,10 @@ async def test_who_is_refused_costs_no_tokenizing_and_who_comes_back_for_an_answ
             known = request(prompt, 40)
             known.request_id = "known"
             first = stub.Generate(known)
-            await until(client, lambda status: status.num_running == 1)
+            await status_becomes(client, lambda status: status.num_running == 1)
             goes_on.clear()
             second = stub.Generate(request(prompt, 8))
-            await until(client, lambda status: status.num_waiting == 1)
+            await status_becomes(client, lambda status: status.num_waiting == 1)
             with pytest.raises(errors.Overloaded) as caught:
                 await client.generate("a long prompt", **greedy(8))
             assert caught.value.retry_after_s > 0

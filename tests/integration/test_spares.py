@@ -7,7 +7,7 @@ import pytest
 
 from stagecoach import errors
 from stagecoach_client import AsyncClient
-from tests.cluster import free_port, start_router, start_shard, wait_until_ready
+from tests.cluster import free_port, start_router, start_shard, status_becomes, wait_until_ready
 from tests.tiny_model import greedy, random_prompts, reference_tokens
 
 TIMEOUT_S = 60.0
@@ -27,14 +27,6 @@ async def shards_and_router(model, ranges, **router_settings):
         await client.aclose()
         for server in (router, *shards):
             await server.close()
-
-
-async def status_becomes(client, condition):
-    """The status, once `condition(status)` holds."""
-    async with asyncio.timeout(TIMEOUT_S):
-        while not condition(status := await client.status()):
-            await asyncio.sleep(0.02)
-    return status
 
 
 def addresses(pipeline):
