@@ -9,7 +9,10 @@ BENCH_OUT ?= bench_out
 BENCHMARKS := hop router_scaling return_path prefix_cache long_prompt
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint protos model bench nightly clean
+.PHONY: help demo test lint protos model bench nightly clean
+
+help:  ## what there is to make
+	@sed -n 's/^\([a-z]*\):.*  ## /\1: /p' Makefile
 
 demo: model  ## two shards and a router answer real prompts
 	$(BIN)/stagecoach demo --model $(MODEL)
@@ -20,7 +23,7 @@ TOGETHER := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # Where tests are that are marked quiet.
 WITH_QUIET := tests/e2e tests/integration tests/soak
 
-test: lint model  ## linters, types, import contracts, and every test but the longest (see nightly): 8 minutes on 2 cores
+test: lint model  ## linters, types, import contracts, and all tests but the longest: 8 minutes on two cores
 	@echo "== tests that share the cores, in two processes"
 	$(PYTEST) $(TOGETHER) -m "not quiet and not nightly"
 	@echo "== tests that need the cores for themselves, one after the other"
@@ -66,7 +69,7 @@ FUZZ_SEED ?= 1
 SOAK_MINUTES ?= 10
 
 # VLLM_PYTHON, LLAMACPP_BUILD and LLAMACPP_GGUF say where those engines are; without them they are left out.
-nightly: model  ## what `test` leaves out, twenty times its examples, a million hostile inputs, an hour of faults, all benchmarks with more rounds
+nightly: model  ## the tests that `test` leaves out, twenty times its examples, a million hostile inputs, faults under load, all benchmarks
 	$(PYTEST) -m nightly
 	HYPOTHESIS_PROFILE=nightly $(PYTEST) $(TOGETHER) --timeout 3600 tests/unit tests/fuzz
 	$(BIN)/python -m tests.fuzz --inputs $(FUZZ_INPUTS) --seed $(FUZZ_SEED)
