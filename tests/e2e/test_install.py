@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 SDK = {"grpcio", "protobuf", "googleapis_common_protos"}
 
 
-@pytest.mark.nightly  # it asks a package index; tests/unit/test_client_imports.py refuses everything else that is there
+@pytest.mark.nightly  # it needs a package index; what test_client_imports.py checks needs none
 @pytest.mark.timeout(300)
 def test_the_bare_install_is_the_sdk_with_grpc_and_protobuf(tmp_path):
     venv.create(tmp_path / "bare", with_pip=True)
