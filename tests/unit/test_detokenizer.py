@@ -189,7 +189,7 @@ def test_a_token_by_itself_keeps_its_space() -> None:
 )
 def test_a_decoder_we_do_not_know_is_refused(decoder: object) -> None:
     with pytest.raises(CheckpointError, match="decoder"):
-        text_decoder(json.loads(json.dumps(decoder)))
+        text_decoder(json.loads(json.dumps(decoder)), lambda token_id: None)
 
 
 @given(st.lists(st.integers(0, 299), max_size=30), st.lists(st.integers(0, 299), max_size=4))
@@ -206,8 +206,8 @@ def test_a_token_is_spelt_out_once_for_all_completions() -> None:
         asked.append(token_id)
         return "ab"
 
-    decoder = text_decoder({"type": "ByteLevel"})
+    decoder = text_decoder({"type": "ByteLevel"}, spelling)
     for _ in range(3):
-        detokenizer = decoder.start(spelling, [])
+        detokenizer = decoder.start([])
         assert detokenizer.feed(5) + detokenizer.feed(5) == "abab"
     assert asked == [5]

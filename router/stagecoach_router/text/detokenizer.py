@@ -9,49 +9,52 @@ makes of the whole sequence.
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
 
 from stagecoach.errors import CheckpointError
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
-# The text of a token as the vocabulary spells it; None for a token to leave out.
+# How the vocabulary spells a token; None for a token that leaves no text.
 TokenSpelling = Callable[[int], str | None]
 
 
 class IncrementalDetokenizer(Protocol):
-    """The text of one completion. Time is linear in the tokens."""
+    """The text of one completion. Its time is linear in the tokens."""
 
     def feed(self, token_id: int) -> str:
-        """One more token; returns the text that is now final, often empty or several characters."""
+        """Takes one more token. Returns the text that is now final: often none, or several characters."""
 
     def flush(self) -> str:
-        """The sequence ends here; returns what was held back, U+FFFD for bytes that make no character."""
+        """Ends the sequence. Returns what was held back, with U+FFFD for bytes that make no character."""
 
 
 class TextDecoder(Protocol):
     """A tokenizer's way from tokens to text."""
 
-    def start(self, spelling: TokenSpelling, prompt: Sequence[int]) -> IncrementalDetokenizer:
-        """For the tokens that follow `prompt`. A character that the prompt leaves unfinished is finished in them."""
+    def start(self, prompt: Sequence[int]) -> IncrementalDetokenizer:
+        """For the tokens that follow `prompt`. If that ends within a character, they begin with the whole of it."""
 
-    def token_text(self, token: str) -> str:
-        """A token by itself, as it reads in the midst of text; bytes that make no character are U+FFFD."""
+    def token_text(self, token_id: int) -> str:
+        """One token as it reads in the midst of text. Where it is only part of a character, U+FFFD stands for that."""
 
 
-def text_decoder(decoder: Any) -> TextDecoder:
+def text_decoder(decoder: Any, spelling: TokenSpelling) -> TextDecoder:
     """The decoder that tokenizer.json describes. CheckpointError for one that no language model we know of uses."""
     try:
         steps: list[dict[str, Any]] = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
-        kinds = [step["type"] for step in steps]
-        if kinds == ["ByteLevel"]:
-            return ByteLevelDecoder()
-        if kinds == ["Metaspace"]:
-            return MetaspaceDecoder(steps[0]["replacement"], drops_first=steps[0]["prepend_scheme"] != "never")
-        return _sentence_piece(kinds, steps)
+        kinds = " ".join(step["type"] for step in steps)
+        if kinds == "ByteLevel":
+            return ByteLevelDecoder(spelling)
+        if kinds == "Metaspace":
+            drops_first = steps[0]["prepend_scheme"] != "never"
+            return MetaspaceDecoder(spelling, steps[0]["replacement"], drops_first=drops_first)
+        if re.fullmatch(r"Replace( Replace)*( ByteFallback)?( Fuse( Strip)?)?", kinds):
+            return _sentence_piece(spelling, steps)
+        raise ValueError(kinds)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"the tokenizer's decoder cannot be used: {str(decoder)[:200]}",
@@ -61,26 +64,40 @@ def text_decoder(decoder: Any) -> TextDecoder:
         ) from error
 
 
-def _sentence_piece(kinds: list[str], steps: list[dict[str, Any]]) -> SentencePieceDecoder:
-    """Replace, ByteFallback, Fuse, Strip: in this order, all but the first optional. ValueError for anything else."""
-    replacements, rest = [], list(zip(kinds, steps, strict=True))
-    while rest and rest[0][0] == "Replace":
-        step = rest.pop(0)[1]
-        replacements.append((step["pattern"]["String"], step["content"]))
-    byte_fallback = bool(rest) and rest[0][0] == "ByteFallback"
-    rest = rest[1:] if byte_fallback else rest
-    fuses = bool(rest) and rest[0][0] == "Fuse"
-    rest = rest[1:] if fuses else rest
-    strip = ""
-    if fuses and rest and rest[0][0] == "Strip" and (rest[0][1]["start"], rest[0][1]["stop"]) == (1, 0):
-        strip = rest.pop(0)[1]["content"]
-    if rest or not replacements:
-        raise ValueError(kinds)
-    return SentencePieceDecoder(tuple(replacements), byte_fallback, strip)
+def _sentence_piece(spelling: TokenSpelling, steps: list[dict[str, Any]]) -> SentencePieceDecoder:
+    by_kind = {step["type"]: step for step in steps}
+    strip = by_kind.get("Strip")
+    if strip is not None and (strip["start"], strip["stop"]) != (1, 0):
+        raise ValueError(strip)
+    return SentencePieceDecoder(
+        spelling,
+        replacements=tuple((step["pattern"]["String"], step["content"]) for step in steps if step["type"] == "Replace"),
+        byte_fallback="ByteFallback" in by_kind,
+        strip="" if strip is None else strip["content"],
+    )
+
+
+class ByteLevelDecoder:
+    """For tokens of which every character stands for one byte (GPT-2, Llama 3, Qwen, SmolLM)."""
+
+    def __init__(self, spelling: TokenSpelling) -> None:
+        self._texts = _TokenTexts(spelling)
+
+    def start(self, prompt: Sequence[int]) -> IncrementalDetokenizer:
+        # An unfinished character lies in the last three bytes; what comes before cannot matter.
+        tail = b""
+        for token_id in reversed(prompt):
+            tail = self._texts.bytes_of(token_id) + tail
+            if len(tail) >= 3:
+                break
+        return _ByteLevelDetokenizer(self._texts, tail)
+
+    def token_text(self, token_id: int) -> str:
+        return self._texts.bytes_of(token_id).decode("utf-8", "replace")
 
 
 class _TokenTexts(dict[int, str | bytes]):
-    """What tokens add, by id, kept from their first use: text where a token is whole characters, else bytes."""
+    """What each token adds: text where it is whole characters, else bytes. It is looked up once, for all requests."""
 
     __slots__ = ("_spelling",)
 
@@ -97,38 +114,16 @@ class _TokenTexts(dict[int, str | bytes]):
         self[token_id] = text
         return text
 
-
-class ByteLevelDecoder:
-    """Every character of a token stands for one byte (GPT-2, Llama 3, Qwen, SmolLM)."""
-
-    def __init__(self) -> None:
-        self._texts: WeakKeyDictionary[TokenSpelling, _TokenTexts] = WeakKeyDictionary()
-
-    def start(self, spelling: TokenSpelling, prompt: Sequence[int]) -> IncrementalDetokenizer:
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        # An unfinished character lies in the last three bytes; what comes before cannot matter.
-        tail = b""
-        for token_id in reversed(prompt):
-            tail = _bytes_of(spelling(token_id) or "") + tail
-            if len(tail) >= 3:
-                break
-        decoder.decode(tail)
-        texts = self._texts.get(spelling)
-        if texts is None:
-            texts = self._texts[spelling] = _TokenTexts(spelling)
-        return _ByteLevelDetokenizer(texts, decoder)
-
-    def token_text(self, token: str) -> str:
-        return _bytes_of(token).decode("utf-8", "replace")
+    def bytes_of(self, token_id: int) -> bytes:
+        text = self[token_id]
+        return text.encode() if isinstance(text, str) else text
 
 
 class _ByteLevelDetokenizer:
-    """`_in_character`: bytes are held back, so that what comes next is not text by itself."""
-
-    def __init__(self, texts: _TokenTexts, decoder: codecs.IncrementalDecoder) -> None:
+    def __init__(self, texts: _TokenTexts, tail: bytes) -> None:
         self._texts = texts
-        self._decoder = decoder
-        self._in_character = bool(decoder.getstate()[0])
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decode(tail)
 
     def feed(self, token_id: int) -> str:
         text = self._texts[token_id]
@@ -136,12 +131,15 @@ class _ByteLevelDetokenizer:
             if not self._in_character or not text:
                 return text
             text = text.encode()
-        text = self._decoder.decode(text)
-        self._in_character = bool(self._decoder.getstate()[0])
-        return text
+        return self._decode(text)
 
     def flush(self) -> str:
         return self._decoder.decode(b"", final=True)
+
+    def _decode(self, data: bytes) -> str:
+        text = self._decoder.decode(data)
+        self._in_character = bool(self._decoder.getstate()[0])  # bytes are held back: what comes next goes with them
+        return text
 
 
 def _byte_of_character() -> dict[str, int]:
@@ -164,29 +162,31 @@ def _bytes_of(token: str) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class SentencePieceDecoder:
-    """Tokens are text with marked spaces, and bytes as <0xNN> where the vocabulary lacks a character (Llama 2, Gemma).
+    """For tokens that are text with marked spaces, and <0xNN> for a byte of what the vocabulary lacks (Llama 2, Gemma).
 
-    `strip` is taken from the start of the text, once, where the encoder had put a space; "" for none.
+    `replacements` turn marks into spaces. `strip` is what the encoder put before the text, and is taken off once.
     """
 
+    spelling: TokenSpelling
     replacements: tuple[tuple[str, str], ...]
     byte_fallback: bool
     strip: str
 
-    def start(self, spelling: TokenSpelling, prompt: Sequence[int]) -> IncrementalDetokenizer:
+    def start(self, prompt: Sequence[int]) -> IncrementalDetokenizer:
         run = bytearray()
         follows_text = False
         for token_id in reversed(prompt):
-            token = spelling(token_id)
+            token = self.spelling(token_id)
             byte = self.byte_of(token) if token else None
             follows_text = follows_text or bool(token)
             if token and byte is None:
                 break
             if byte is not None:
                 run.insert(0, byte)
-        return _SentencePieceDetokenizer(self, spelling, _unfinished(bytes(run)), "" if follows_text else self.strip)
+        return _SentencePieceDetokenizer(self, _unfinished(bytes(run)), "" if follows_text else self.strip)
 
-    def token_text(self, token: str) -> str:
+    def token_text(self, token_id: int) -> str:
+        token = self.spelling(token_id) or ""
         byte = self.byte_of(token)
         return self.replace(token) if byte is None else bytes([byte]).decode("utf-8", "replace")
 
@@ -197,7 +197,7 @@ class SentencePieceDecoder:
         return token
 
     def byte_of(self, token: str) -> int | None:
-        """The byte that a token such as <0x0A> stands for."""
+        """The byte that a token such as <0x0A> stands for; None for any other token."""
         if self.byte_fallback and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
             try:
                 return int(token[3:5], 16)
@@ -207,16 +207,15 @@ class SentencePieceDecoder:
 
 
 class _SentencePieceDetokenizer:
-    """A run of byte tokens is text only when it has ended: as a whole it is UTF-8, or each byte of it is U+FFFD."""
+    """Holds back a run of byte tokens until it ends: it is UTF-8 as a whole, or else each byte of it is U+FFFD."""
 
-    def __init__(self, decoder: SentencePieceDecoder, spelling: TokenSpelling, run: bytes, strip: str) -> None:
+    def __init__(self, decoder: SentencePieceDecoder, run: bytes, strip: str) -> None:
         self._decoder = decoder
-        self._spelling = spelling
         self._run = bytearray(run)
         self._strip = strip
 
     def feed(self, token_id: int) -> str:
-        token = self._spelling(token_id)
+        token = self._decoder.spelling(token_id)
         if token is None:
             return ""
         byte = self._decoder.byte_of(token)
@@ -254,27 +253,30 @@ def _unfinished(data: bytes) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class MetaspaceDecoder:
-    """Tokens are text with marked spaces, without byte tokens. `drops_first`: the first token's marks are no spaces."""
+    """For tokens that are text with marked spaces, without byte tokens.
 
+    `drops_first`: the encoder put a mark before the text, so those of the first token are no spaces.
+    """
+
+    spelling: TokenSpelling
     replacement: str
     drops_first: bool
 
-    def start(self, spelling: TokenSpelling, prompt: Sequence[int]) -> IncrementalDetokenizer:
-        follows_text = any(spelling(token_id) is not None for token_id in prompt)
-        return _MetaspaceDetokenizer(self, spelling, drops_next=self.drops_first and not follows_text)
+    def start(self, prompt: Sequence[int]) -> IncrementalDetokenizer:
+        follows_text = any(self.spelling(token_id) is not None for token_id in prompt)
+        return _MetaspaceDetokenizer(self, drops_next=self.drops_first and not follows_text)
 
-    def token_text(self, token: str) -> str:
-        return token.replace(self.replacement, " ")
+    def token_text(self, token_id: int) -> str:
+        return (self.spelling(token_id) or "").replace(self.replacement, " ")
 
 
 class _MetaspaceDetokenizer:
-    def __init__(self, decoder: MetaspaceDecoder, spelling: TokenSpelling, *, drops_next: bool) -> None:
+    def __init__(self, decoder: MetaspaceDecoder, *, drops_next: bool) -> None:
         self._decoder = decoder
-        self._spelling = spelling
         self._drops_next = drops_next
 
     def feed(self, token_id: int) -> str:
-        token = self._spelling(token_id)
+        token = self._decoder.spelling(token_id)
         if token is None:
             return ""
         text = token.replace(self._decoder.replacement, "" if self._drops_next else " ")

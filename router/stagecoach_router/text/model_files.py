@@ -1,6 +1,6 @@
 """The small files of a checkpoint that a router needs: tokenizer, configuration, chat template.
 
-They may come from a folder or, over gRPC, from a shard: either way they are only bytes under names here.
+They come from a folder or, over gRPC, from a shard. Here they are bytes by name, wherever they came from.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from stagecoach.errors import CheckpointError
 
-# What is read, and the most bytes each may have. The largest tokenizers in use have some 35 MB.
+# The files that are read, and how large each may be. The largest tokenizers in use have some 35 MB.
 MAX_FILE_BYTES: Mapping[str, int] = {
     "tokenizer.json": 128 << 20,
     "tokenizer_config.json": 8 << 20,
@@ -26,9 +26,10 @@ _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token"
 
 
 class ModelFiles:
-    """A checkpoint's small files by name. Names outside MAX_FILE_BYTES are left out.
+    """A checkpoint's small files by name: those that MAX_FILE_BYTES names, as far as there are any.
 
-    Raises CheckpointError, with the file as `field`, for one that is too large, not UTF-8 or not a JSON object.
+    Everything here raises CheckpointError, with the file as `field`, for one that is too large, is not UTF-8 or holds
+    no JSON object.
     """
 
     def __init__(self, contents: Mapping[str, bytes]) -> None:
@@ -38,7 +39,7 @@ class ModelFiles:
 
     @classmethod
     def from_folder(cls, folder: Path | str) -> ModelFiles:
-        """Reads the files that are there."""
+        """Reads those files that the folder has."""
         folder = Path(folder)
         if not folder.is_dir():
             raise CheckpointError(f"no folder {folder}", field="model", value=folder)
@@ -54,7 +55,7 @@ class ModelFiles:
         return name in self._contents
 
     def __getitem__(self, name: str) -> bytes:
-        """The file's bytes; CheckpointError where there is none."""
+        """The file's bytes. Raises CheckpointError where it is absent."""
         if name not in self._contents:
             raise CheckpointError(f"the checkpoint has no {name}", field=name)
         return self._contents[name]
@@ -67,7 +68,7 @@ class ModelFiles:
             raise CheckpointError(f"{name} is not UTF-8: {error}", field=name) from error
 
     def json(self, name: str) -> dict[str, Any]:
-        """The file's JSON object; an empty one where the file is absent."""
+        """The file's JSON object, or an empty one where the file is absent."""
         if name not in self:
             return {}
         try:
@@ -92,7 +93,7 @@ def named_tokens(files: ModelFiles) -> dict[str, str]:
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether UTF-8 can say it: JSON may hold halves of characters, which no text of a tokenizer is."""
+    """Whether UTF-8 can express it. JSON may hold halves of characters, which no tokenizer knows."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 

@@ -9,11 +9,12 @@ from collections import deque
 class StopStrings:
     """Ends a text where the first of `stop` is complete.
 
-    Of several strings that end at the same character the longest counts, so that none of it shows. The outcome does not
-    depend on how the text is cut into pieces. Characters are code points.
+    Where several strings end at the same character, the longest counts, so that none of it shows. It does not matter
+    how the text is cut into pieces. Characters are code points.
 
-    An Aho-Corasick automaton: its state is the longest end of the text so far that some stop string begins with, and
-    that is just what has to be held back. Each character costs amortised constant time, whatever the stop strings.
+    This is an Aho-Corasick automaton. Its state is the longest end of the text so far with which some stop string
+    begins, which is exactly what has to be held back. Each character costs amortised constant time, however many
+    strings there are.
     """
 
     def __init__(self, stop: tuple[str, ...]) -> None:
@@ -23,9 +24,9 @@ class StopStrings:
         self._stopped = False
 
     def feed(self, text: str) -> tuple[str, bool]:
-        """Takes the next piece; returns the text that is free to go out, and whether a stop string was found.
+        """Takes the next piece. Returns the text that can go out, and whether a stop string was found.
 
-        After a stop, text is ignored.
+        What comes after a stop string is ignored.
         """
         if self._stopped:
             return "", True
@@ -44,21 +45,21 @@ class StopStrings:
         return pending[:free], False
 
     def flush(self) -> str:
-        """The text ends here: what was held back, as it did not become a stop string."""
+        """Ends the text. Returns what was held back and did not become a stop string."""
         held, self._held, self._state = self._held, "", 0
         return held
 
 
 @functools.lru_cache(maxsize=32)
 def _automaton(strings: tuple[str, ...]) -> _Automaton:
-    """Completions of one request share it; it may take a megabyte."""
+    """The automaton, which may take a megabyte. The completions of one request share it."""
     return _Automaton(strings)
 
 
 class _Automaton:
-    """States are prefixes of the strings, 0 the empty one.
+    """Its states are the prefixes of the strings; state 0 is the empty prefix.
 
-    `match_length` is that of the longest string that ends in a state, 0 for none.
+    `depth` has the length of each prefix, and `match_length` that of the longest string with which it ends (0: none).
     """
 
     def __init__(self, strings: tuple[str, ...]) -> None:
@@ -89,7 +90,7 @@ class _Automaton:
         self.match_length[state] = len(string)
 
     def _link(self) -> None:
-        """Sets each state's fallback, the longest proper end of it that is a state too; shallow states come first."""
+        """Sets each state's fallback, the longest proper end of its prefix that is a state, too; short ones first."""
         queue = deque(self._next[0].values())
         while queue:
             state = queue.popleft()

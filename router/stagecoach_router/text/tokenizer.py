@@ -22,14 +22,13 @@ class Tokenizer:
 
     def __init__(self, files: ModelFiles) -> None:
         self._tokenizer = _load(files)
-        self._decoder = text_decoder(files.json("tokenizer.json").get("decoder"))
         named = named_tokens(files)
         self._mark_special(list(named.values()))
         self._special_ids = frozenset(
             token_id for token_id, token in self._tokenizer.get_added_tokens_decoder().items() if token.special
         )
-        # The same functions each time: a decoder keeps what it has made of a token.
-        self._spellings = {skip: self._spelling(skip_special_tokens=skip) for skip in (True, False)}
+        decoder = files.json("tokenizer.json").get("decoder")
+        self._decoders = {skips: text_decoder(decoder, self._spelling(skips)) for skips in (True, False)}
         config = files.json("config.json")
         self.num_known_ids: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self.vocab_size: int = _positive(config.get("vocab_size"), default=self.num_known_ids)
@@ -54,22 +53,21 @@ class Tokenizer:
         return self._encode(text, "messages", add_special_tokens=False)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of whole sequences; for tokens that come one by one, see `detokenizer`."""
+        """The text of a whole sequence. For tokens that come one by one, see `detokenizer`."""
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
     def token_text(self, token_id: int) -> str:
         """One token as it reads in the midst of text; U+FFFD where it is part of a character, "" for an unknown id."""
-        token = self._tokenizer.id_to_token(token_id)
-        return "" if token is None else self._decoder.token_text(token)
+        return self._decoders[False].token_text(token_id)
 
     def detokenizer(
         self, prompt_tokens: Sequence[int] = (), *, skip_special_tokens: bool = True
     ) -> IncrementalDetokenizer:
-        """For the tokens that follow `prompt_tokens`, one completion's worth."""
-        return self._decoder.start(self._spellings[skip_special_tokens], prompt_tokens)
+        """The text of one completion: of the tokens that follow `prompt_tokens`."""
+        return self._decoders[skip_special_tokens].start(prompt_tokens)
 
-    def _spelling(self, *, skip_special_tokens: bool) -> TokenSpelling:
+    def _spelling(self, skip_special_tokens: bool) -> TokenSpelling:
         tokenizer, special_ids = self._tokenizer, self._special_ids
 
         def spelling(token_id: int) -> str | None:
@@ -89,7 +87,7 @@ class Tokenizer:
         return ids
 
     def _mark_special(self, tokens: Sequence[str]) -> None:
-        """Makes tokens that only tokenizer_config.json calls special so; never adds one that has no id yet."""
+        """Tells the library of tokens that only tokenizer_config.json calls special, if they have an id already."""
         known = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
         missing = [token for token in dict.fromkeys(tokens) if token not in known and self._token_id(token) is not None]
         self._tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in missing])
@@ -105,14 +103,14 @@ def _load(files: ModelFiles) -> tokenizers.Tokenizer:
         tokenizer = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
     except Exception as error:  # the library raises the bare class
         raise CheckpointError(f"tokenizer.json cannot be read: {error}", field="tokenizer.json") from error
-    # Set by whoever saved it for training; a prompt is never cut or filled.
+    # They may be saved in the file, for training. A prompt is neither cut nor filled up.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
 def _ids(entry: object) -> list[int]:
-    """One id, several, or none."""
+    """The ids in an entry that is one id, a list of them, or absent."""
     items = entry if isinstance(entry, list) else [entry]
     return [item for item in items if isinstance(item, int) and not isinstance(item, bool)]
 
