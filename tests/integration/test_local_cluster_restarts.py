@@ -42,6 +42,26 @@ def events() -> Events:
     return Events()
 
 
+class Loaded:
+    """Hears of the shards that have loaded. The stand-in of a router is ready without them, and maybe before them."""
+
+    def __init__(self) -> None:
+        self._num_loaded = threading.Semaphore(0)
+
+    def on_line(self, name: str, line: str) -> None:
+        if line.startswith("loaded"):
+            self._num_loaded.release()
+
+    def wait_for(self, num_shards: int) -> None:
+        for _ in range(num_shards):
+            assert self._num_loaded.acquire(timeout=TIMEOUT_S)
+
+
+@pytest.fixture
+def loaded() -> Loaded:
+    return Loaded()
+
+
 def kill(cluster: LocalCluster, index: int) -> int:
     pid = cluster.processes[index].pid
     os.kill(pid, signal.SIGKILL)
@@ -100,18 +120,28 @@ def test_a_process_that_keeps_dying_is_given_more_and_more_time(model: Path, eve
         assert events.next() == f"shard 0:30 started again, pid {cluster.processes[0].pid}"
 
 
-def test_one_that_does_not_come_up_any_more_ends_the_wait(model: Path, tmp_path: Path, events: Events) -> None:
+def test_one_that_does_not_come_up_any_more_ends_the_wait(
+    model: Path, tmp_path: Path, events: Events, loaded: Loaded
+) -> None:
     commands = FakeCommands(shard=failing_after(tmp_path / "seen", "out of memory"))
-    with LocalCluster(model, 1, restart=True, on_event=events.put, commands=commands) as cluster:
+    with LocalCluster(
+        model, 1, restart=True, on_event=events.put, on_line=loaded.on_line, commands=commands
+    ) as cluster:
+        loaded.wait_for(1)
         kill(cluster, 0)
         with pytest.raises(ProcessDied, match=rf"(?s)shard 0:30.*{MAX_FAILED_STARTS} times in a row.*out of memory"):
             cluster.wait()
     assert all(gone(process.pid) for process in cluster.processes)
 
 
-def test_a_mistake_in_its_settings_ends_the_wait_at_once(model: Path, tmp_path: Path, events: Events) -> None:
+def test_a_mistake_in_its_settings_ends_the_wait_at_once(
+    model: Path, tmp_path: Path, events: Events, loaded: Loaded
+) -> None:
     commands = FakeCommands(shard=failing_after(tmp_path / "seen", "stagecoach-shard: error: model: it is gone"))
-    with LocalCluster(model, 1, restart=True, on_event=events.put, commands=commands) as cluster:
+    with LocalCluster(
+        model, 1, restart=True, on_event=events.put, on_line=loaded.on_line, commands=commands
+    ) as cluster:
+        loaded.wait_for(1)
         kill(cluster, 0)
         with pytest.raises(ProcessDied, match=r"which a new start does not mend(?s:.*)it is gone"):
             cluster.wait()
@@ -120,13 +150,27 @@ def test_a_mistake_in_its_settings_ends_the_wait_at_once(model: Path, tmp_path: 
 
 @pytest.mark.parametrize(("replicas", "spares"), [(2, 0), (1, 1)])
 def test_one_that_cannot_be_kept_up_is_left_alone_as_long_as_the_others_can_serve(
-    model: Path, tmp_path: Path, events: Events, monkeypatch: pytest.MonkeyPatch, replicas: int, spares: int
+    model: Path,
+    tmp_path: Path,
+    events: Events,
+    loaded: Loaded,
+    monkeypatch: pytest.MonkeyPatch,
+    replicas: int,
+    spares: int,
 ) -> None:
     monkeypatch.setenv("NUM_PIPELINES", str(replicas))
     commands = FakeCommands(shard=failing_after(tmp_path / "seen", "stagecoach-shard: error: device: it is broken"))
     with LocalCluster(
-        model, 1, replicas=replicas, spares=spares, restart=True, on_event=events.put, commands=commands
+        model,
+        1,
+        replicas=replicas,
+        spares=spares,
+        restart=True,
+        on_event=events.put,
+        on_line=loaded.on_line,
+        commands=commands,
     ) as cluster:
+        loaded.wait_for(replicas + spares)
         kill(cluster, 0)
         assert "started again" in events.next()
         told = events.next()
