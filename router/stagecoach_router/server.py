@@ -195,9 +195,7 @@ class Router:
             except BaseException:
                 await engine.close()
                 raise
-        self._service.serving = Serving(
-            model, tokenizer, encoder, engine, accepted, self._registry, self._pipelines.totals
-        )
+        self._service.serving = Serving(model, tokenizer, encoder, engine, accepted, self._pipelines)
         logger.info("%s ready: sequences of up to %d tokens", model.name, engine.capacity_tokens)
         await engine.run(self._pipelines)
 

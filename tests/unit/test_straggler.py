@@ -121,7 +121,7 @@ def test_noise_is_not_a_slow_stage(step_s, seed):
         rows = dice.randint(1, 8)
         scene.now_s += dice.choice([0.0, 0.0, 1.0, 60.0])
         until_s = scene.now_s + dice.uniform(0.2, 1.5)
-        assert scene.step(rows, int(context), stall_s=dice.choice([0.0, 8 * step_s, 1.5])) is None
+        assert scene.step(rows, int(context), stall_s=dice.choice([0.0, 0.0, 0.0, 8 * step_s, 1.5])) is None
         while scene.now_s < until_s:
             context += 0.2
             assert scene.step(rows, int(context)) is None

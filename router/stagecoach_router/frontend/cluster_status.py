@@ -7,14 +7,16 @@ from stagecoach.v1 import model_pb2
 from stagecoach_router.engine.engine import Engine
 from stagecoach_router.engine.replica import Replica
 from stagecoach_router.metrics.counters import PipelineTotals, StageTotals
-from stagecoach_router.pipelines.shard_registry import Shard, ShardRegistry
+from stagecoach_router.pipelines.pipeline_manager import PipelineManager
+from stagecoach_router.pipelines.shard_registry import Shard
 from stagecoach_router.pipelines.stage_session import StageSession
 
 
 def write_status(
-    model: model_pb2.ModelDescription, engine: Engine, registry: ShardRegistry, totals: PipelineTotals, uptime_s: float
+    model: model_pb2.ModelDescription, engine: Engine, pipelines: PipelineManager, uptime_s: float
 ) -> pb.GetClusterStatusResponse:
-    """The whole of it. Blocks are those of all pipelines together."""
+    """The whole status. Blocks and counters are those of all pipelines together."""
+    totals = pipelines.totals
     counters = engine.counters
     blocks = [replica.scheduler.blocks for replica in engine.replicas]
     response = pb.GetClusterStatusResponse(
@@ -39,7 +41,7 @@ def write_status(
         num_fast_frames=totals.frames.num_fast_frames,
     )
     response.pipelines.extend(_pipeline_status(model, replica, totals) for replica in engine.replicas)
-    response.spares.extend(_spare_status(shard) for shard in registry.free)
+    response.spares.extend(_spare_status(shard) for shard in pipelines.registry.free)
     return response
 
 

@@ -6,6 +6,7 @@ import asyncio
 import math
 import time
 import uuid
+from dataclasses import dataclass
 from typing import Any
 
 import grpc.aio
@@ -21,8 +22,7 @@ from stagecoach_router.frontend.auth_interceptor import calling_tenant
 from stagecoach_router.frontend.cluster_status import write_status
 from stagecoach_router.frontend.convert import content_digest, encode, read_request, write_deltas
 from stagecoach_router.frontend.write_timeouts import WriteTimeouts
-from stagecoach_router.metrics.counters import PipelineTotals
-from stagecoach_router.pipelines.shard_registry import ShardRegistry
+from stagecoach_router.pipelines.pipeline_manager import PipelineManager
 from stagecoach_router.requests.output_stream import OutputReader
 from stagecoach_router.requests.request import check_delivery
 from stagecoach_router.requests.request_state import RequestState
@@ -39,26 +39,16 @@ LOAD_REPORT_TIMEOUT_S = 1.0
 STOPPING_RETRY_AFTER_S = 1.0
 
 
+@dataclass(frozen=True, slots=True)
 class Serving:
-    """What the service serves once the pipeline has been open: the model, its tokenizer, its engine, its requests."""
+    """What the service serves once the first pipeline is open."""
 
-    def __init__(
-        self,
-        model: model_pb2.ModelDescription,
-        tokenizer: Tokenizer,
-        encoder: PromptEncoder,
-        engine: Engine,
-        accepted: RequestRegistry,
-        registry: ShardRegistry,
-        totals: PipelineTotals,
-    ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.encoder = encoder
-        self.engine = engine
-        self.accepted = accepted
-        self.registry = registry
-        self.totals = totals
+    model: model_pb2.ModelDescription
+    tokenizer: Tokenizer
+    encoder: PromptEncoder
+    engine: Engine
+    accepted: RequestRegistry
+    pipelines: PipelineManager
 
 
 class InferenceService(inference_pb2_grpc.InferenceServicer):
@@ -142,7 +132,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         pipelines = [replica.pipeline for replica in serving.engine.replicas]
         open_ones = [pipeline for pipeline in pipelines if pipeline is not None and pipeline.lost is None]
         await asyncio.gather(*(pipeline.refresh_loads(LOAD_REPORT_TIMEOUT_S) for pipeline in open_ones))
-        return write_status(serving.model, serving.engine, serving.registry, serving.totals, uptime_s)
+        return write_status(serving.model, serving.engine, serving.pipelines, uptime_s)
 
     async def _find_or_accept(self, request: pb.GenerateRequest, serving: Serving, caller: Tenant) -> RequestState:
         """The request of this id, where it is known, or a new one. What is refused is refused before it costs much."""
