@@ -24,7 +24,7 @@ from stagecoach_shard.leases.served_stage import ServedStage, StepLimits
 from stagecoach_shard.models.families import open_checkpoint
 from stagecoach_shard.rpc.access import AccessControl, AllowedNames
 from stagecoach_shard.rpc.service import ShardService
-from stagecoach_shard.runtime.loading import Loader, find_device
+from stagecoach_shard.runtime.loading import Loader, check_threads, find_device
 from stagecoach_shard.settings import ShardSettings
 
 STOP_GRACE_S = 1.0
@@ -84,8 +84,10 @@ def _open_loader(settings: ShardSettings, abandoned: threading.Event) -> Loader:
     """
     if settings.kv_cache_memory is not None:
         parse_size(settings.kv_cache_memory, "kv-cache-memory")
+    device = find_device(settings.device)
+    check_threads(settings.threads, device)
     loader = Loader(
-        device=find_device(settings.device),
+        device=device,
         dtype=getattr(torch, settings.dtype),
         checkpoint=open_checkpoint(settings.model),
         kernels=settings.kernels,

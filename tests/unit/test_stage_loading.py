@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from stagecoach.errors import CheckpointError, TopologyError
 from stagecoach.topology import LayerRange
 from stagecoach_shard.checkpoints.checkpoint import Checkpoint
 from stagecoach_shard.models.families import open_checkpoint
+from stagecoach_shard.runtime.loading import check_threads
 from stagecoach_shard.runtime.stage import Stage
 from tests.unit.stage_chain import CPU, Running, StageChain
 from tests.unit.test_checkpoint import split_over_files
@@ -212,3 +214,12 @@ def test_half_the_layers_take_half_the_memory(tmp_path: Path) -> None:
     assert half_kept < 0.65 * whole_kept
     # While loading, its own part of the file is mapped beside what was made of it; that is all.
     assert half_peak < half_kept + 1.2 * half_weights
+
+
+def test_more_threads_than_cores_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    num_cores = len(os.sched_getaffinity(0))
+    check_threads(num_cores, CPU)
+    check_threads(num_cores + 1, torch.device("cuda:0"))
+    assert caplog.text == ""
+    check_threads(num_cores + 1, CPU)
+    assert f"this process may use {num_cores} cores" in caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from dataclasses import dataclass
 
@@ -107,6 +108,18 @@ class Loader:
             block_size=self.block_size,
             dtype=self.dtype,
             device=self.device,
+        )
+
+
+def check_threads(num_threads: int, device: torch.device) -> None:
+    """Warns where the CPU has fewer cores than the step has threads: they wait for each other at every product."""
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or num_threads
+    if device.type == "cpu" and num_threads > num_cores:
+        logger.warning(
+            "threads: %d, and this process may use %d cores: each step takes several times as long as with %d threads",
+            num_threads,
+            num_cores,
+            num_cores,
         )
 
 
