@@ -20,6 +20,9 @@ from stagecoach_shard import server as shard
 from stagecoach_shard.settings import ShardSettings
 
 READY_TIMEOUT_S = 60.0
+# A shard that cannot stop loading in this time ends its process at once, with status 0. Here that is the process of the
+# tests, and on a busy machine a second is soon over.
+shard.ABANDON_TIMEOUT_S = READY_TIMEOUT_S
 
 
 # Below the range out of which systems give ports to whoever asks for any one, and to outgoing connections: so nobody
