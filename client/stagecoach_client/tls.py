@@ -10,7 +10,8 @@ from typing import Any
 import grpc
 
 from stagecoach.errors import ConfigError
-from stagecoach.security.tls import check_ca, check_key_pair, name_override, read_file
+from stagecoach.security.pem_files import check_ca, check_key_pair, read_file
+from stagecoach.security.tls import name_override
 
 FilePath = str | os.PathLike[str]
 

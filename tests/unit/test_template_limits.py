@@ -176,6 +176,14 @@ async def test_the_worker_has_no_files_and_variables_of_ours(started: tuple[Temp
     assert pid not in worker_pids()
 
 
+async def test_the_worker_imports_little_so_that_it_starts_fast_and_stays_small() -> None:
+    code = "import sys, stagecoach_router.text.template_worker; print(*{name.split('.')[0] for name in sys.modules})"
+    worker = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=asyncio.subprocess.PIPE)
+    output, _ = await worker.communicate()
+    foreign = set(output.decode().split()) - set(sys.stdlib_module_names)
+    assert {name for name in foreign if not name.startswith("_")} == {"jinja2", "markupsafe", "stagecoach_router"}
+
+
 async def test_a_worker_ends_with_its_router() -> None:
     script = (
         "import asyncio; from stagecoach_router.text.template_process import *;"

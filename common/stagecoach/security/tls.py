@@ -1,13 +1,12 @@
-"""Who a process is to its peers: its certificate and key, and the CA whose certificates it takes from them.
+"""Who a process is to its peers, and whom it trusts: its certificate and key, and the CA of its peers' certificates.
 
-The files are read again when they change, at the next connection. A new set that cannot be used is reported once, and
-the old one stays. Connections that exist go on with what they began with.
+When the files change, they are read again at the next connection. A new set that cannot be used is reported once, and
+the old one stays in use. Connections keep what they began with.
 """
 
 from __future__ import annotations
 
 import logging
-import ssl
 import threading
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -20,17 +19,16 @@ import grpc.aio
 
 from stagecoach.errors import ConfigError, PermissionDenied
 from stagecoach.rpc.channel import MAX_SHARD_MESSAGE_BYTES, Dial, channel_options, dial_plainly
-from stagecoach.security.watched_files import Signature, read_bounded, signature
+from stagecoach.security.pem_files import check_ca, check_dates, check_key_pair, read_file
+from stagecoach.security.watched_files import Signature, signature
 
 logger = logging.getLogger(__name__)
 
-# What our certificates call their holders. A role and no host name: shards are reached by addresses that a router was
-# given, which are often IPs, and change; and whoever holds a shard's key is trusted as a shard, wherever it runs.
+# The names in our certificates. They are roles and no host names: a router is given the addresses of shards, which are
+# often IPs and change, and whoever holds a shard's key is trusted as a shard, wherever it runs.
 ROUTER_NAME = "stagecoach-router"
 SHARD_NAME = "stagecoach-shard"
 
-# Of one PEM file: a CA's bundle of the whole web has a quarter of it.
-MAX_FILE_BYTES = 1 << 20
 WARN_BEFORE_END = timedelta(days=30)
 
 
@@ -49,11 +47,11 @@ class Pem:
 
 
 class Identity:
-    """A certificate with its key, and the CA of the peers; None takes peers without a certificate.
+    """A certificate with its key, and the CA of the peers' certificates. With None for `ca`, peers need none.
 
-    A certificate that ends within 30 days is warned of once a day, while it is being used. `now` is the clock that its
-    dates are compared with. Raises ConfigError for files that cannot be read, are no PEM, do not belong together, or
-    hold a certificate that is not valid now: every peer would refuse it, and each would say so in its own log only.
+    A certificate that ends within 30 days is warned of once a day while it is used. `now` is the clock that its dates
+    are compared with. Raises ConfigError for files that cannot be read, are no PEM, do not belong together, or hold a
+    certificate that is not valid now: every peer would refuse it, and say so in its own log only.
     """
 
     def __init__(self, cert: Path, key: Path, ca: Path | None, *, now: Callable[[], datetime] = _utc_now) -> None:
@@ -79,11 +77,11 @@ class Identity:
             return self._pem
 
     def server_credentials(self) -> grpc.ServerCredentials:
-        """For a listener. Where there is a CA, callers must show a certificate of it."""
+        """The credentials of a listener. Where there is a CA, callers must show a certificate of it."""
         given = self.current()
 
         def fetch() -> grpc.ServerCertificateConfiguration | None:
-            """gRPC asks before each handshake; None: nothing has changed."""
+            """gRPC calls it before each handshake. None tells that nothing has changed."""
             nonlocal given
             pem = self.current()
             if pem is given:
@@ -98,7 +96,7 @@ class Identity:
         )
 
     def channel_credentials(self) -> grpc.ChannelCredentials:
-        """For a channel to a peer, of which the CA must know, and which may ask for our certificate."""
+        """The credentials of a channel to a peer, whose certificate must be of the CA. It gets ours if it asks."""
         pem = self.current()
         return grpc.ssl_channel_credentials(pem.ca, pem.key, pem.cert)
 
@@ -117,7 +115,7 @@ class Identity:
         cert, key = read_file(self._cert, "tls_cert"), read_file(self._key, "tls_key")
         ca = None if self._ca is None else read_file(self._ca, "tls_ca")
         check_key_pair(self._cert, self._key)
-        pem = Pem(cert, key, ca, _check_dates(cert, self._cert, self._now()))
+        pem = Pem(cert, key, ca, check_dates(cert, self._cert, self._now()))
         if pem.ca is not None:
             check_ca(pem.ca, str(self._ca))
         if self._signatures() != before:  # what was checked may not be what was read
@@ -126,7 +124,10 @@ class Identity:
 
 
 def read_identity(cert: Path | None, key: Path | None, ca: Path | None) -> Identity | None:
-    """The identity that settings name with all three of the files; None with none. Else ConfigError."""
+    """The identity of a process whose settings name all three files, or None where they name none.
+
+    Raises ConfigError where they name only some, and what `Identity` raises.
+    """
     files = {"tls_cert": cert, "tls_key": key, "tls_ca": ca}
     missing = [name for name, path in files.items() if path is None]
     if cert is None or key is None or ca is None:
@@ -137,7 +138,10 @@ def read_identity(cert: Path | None, key: Path | None, ca: Path | None) -> Ident
 
 
 def shard_dial(identity: Identity | None, name: str) -> Dial:
-    """How to connect to shards: plainly, or as `identity` to certificates for `name`, or "" for the address's host."""
+    """How to connect to shards: without TLS where there is no identity, else with it.
+
+    A shard's certificate must be for `name`, or for the host of its address where that is "".
+    """
     if identity is None:
         return dial_plainly
 
@@ -149,7 +153,7 @@ def shard_dial(identity: Identity | None, name: str) -> Dial:
 
 
 def read_names(text: str, field_name: str) -> frozenset[str]:
-    """The names in "one,two"; ConfigError where there is none."""
+    """The names in "one,two". Raises ConfigError where there is none."""
     names = frozenset(part.strip().lower() for part in text.split(",")) - {""}
     if not names:
         raise ConfigError(f"{field_name}: no name in {text!r}", field=field_name, value=text)
@@ -161,8 +165,8 @@ def check_caller(
 ) -> None:
     """Raises PermissionDenied unless one of the `allowed` names (of `read_names`) is on the caller's certificate.
 
-    Its subject alternative names of the type DNS count, compared whole: a wildcard matches nothing. The handshake has
-    seen to it that the certificate is valid, and of our CA.
+    Its subject alternative names of the type DNS are compared as they are: a wildcard matches nothing. That the
+    certificate is valid and of our CA is what the handshake has checked.
     """
     names = sorted({value.decode(errors="backslashreplace") for value in context.auth_context().get("peer_dns", ())})
     if not {name.lower() for name in names}.intersection(allowed):
@@ -176,67 +180,8 @@ def check_caller(
 
 
 def name_override(name: str) -> list[tuple[str, Any]]:
-    """The channel option by which the other side must be `name`, whatever the address; none for ""."""
+    """The channel option by which the peer's certificate must be for `name`, whatever the address. None for ""."""
     return [("grpc.ssl_target_name_override", name)] if name else []
-
-
-def read_file(path: Path, field_name: str) -> bytes:
-    """The file's bytes, or ConfigError, also for one that is too large to be what it is said to be."""
-    try:
-        data = read_bounded(path, MAX_FILE_BYTES)
-    except OSError as error:
-        raise ConfigError(
-            f"{field_name}: cannot read {path}: {error.strerror or error}", field=field_name, value=path
-        ) from error
-    if len(data) > MAX_FILE_BYTES:
-        raise ConfigError(
-            f"{field_name}: {path} has more than {MAX_FILE_BYTES} bytes", field=field_name, limit=MAX_FILE_BYTES
-        )
-    return data
-
-
-def check_key_pair(cert: Path, key: Path) -> None:
-    """Raises ConfigError unless both are PEM and the key, which must not be encrypted, is the certificate's."""
-    try:
-        # Without a callback OpenSSL would ask the terminal for the password of an encrypted key.
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password=lambda: "")
-    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-        reason = getattr(error, "reason", None) or error
-        raise ConfigError(
-            f"tls_cert: {cert} and {key} are no PEM certificate with its unencrypted key: {reason}",
-            field="tls_cert",
-            value=cert,
-        ) from error
-
-
-def _check_dates(pem: bytes, source: Path, now: datetime) -> datetime:
-    """When the certificate ends. Raises ConfigError where it is not valid now, with its dates."""
-    from cryptography import x509  # here: the SDK takes other functions of this file, and does without the package
-
-    try:
-        cert = x509.load_pem_x509_certificate(pem)
-    except ValueError as error:  # it is stricter than OpenSSL is
-        text = f"tls_cert: {source} is no PEM certificate: {str(error)[:200]}"
-        raise ConfigError(text, field="tls_cert", value=source) from error
-    begins, ends = cert.not_valid_before_utc, cert.not_valid_after_utc
-    if not begins <= now < ends:
-        raise ConfigError(
-            f"tls_cert: {source} is valid from {begins.isoformat()} to {ends.isoformat()}; it is {now.isoformat()}",
-            field="tls_cert",
-            limit=f"{begins.isoformat()} to {ends.isoformat()}",
-            value=now.isoformat(timespec="seconds"),
-        )
-    return ends
-
-
-def check_ca(pem: bytes, source: str) -> None:
-    """Raises ConfigError unless `pem` holds certificates."""
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=pem.decode("ascii"))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", None) or error
-        text = f"tls_ca: {source} holds no PEM certificate: {reason}"
-        raise ConfigError(text, field="tls_ca", value=source) from error
 
 
 def _server_configuration(pem: Pem) -> grpc.ServerCertificateConfiguration:

@@ -45,6 +45,7 @@ def main() -> None:
     """LIMITS are three numbers: bytes of address space, seconds of CPU for a request, characters of an answer."""
     max_memory_bytes, max_cpu_s, max_output_length = map(int, sys.argv[1:])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all of its processes; the router says when
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a router that is gone needs no answer
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (max_memory_bytes, max_memory_bytes))
     while head := sys.stdin.buffer.read(REQUEST_HEAD.size):
