@@ -33,7 +33,7 @@ def describe(registry, address, layers, *, num_free_blocks=100, shard_id=""):
             num_free_blocks=num_free_blocks,
         ),
     )
-    shard.error, shard.was_asked = None, True
+    shard.error = None
 
 
 def make_manager(settings=None, **layers):

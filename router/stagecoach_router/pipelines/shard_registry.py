@@ -39,7 +39,6 @@ class Shard:
     epoch: int | None = None  # of the pipeline that it is in; None: in none
     description: ShardDescription | None = None  # its last answer; None: none, or none since it was in a pipeline
     error: errors.StagecoachError | None = None  # why it did not answer, or does not fit
-    was_asked: bool = False  # since it was last in a pipeline
     wake: asyncio.Event = field(default_factory=asyncio.Event)  # to ask it at once
     loading: LayerRange | None = None  # what it was told to load, and has not loaded yet
     load_error: errors.StagecoachError | None = None  # why it could not
@@ -57,6 +56,11 @@ class Shard:
         if self.load_error is not None:
             return f"{self.load_error}; it could not load layers"
         return "" if self.description is not None else f"{self.address}: it has not answered yet"
+
+    @property
+    def was_asked(self) -> bool:
+        """Whether it has been asked who it is since it was last in a pipeline, though it need not have answered."""
+        return self.description is not None or self.error is not None
 
     @property
     def layers(self) -> LayerRange | None:
@@ -158,7 +162,6 @@ class ShardRegistry:
             shard = self.shards[address]
             if shard.epoch == epoch:
                 shard.epoch = shard.description = shard.error = None
-                shard.was_asked = False
                 shard.wake.set()
         self._tell()
 
@@ -220,11 +223,11 @@ class ShardRegistry:
             error.__cause__ = error.__context__ = None
         if shard.epoch is not None or shard.wake.is_set():  # what came is of a time before
             return
-        before = shard.description, shard.reason, shard.was_asked
-        shard.description, shard.error, shard.was_asked = description, error, True
-        if error is not None and shard.reason != before[1]:
+        former_description, former_reason = shard.description, shard.reason
+        shard.description, shard.error = description, error
+        if error is not None and shard.reason != former_reason:
             logger.info("%s", shard.reason)
-        if (description, shard.reason, True) != before:
+        if description != former_description or shard.reason != former_reason:
             self._tell()
 
     def _check_only_once(self, description: ShardDescription) -> None:

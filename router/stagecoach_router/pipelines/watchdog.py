@@ -33,7 +33,11 @@ MAX_SLOWDOWN = 8.0
 
 @dataclass(frozen=True, slots=True)
 class FaultLimits:
-    """`fault_timeout_s`: within it a fault is found. `step_timeout_s`: for a stage's part of a step never measured."""
+    """How long things may take until a pipeline is given up.
+
+    fault_timeout_s: within it, a stage that hangs or is cut off is found. step_timeout_s: so long a stage may compute
+    one step of a size that was never measured.
+    """
 
     fault_timeout_s: float = 5.0
     step_timeout_s: float = 120.0
@@ -44,7 +48,7 @@ DEFAULT_LIMITS = FaultLimits()
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Why a pipeline has to be given up, and the stage that does it, where that is known."""
+    """Why a pipeline has to be given up, and the stage whose fault it is, where that is known."""
 
     reason: str
     address: str | None = None
@@ -60,7 +64,7 @@ class _Watched:
 
 
 class Watchdog:
-    """Watches the stages at `addresses` and the steps through them. Times are those of its `look`s."""
+    """Watches the stages at `addresses` and the steps through them. All times are those that `look` was told."""
 
     def __init__(self, addresses: Sequence[str], limits: FaultLimits) -> None:
         self.interval_s = limits.fault_timeout_s / LOOKS_PER_TIMEOUT
@@ -68,9 +72,9 @@ class Watchdog:
         self._step_timeout_s = limits.step_timeout_s
         self._clock = WatchClock(self.interval_s)
         self._stages = {address: _Watched() for address in addresses}
-        self._in_flight: deque[float | None] = deque()  # what each step is expected to take
-        self._oldest_since_s = 0.0  # when the first of them became the first
-        # When a stage was last known to compute for us, and to have finished a step of ours, or to let one wait.
+        self._in_flight: deque[float | None] = deque()  # seconds that each step is expected to take
+        self._oldest_since_s = 0.0  # when the step that is now the oldest became it
+        # When a stage was last known to compute a step of ours, and to finish one. Waiting for others' counts as both.
         self._worked_s = 0.0
         self._finished_s = 0.0
 
