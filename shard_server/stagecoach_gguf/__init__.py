@@ -1,4 +1,4 @@
-"""Turns a GGUF file into a checkpoint folder that the shards, and other tools, can load."""
+"""Turns a GGUF file into a checkpoint folder, which shards and other tools can load. No shard needs this package."""
 
 from stagecoach_gguf.importer import import_gguf
 

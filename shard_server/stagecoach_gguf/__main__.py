@@ -1,4 +1,4 @@
-"""`python -m stagecoach_gguf SOURCE TARGET`."""
+"""The program behind `stagecoach import`: `python -m stagecoach_gguf SOURCE TARGET` runs one import."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stagecoach_gguf.importer import import_gguf
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one import; returns the exit status. The reason of a failure goes to standard error."""
+    """Runs one import and returns the exit status. Why an import failed is written to standard error."""
     parser = argparse.ArgumentParser(
         prog="stagecoach import",
         description="Turn a GGUF file into a checkpoint folder (safetensors in bfloat16, config, tokenizer).",

@@ -18,7 +18,7 @@ from stagecoach_gguf.gguf_file import GGUFFile
 
 _CLASS_NAMES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
-# Under "<architecture>.": present and not zero, they change what a layer computes.
+# These keys, after "<architecture>.", change what a layer computes where they are present and not zero.
 _REFUSED_KEYS = (
     "expert_count",
     "logit_scale",
@@ -52,7 +52,7 @@ class TensorPlan:
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """The sizes that tensors' shapes follow from."""
+    """The sizes from which the shapes of all tensors follow."""
 
     num_layers: int
     hidden_size: int
@@ -64,7 +64,7 @@ class ModelShape:
 
 
 class Architecture:
-    """Reads general.architecture and its keys. Raises CheckpointError for one that cannot be mapped exactly."""
+    """Reads general.architecture and its keys. Raises CheckpointError for what cannot be mapped exactly."""
 
     def __init__(self, file: GGUFFile) -> None:
         self._file = file

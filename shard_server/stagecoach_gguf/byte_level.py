@@ -33,7 +33,7 @@ class ByteLevelRecipe:
     adds_bos: bool = False
 
     def tokenizer(self, vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
-        """Cuts, maps bytes to the printable characters that tokens are spelt with, merges; and back."""
+        """A tokenizer that cuts text, spells its bytes in printable characters as tokens do, and merges."""
         tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=self.ignore_merges))
         if self.nfc:
             tokenizer.normalizer = normalizers.NFC()

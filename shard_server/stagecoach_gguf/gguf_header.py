@@ -47,7 +47,7 @@ def check_header(path: Path) -> None:
 
 
 class _Walk:
-    """Steps through the header; every step checks that it stays inside the file."""
+    """Steps through the header. Every step checks that it stays within the file."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self._path = path

@@ -1,4 +1,4 @@
-"""One import, from the source to a finished folder, or nothing."""
+"""One import: it leaves a finished folder, or nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the GGUF file is: a path, or inside an installed Python package."""
+"""Finds the GGUF file: by its path, or in an installed Python package."""
 
 from __future__ import annotations
 

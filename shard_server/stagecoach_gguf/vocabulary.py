@@ -15,7 +15,7 @@ from stagecoach_gguf.sentence_piece import merges_of, sentence_piece_tokenizer
 
 
 class TokenType(IntEnum):
-    """tokenizer.ggml.token_type."""
+    """What a token is for: the numbers of tokenizer.ggml.token_type."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -27,7 +27,7 @@ class TokenType(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class SpecialTokens:
-    """Ids of tokens with a meaning; None where the file names none. `stops` (eos, end of turn) end a completion."""
+    """Ids of tokens that mean something; None where the file names none. Those in `stops` end a completion."""
 
     bos: int | None
     eos: int | None
@@ -36,12 +36,12 @@ class SpecialTokens:
     stops: tuple[int, ...]
 
     def config(self) -> dict[str, int]:
-        """Their entries in config.json."""
+        """The entries of config.json that name them."""
         entries = {"bos_token_id": self.bos, "eos_token_id": self.eos, "pad_token_id": self.padding}
         return {name: token_id for name, token_id in entries.items() if token_id is not None}
 
     def generation_config(self) -> dict[str, object]:
-        """generation_config.json."""
+        """The contents of generation_config.json."""
         config: dict[str, object] = {**self.config()}
         if self.stops:
             config["eos_token_id"] = self.stops[0] if len(self.stops) == 1 else list(self.stops)
@@ -108,7 +108,7 @@ class Vocabulary:
             ) from error
 
     def _scored(self) -> list[tuple[str, float]]:
-        """The pieces that text may become, with their scores."""
+        """The tokens that text may become, with their scores."""
         scores = self._file.numbers("tokenizer.ggml.scores")
         self._check_count("tokenizer.ggml.scores", len(scores))
         entries = zip(self._tokens, scores, self._types, strict=True)
@@ -128,7 +128,7 @@ class Vocabulary:
         )
 
     def _added_tokens(self) -> list[AddedToken]:
-        """Tokens that are found in text before it is cut; but for the user's, they are left out of decoded text."""
+        """Tokens that are found in text before it is cut into words. Decoding leaves out all but the user's."""
         return [
             AddedToken(token, special=kind is not TokenType.USER_DEFINED, normalized=False)
             for token, kind in zip(self._tokens, self._types, strict=True)

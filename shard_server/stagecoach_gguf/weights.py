@@ -1,4 +1,4 @@
-"""Writes tensors as bfloat16 safetensors, one at a time, so that memory stays bounded by a piece of one tensor.
+"""Writes tensors as bfloat16 safetensors, piece by piece, so that never more than a piece of one tensor is in memory.
 
 The format: eight bytes of header length, little-endian; a JSON header with each tensor's dtype, shape and byte range;
 then the bytes. As sizes are known beforehand, the header goes first and the tensors follow as they are made.
@@ -30,7 +30,7 @@ _BFLOAT16_BYTES = 2
 
 
 def weights_bytes(plans: Sequence[TensorPlan]) -> int:
-    """What the tensors take on disk, without headers."""
+    """How many bytes the tensors take on disk, without headers."""
     return sum(_BFLOAT16_BYTES * prod(plan.shape) for plan in plans)
 
 

@@ -48,9 +48,9 @@ block_table_updates = st.lists(
 @given(st.lists(st.tuples(rows, block_table_updates, st.sampled_from([0, 0, 0, 0, 1, -1, UINT64])), max_size=8))
 def test_a_lease_accepts_what_its_model_accepts_and_names_the_same_places(steps: Any) -> None:
     both = lease_model.LeaseBesideModel()
-    for step_rows, step_deltas, off in steps:
+    for step_rows, step_updates, off in steps:
         step = both.next_step + off if off != UINT64 else UINT64
-        both.take(header(step_rows, step_deltas, step=step))
+        both.take(header(step_rows, step_updates, step=step))
 
 
 @st.composite
@@ -58,19 +58,19 @@ def honest_step(draw: st.DrawFn, both: lease_model.LeaseBesideModel) -> pb.Micro
     """A step as a router might plan it: tables that grow, rows that begin where the last ones ended or before."""
     tables = both.model.tables
     chosen = draw(st.lists(st.integers(0, lease_model.MAX_SLOTS - 1), min_size=1, max_size=3, unique=True))
-    step_rows, step_deltas = [], []
+    step_rows, step_updates = [], []
     for slot in chosen:
         block_ids = draw(st.lists(st.integers(0, lease_model.NUM_BLOCKS - 1), max_size=3))
         first = draw(st.integers(0, len(tables[slot])))
         length = len(tables[slot])
         if block_ids and first + len(block_ids) <= -(-lease_model.CONTEXT_LENGTH // lease_model.BLOCK_SIZE):
-            step_deltas.append((slot, first, block_ids))
+            step_updates.append((slot, first, block_ids))
             length = first + len(block_ids)
         room = min(length * lease_model.BLOCK_SIZE, lease_model.CONTEXT_LENGTH)
         if room:
             start = draw(st.integers(0, room - 1))
             step_rows.append((slot, start, draw(st.integers(1, min(5, room - start)))))
-    return header(step_rows, step_deltas, step=both.next_step)
+    return header(step_rows, step_updates, step=both.next_step)
 
 
 @given(st.data())

@@ -44,14 +44,14 @@ def test_rows_name_blocks_in_the_shards_cache():
     assert rows.block_tables[1][0] == 107
 
 
-def test_a_delta_appends_to_the_table_that_is_there():
+def test_an_update_appends_to_the_table_that_is_there():
     lease = make_lease()
     lease.accept(header(block_table_updates=[(1, 0, [2])], rows=[(1, 0, 4)]))
     rows = lease.accept(header(step=2, block_table_updates=[(1, 1, [5])], rows=[(1, 4, 1)]))
     assert rows.block_tables.tolist() == [[102, 105]]
 
 
-def test_a_delta_from_zero_forgets_the_former_table():
+def test_an_update_from_zero_forgets_the_former_table():
     lease = make_lease()
     lease.accept(header(block_table_updates=[(1, 0, [2, 3])], rows=[(1, 0, 8)]))
     with pytest.raises(OutOfRange, match="need 2 blocks, its table has 1"):

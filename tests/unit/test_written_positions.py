@@ -22,14 +22,16 @@ def make_lease(**changes):
     return Lease(7, 5, **(facts | changes))
 
 
-def header(step, rows, deltas=()):
+def header(step, rows, updates=()):
     return pb.MicroBatchHeader(
         epoch=5,
         step=step,
         row_slots=[row[0] for row in rows],
         row_starts=[row[1] for row in rows],
         row_num_tokens=[row[2] for row in rows],
-        block_table_updates=[pb.BlockTableUpdate(slot=slot, first=first, block_ids=ids) for slot, first, ids in deltas],
+        block_table_updates=[
+            pb.BlockTableUpdate(slot=slot, first=first, block_ids=ids) for slot, first, ids in updates
+        ],
     )
 
 
@@ -91,7 +93,7 @@ def test_a_decode_looks_at_nothing_before_it(monkeypatch):
         assert written.write(slots, row(position, 1)) is None
 
 
-def test_more_deltas_than_slots_can_need_are_refused_before_any_is_applied():
+def test_more_updates_than_slots_can_need_are_refused_before_any_is_applied():
     lease = make_lease()
     with pytest.raises(OutOfRange) as caught:
         lease.accept(header(1, [(0, 0, 1)], [(0, 0, [0])] * 13))
