@@ -25,6 +25,7 @@ def main() -> None:
 def run(arguments: Sequence[str]) -> int:
     """Runs one command line. Returns the exit status: 0, 1 for an error, 2 for wrong usage, 130 after ctrl-C."""
     from stagecoach_cli.app import app
+    from stagecoach_cli.terminal import describe
 
     try:
         app(arguments, prog_name="stagecoach")
@@ -37,13 +38,3 @@ def run(arguments: Sequence[str]) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
     return 0
-
-
-def describe(error: StagecoachError) -> str:
-    """The error's message, followed by its field and its limit unless the message names them."""
-    facts = [
-        f"{name} {value}"
-        for name, value in (("field", error.field), ("limit", error.limit))
-        if value and value not in error.message
-    ]
-    return f"{error.message} ({', '.join(facts)})" if facts else error.message

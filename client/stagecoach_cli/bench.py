@@ -14,6 +14,7 @@ import typer
 
 from stagecoach import __version__
 from stagecoach.errors import ConfigError, OutOfRange
+from stagecoach_cli.activity_table import activity_line, stage_table
 from stagecoach_cli.options import (
     DEFAULT_TARGET,
     ApiKey,
@@ -26,6 +27,7 @@ from stagecoach_cli.options import (
     choose_tls,
     parse_whole_numbers,
 )
+from stagecoach_cli.terminal import make_console
 
 if TYPE_CHECKING:
     from stagecoach_cli.load import Load
@@ -136,9 +138,6 @@ def _check_writable(path: Path) -> None:
 
 def _print_results(model: Model, load: Load, results: list[LoadResult]) -> None:
     from rich.table import Table
-
-    from stagecoach_cli.activity_table import activity_line, stage_table
-    from stagecoach_cli.terminal import make_console
 
     console = make_console()
     title = f"{model.name}: {load.prompt_tokens} prompt tokens, {load.output_tokens} output tokens"

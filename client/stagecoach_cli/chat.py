@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stagecoach.errors import OutOfRange, StagecoachError
-from stagecoach_cli import describe
 from stagecoach_cli.options import (
     DEFAULT_TARGET,
     ApiKey,
@@ -22,6 +21,7 @@ from stagecoach_cli.options import (
     choose_tls,
 )
 from stagecoach_cli.sampling_options import MaxTokens, Seed, Temperature, TopK, TopP
+from stagecoach_cli.terminal import describe, not_text, write_model_text
 
 if TYPE_CHECKING:
     from stagecoach_client import Client, Message
@@ -84,8 +84,6 @@ class Conversation:
 
     def say(self, text: str) -> None:
         """Prints the model's answer to `text` as it comes. A KeyboardInterrupt stops the answer, and nothing else."""
-        from stagecoach_cli.terminal import write_model_text
-
         messages: list[Message] = [*self.messages, {"role": "user", "content": text}]
         answer: list[str] = []
         finish_reason = None
@@ -108,8 +106,6 @@ class Conversation:
 
 def converse(conversation: Conversation) -> None:
     """Reads lines from standard input until it ends, and has the model answer each."""
-    from stagecoach_cli.terminal import not_text
-
     while True:
         try:
             text = input("> ").strip()

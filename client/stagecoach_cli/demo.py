@@ -16,6 +16,7 @@ import typer
 from stagecoach.errors import StagecoachError
 from stagecoach_cli import extras
 from stagecoach_cli.options import DType, Stages
+from stagecoach_cli.terminal import format_bytes, make_console, without_control
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,7 +61,6 @@ def demo(
     ] = DType.FLOAT32,
 ) -> None:
     """Show on this machine what Stagecoach does. The exit status is 1 if anything is not as it should be."""
-    from stagecoach_cli.terminal import make_console
     from stagecoach_local import LocalCluster
 
     extras.require("demo", extras.CLUSTER, "[router] and [shard] extras")
@@ -154,8 +154,6 @@ def finished_lines(text: str, *, last: bool) -> tuple[list[str], int]:
 def _print_line(console: Console, index: int, text: str) -> None:
     from rich.text import Text
 
-    from stagecoach_cli.terminal import without_control
-
     prefix = (f"[{index}] ", _COLOURS[index % len(_COLOURS)])
     console.print(Text.assemble(prefix, without_control(text)), soft_wrap=True)
 
@@ -163,8 +161,6 @@ def _print_line(console: Console, index: int, text: str) -> None:
 def _table(cluster: LocalCluster, status: ClusterStatus) -> Table:
     """Which process held which layers, and how long it computed."""
     from rich.table import Table
-
-    from stagecoach_cli.terminal import format_bytes
 
     table = Table(title="who did it", title_justify="left")
     for name in ("process", "pid", "layers", "weights", "steps", "computing"):

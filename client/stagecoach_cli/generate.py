@@ -37,6 +37,7 @@ from stagecoach_cli.sampling_options import (
     TopK,
     TopP,
 )
+from stagecoach_cli.terminal import not_text, write_model_text
 
 
 def generate(
@@ -116,8 +117,6 @@ def _input(prompt: str | None, token_ids: str | None, chat: bool) -> dict[str, A
 
 
 def _read_stdin() -> str:
-    from stagecoach_cli.terminal import not_text
-
     try:
         return sys.stdin.read().removesuffix("\n")
     except UnicodeDecodeError as error:
@@ -125,8 +124,6 @@ def _read_stdin() -> str:
 
 
 def _print_stream(stream: Any) -> None:
-    from stagecoach_cli.terminal import write_model_text
-
     any_text = False
     with stream:
         try:
@@ -141,7 +138,5 @@ def _print_stream(stream: Any) -> None:
 
 
 def _print_all(generation: Any) -> None:
-    from stagecoach_cli.terminal import write_model_text
-
     for completion in generation.completions:
         write_model_text(f"--- {completion.index} ({completion.finish_reason})\n{completion.text}\n")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from stagecoach_cli.activity_table import activity_line, stage_table
 from stagecoach_cli.options import (
     DEFAULT_TARGET,
     ApiKey,
@@ -20,6 +21,7 @@ from stagecoach_cli.options import (
     TlsServerName,
     choose_tls,
 )
+from stagecoach_cli.terminal import format_bytes, make_console
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -47,8 +49,6 @@ def status(
 
     The exit status is 1 if no pipeline is ready.
     """
-    from stagecoach_cli.activity_table import activity_line, stage_table
-    from stagecoach_cli.terminal import make_console
     from stagecoach_client import Client
     from stagecoach_client.activity import activity
 
@@ -106,8 +106,6 @@ def _reason(pipeline: PipelineStatus) -> str:
 def _pipeline_table(cluster: ClusterStatus, which: int) -> Table:
     from rich.table import Table
     from rich.text import Text
-
-    from stagecoach_cli.terminal import format_bytes
 
     pipeline = cluster.pipelines[which]
     name = f"pipeline {which}, " if len(cluster.pipelines) > 1 else ""

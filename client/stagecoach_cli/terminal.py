@@ -6,7 +6,7 @@ import re
 import sys
 from typing import TYPE_CHECKING
 
-from stagecoach.errors import InvalidArgument
+from stagecoach.errors import InvalidArgument, StagecoachError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,3 +55,13 @@ def not_text(error: UnicodeDecodeError, field: str) -> InvalidArgument:
     """The error to raise for standard input that cannot be decoded."""
     text = f"standard input is not {error.encoding}: {error.reason} at byte {error.start}"
     return InvalidArgument(text, field=field, value=error.start)
+
+
+def describe(error: StagecoachError) -> str:
+    """The error's message, followed by its field and its limit unless the message names them."""
+    facts = [
+        f"{name} {value}"
+        for name, value in (("field", error.field), ("limit", error.limit))
+        if value and value not in error.message
+    ]
+    return f"{error.message} ({', '.join(facts)})" if facts else error.message

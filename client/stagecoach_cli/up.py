@@ -16,7 +16,7 @@ from stagecoach.security.tls import ROUTER_NAME
 from stagecoach_cli import extras
 from stagecoach_cli.options import DEFAULT_TARGET, DType, Stages
 from stagecoach_cli.output_relay import OutputRelay
-from stagecoach_cli.terminal import without_control
+from stagecoach_cli.terminal import make_console, without_control
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,7 +59,6 @@ def up(
     ] = False,
 ) -> None:
     """Start shards and a router on this machine, and stay until ctrl-C."""
-    from stagecoach_cli.terminal import make_console
     from stagecoach_local import LocalCluster
 
     extras.require("up", extras.CLUSTER, "[router] and [shard] extras")

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from stagecoach.errors import InvalidArgument, StagecoachError
-from stagecoach_cli import describe, run
+from stagecoach_cli import run
 from stagecoach_cli.options import parse_whole_numbers
-from stagecoach_cli.terminal import format_bytes, format_fraction, write_model_text
+from stagecoach_cli.terminal import describe, format_bytes, format_fraction, write_model_text
 
 
 def test_field_and_limit_are_said_once() -> None:
