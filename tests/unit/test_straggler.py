@@ -154,6 +154,15 @@ def test_larger_steps_are_not_taken_for_slow_ones():
     assert Scene().learn().run(60.0, max_rows=256) is None
 
 
+def test_a_stage_that_looked_slow_is_still_watched_when_the_batches_have_grown_since():
+    scene = Scene().learn()
+    assert scene.step(stall_s=5.0) is None  # the last slice that can be compared is a slow one
+    for _ in range(4 * STEPS_BETWEEN_REFERENCES):
+        assert scene.step(64) is None
+    scene.factors[1] = 10.0
+    assert any(scene.step(64) == 1 for _ in range(1000))
+
+
 @pytest.mark.parametrize("step_s", [0.0005, 0.02])
 def test_a_lone_stream_after_large_batches_of_which_alone_the_cost_is_known_is_not_slow(step_s):
     scene = Scene(step_s)

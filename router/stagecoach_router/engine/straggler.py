@@ -44,7 +44,7 @@ MAX_CONTEXT_RATIO = 3.0
 
 @dataclass(frozen=True, slots=True)
 class _Shapes:
-    """The steps that were measured: from and up to so many rows, positions in all, and positions for a row."""
+    """Which steps were measured: from and up to how many rows, and positions that these attend to."""
 
     min_decodes: int
     max_decodes: int
@@ -97,27 +97,21 @@ class _StageHistory:
     took_s: float = 0.0
     expected_s: float = 0.0
     slices: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_USUAL_SLICES + SLICES_PER_WINDOW))
+    looks_slow: bool = False  # it was too slow in the last slice: that may be how a straggler begins
 
     def end_slice(self) -> None:
-        """Does not count one in which no step could be compared."""
+        """Begins the next slice. One in which no step could be compared says nothing, and is forgotten."""
+        self.looks_slow = False
         if self.expected_s > 0.0:
             self.slices.append(self.took_s / self.expected_s)
+            self.looks_slow = self.slices[-1] > self._limit
         self.took_s = self.expected_s = 0.0
 
     @property
     def is_slow(self) -> bool:
         """Whether it was too slow in most of the latest window."""
-        limit = self._limit
-        return sum(slowness > limit for slowness in self._window) >= MIN_SLOW_SLICES
-
-    @property
-    def looks_slow(self) -> bool:
-        """Whether it was too slow in the last slice: that may be how a straggler begins."""
-        return any(slowness > self._limit for slowness in self._window[-1:])
-
-    @property
-    def _window(self) -> list[float]:
-        return list(self.slices)[-SLICES_PER_WINDOW:]
+        window, limit = list(self.slices)[-SLICES_PER_WINDOW:], self._limit
+        return sum(slowness > limit for slowness in window) >= MIN_SLOW_SLICES
 
     @property
     def _limit(self) -> float:
@@ -147,7 +141,7 @@ class StragglerDetector:
         self, shape: StepShape, stages: Sequence[StageSeconds], round_trip_s: float, now_s: float
     ) -> int | None:
         """A step came back at `now_s`. Returns the index of the stage that is a straggler, if one is."""
-        if shape.num_prefill_tokens or len(stages) != len(self._stages):
+        if shape.num_prefill_tokens or not shape.num_decodes or len(stages) != len(self._stages):
             return None
         if self._slice_began_s is None:
             self._slice_began_s = self._last_s = now_s
