@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -47,3 +48,13 @@ def test_slots_follow_from_positions_for_any_rows(rows: list[tuple[int, int]], b
         for position in range(start, start + count)
     ]
     assert list(zip(batch.positions.tolist(), batch.cache_slots.tolist(), strict=True)) == expected
+
+
+def test_it_moves_to_a_device_once_and_what_decides_shapes_stays() -> None:
+    batch = _build([3, 0], [3, 2], [[7, 2, -1], [5, 99, 99]])
+    assert batch.to(torch.device("cpu")) is batch
+    moved = batch.to(torch.device("meta"))
+    assert moved.begun_blocks is not None
+    assert {moved.device, moved.cache_slots.device, moved.begun_blocks.device} == {torch.device("meta")}
+    assert moved.starts is batch.starts
+    assert moved.to(torch.device("meta")) is moved
