@@ -59,7 +59,8 @@ def chosen(manager, former=(), *, may_load=True):
 
 
 def lose(registry, addresses, error):
-    _TakenShards(registry, list(addresses), epoch=9).release(error)
+    listener = SimpleNamespace(pipeline_lost=lambda error: None)
+    _TakenShards(registry, list(addresses), epoch=9, listener=listener).pipeline_lost(error)
 
 
 def test_a_shard_is_given_up_only_by_the_pipeline_that_it_is_in():

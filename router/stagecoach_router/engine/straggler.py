@@ -44,42 +44,37 @@ MAX_CONTEXT_RATIO = 3.0
 
 @dataclass(frozen=True, slots=True)
 class _Shapes:
-    """Which steps were measured: from and up to how many rows, and positions that these attend to."""
+    """Which steps were measured: the least and the most of each quantity, and the most positions for each row."""
 
-    min_decodes: int
-    max_decodes: int
-    min_context: int
-    max_context: int
+    least: StepShape
+    most: StepShape
     max_row_context: float
 
     @classmethod
     def of(cls, shape: StepShape) -> _Shapes:
-        rows, context = shape.num_decodes, shape.decode_context
-        return cls(rows, rows, context, context, context / rows)
+        """Of a single step."""
+        return cls(shape, shape, shape.decode_context / shape.num_decodes)
 
-    def with_step(self, shape: StepShape) -> _Shapes:
-        rows, context = shape.num_decodes, shape.decode_context
+    def joined(self, other: _Shapes) -> _Shapes:
+        """Of the steps of both."""
         return _Shapes(
-            min(self.min_decodes, rows),
-            max(self.max_decodes, rows),
-            min(self.min_context, context),
-            max(self.max_context, context),
-            max(self.max_row_context, context / rows),
+            StepShape(*map(min, self.least, other.least)),
+            StepShape(*map(max, self.most, other.most)),
+            max(self.max_row_context, other.max_row_context),
         )
 
     def is_near(self, shape: StepShape) -> bool:
         """Whether a step is no larger than these, or only a little longer."""
-        rows, context = shape.num_decodes, shape.decode_context
         return (
-            rows <= self.max_decodes
-            and context <= MAX_CONTEXT_RATIO * self.max_context
-            and context / rows <= MAX_CONTEXT_RATIO * self.max_row_context
+            shape.num_decodes <= self.most.num_decodes
+            and shape.decode_context <= MAX_CONTEXT_RATIO * self.most.decode_context
+            and shape.decode_context <= MAX_CONTEXT_RATIO * self.max_row_context * shape.num_decodes
         )
 
     def expected_s(self, cost: StageCost, shape: StepShape) -> float:
         """What a step should take. One that is smaller than any of these may take as long as the smallest."""
-        rows, context = max(shape.num_decodes, self.min_decodes), max(shape.decode_context, self.min_context)
-        return max(cost.decode_s(rows, context), MIN_SECONDS)
+        larger = StepShape(*map(max, shape, self.least))
+        return max(cost.decode_s(larger.num_decodes, larger.decode_context), MIN_SECONDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +143,7 @@ class StragglerDetector:
         was_idle = now_s - self._last_s - round_trip_s > self._slice_s
         self._last_s = now_s
         self._num_steps += 1
-        self._shapes = _Shapes.of(shape) if self._shapes is None else self._shapes.with_step(shape)
+        self._shapes = _Shapes.of(shape) if self._shapes is None else self._shapes.joined(_Shapes.of(shape))
         if not was_idle:  # else caches and clocks may be cold
             self._compare(shape, stages)
         if now_s - self._slice_began_s < self._slice_s:

@@ -147,11 +147,11 @@ class PipelineManager:
     async def _open(self, addresses: list[str], listener: PipelineListener) -> Pipeline:
         settings = self._settings
         self._epoch += 1
-        taken = _TakenShards(self.registry, addresses, self._epoch)
+        taken = _TakenShards(self.registry, addresses, self._epoch, listener)
         try:
             shards = await self._describe(addresses)
             _check_lanes(settings.lanes, len(shards))
-            pipeline = Pipeline(shards, taken.epoch, _ReleasingListener(taken, listener), self._links)
+            pipeline = Pipeline(shards, taken.epoch, taken, self._links)
             num_blocks = num_blocks_to_lease(settings.kv_blocks, shards)
             await _open_as_described(pipeline, num_blocks, settings.max_slots)
         except BaseException as error:
@@ -196,12 +196,15 @@ class Connector:
 
 
 class _TakenShards:
-    """The shards of one pipeline: nobody else's until they are released."""
+    """The shards of one pipeline: nobody else's until they are released, which they are when it is lost."""
 
-    def __init__(self, registry: ShardRegistry, addresses: Sequence[str], epoch: int) -> None:
+    def __init__(
+        self, registry: ShardRegistry, addresses: Sequence[str], epoch: int, listener: PipelineListener
+    ) -> None:
         self.epoch = epoch
         self._registry = registry
         self._addresses = addresses
+        self._listener = listener
         registry.take(addresses, epoch)
 
     def release(self, error: BaseException) -> None:
@@ -211,19 +214,11 @@ class _TakenShards:
             self._registry.quarantine(named or self._addresses)
         self._registry.release(self._addresses, self.epoch)
 
-
-class _ReleasingListener:
-    """Releases a pipeline's shards when it is lost, and hands on what comes of it."""
-
-    def __init__(self, taken: _TakenShards, listener: PipelineListener) -> None:
-        self._taken = taken
-        self._listener = listener
-
     def result_came(self, result: shard_pb2.StepResult, payload: memoryview) -> None:
         self._listener.result_came(result, payload)
 
     def pipeline_lost(self, error: errors.StagecoachError) -> None:
-        self._taken.release(error)
+        self.release(error)
         self._listener.pipeline_lost(error)
 
 
