@@ -154,7 +154,8 @@ class CostFit:
 def solve_nonnegative(products: Sequence[float], goals: Sequence[float]) -> list[float]:
     """The x >= 0 for which x^T A x / 2 - b^T x is least; A, row by row, must be positive definite, and small.
 
-    The least of the solutions of all subsets of the parts, the others being 0.
+    The least of the solutions of all subsets of the parts, the others being 0. It is plain Python, as the whole fit is:
+    for three parts arrays cost more than the arithmetic, and it runs between two steps.
     """
     n = len(goals)
     best, best_value = [0.0] * n, 0.0

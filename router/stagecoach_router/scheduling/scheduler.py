@@ -12,7 +12,6 @@ go, and a block can be shared the moment the row that fills it is dispatched.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from itertools import chain, islice
 from typing import Any
@@ -22,8 +21,9 @@ from stagecoach_router.scheduling.block_manager import BlockManager
 from stagecoach_router.scheduling.deadlines import Deadlines
 from stagecoach_router.scheduling.pacing import NO_PROMPTS, Pace, Pacing, Prompts
 from stagecoach_router.scheduling.plan import BlockTableUpdate, Draft, Plan, Row
+from stagecoach_router.scheduling.running import RunningSequences
 from stagecoach_router.scheduling.sequence import Sequence
-from stagecoach_router.scheduling.waiting_queue import WaitingQueue, by_order, by_priority_then_arrival, token_limit
+from stagecoach_router.scheduling.waiting_queue import WaitingQueue, by_priority_then_arrival, token_limit
 
 # Where decodes fill whole steps, every other step keeps this part of its tokens for prefill.
 MIN_PREFILL_FRACTION = 4
@@ -69,18 +69,14 @@ class Scheduler:
         self._order_key = order_key
         self._fixed_pace = Pace(num_lanes)
         self._waiting = WaitingQueue(blocks, max_waiting)
-        self._running: list[Sequence | None] = [None] * max_running  # by slot
-        self._free_slots = list(range(max_running - 1, -1, -1))
-        # A running sequence is in one of these, or awaits its token.
-        self._prefilling: list[Sequence] = []  # by order
-        self._ready: OrderedDict[Sequence, None] = OrderedDict()  # one token to compute; longest ready first
+        self._running = RunningSequences(blocks, max_running)
         self._in_flight: set[Plan] = set()
         self._deadlines = Deadlines()
         self._prefill_is_due = False
 
     @property
     def num_running(self) -> int:
-        return self.max_running - len(self._free_slots)
+        return len(self._running)
 
     @property
     def num_waiting(self) -> int:
@@ -98,7 +94,7 @@ class Scheduler:
 
     def has_work(self) -> bool:
         """Whether any sequence waits or runs."""
-        return bool(self._waiting) or self.num_running > 0
+        return bool(self._waiting) or bool(self._running)
 
     @property
     def retry_after_s(self) -> float:
@@ -118,7 +114,7 @@ class Scheduler:
                 limit=most,
                 value=num_sequences,
             )
-        self._waiting.check_room(len(self._free_slots), num_sequences=num_sequences, now_s=now_s)
+        self._waiting.check_room(self._running.num_free_slots, num_sequences=num_sequences, now_s=now_s)
 
     def add(self, sequence: Sequence, *, was_accepted: bool = False) -> None:
         """Queues a sequence; sets its `token_limit`, at which the caller has to remove it.
@@ -131,7 +127,7 @@ class Scheduler:
             sequence, context_length=self.context_length, capacity=self.blocks.capacity_tokens
         )
         if not was_accepted:
-            self._waiting.check_room(len(self._free_slots), num_tokens=sequence.num_tokens)
+            self._waiting.check_room(self._running.num_free_slots, num_tokens=sequence.num_tokens)
         sequence.order = (self._order_key(sequence), sequence.seq_id)
         self._waiting.join(sequence)
 
@@ -141,9 +137,10 @@ class Scheduler:
         if len(self._in_flight) >= pace.num_lanes:
             return None
         draft = Draft(self.max_batch_tokens, self.max_logit_rows)
-        share = self._lane_share(pace.num_lanes)
+        # Decodes of one step, so that all lanes get as many. The ones left over go into the next step.
+        share = -(-self._running.num_decoding // pace.num_lanes)
         if self._prefill_is_due:
-            num_decodes = min(len(self._ready), share)
+            num_decodes = min(len(self._running.ready), share)
             least = max(1, self.max_batch_tokens // MIN_PREFILL_FRACTION)
             self._plan_prefill(draft, max(least, self.max_batch_tokens - num_decodes), pace)
             num_prefill_rows = len(draft.rows)
@@ -154,7 +151,7 @@ class Scheduler:
             self._plan_prefill(draft, draft.room, pace)
             num_prefill_rows = len(draft.rows) - num_decodes
         is_full = not (draft.room and draft.logit_room)
-        self._prefill_is_due = is_full and not num_prefill_rows and bool(self._prefilling or self._waiting)
+        self._prefill_is_due = is_full and not num_prefill_rows and bool(self._running.prefilling or self._waiting)
         if not draft.rows:
             return None
         plan = Plan(tuple(draft.rows.values()), tuple(draft.block_table_updates), self.max_batch_tokens - draft.room)
@@ -179,18 +176,18 @@ class Scheduler:
     def append_token(self, sequence: Sequence, token_id: int) -> None:
         """A token was sampled from the logits that `complete` handed out. The sequence is ready again."""
         assert sequence.num_tokens < sequence.token_limit, f"{sequence} is past its limit"
-        self._resume(sequence)
+        self._running.resume(sequence)
         sequence.output_tokens.append(token_id)
 
     def repeat(self, sequence: Sequence) -> None:
         """The logits that `complete` handed out did not do: the last position is computed once more."""
-        self._resume(sequence)
+        self._running.resume(sequence)
         sequence.num_computed -= 1
 
     def remove(self, sequence: Sequence) -> None:
         """Ends a sequence, in whatever state it is; again is harmless. Its full blocks stay in the prefix cache."""
         if sequence.slot is not None:
-            self._unseat(sequence)
+            self._running.unseat(sequence)
         elif sequence.order is not None and not sequence.removed:
             self._waiting.leave(sequence)
         sequence.removed = True
@@ -199,7 +196,7 @@ class Scheduler:
     def release(self, sequence: Sequence) -> float | None:
         """Lets go of a sequence for another scheduler to adopt. Returns its deadline."""
         if sequence.slot is not None:
-            self._unseat(sequence)
+            self._running.unseat(sequence)
         else:
             self._waiting.release(sequence)
         return self._deadlines.discard(sequence)
@@ -232,12 +229,11 @@ class Scheduler:
     def preempt_all(self) -> None:
         """The pipeline is lost: what ran waits again, in order, and what was in flight or cached is forgotten.
 
-        So are logits that `complete` handed out and that no token came from yet: they will be computed again.
+        Logits that `complete` handed out, and that no token came from yet, will be computed again.
         """
-        for sequence in self._running:
-            if sequence is not None:
-                self._unseat(sequence)
-                self._waiting.join(sequence)
+        for sequence in list(self._running):
+            self._running.unseat(sequence)
+            self._waiting.join(sequence)
         self._in_flight.clear()
         self.blocks.reset()
         if self.pacing is not None:
@@ -254,7 +250,7 @@ class Scheduler:
             self._dispatch(sequence, num_tokens, draft)
             room -= num_tokens
             if sequence.awaiting_token:
-                del self._prefilling[0]
+                del self._running.prefilling[0]
 
     def _even_chunk_tokens(self, num_lanes: int) -> int:
         """A part of a lane's share of the prefill at hand.
@@ -264,7 +260,7 @@ class Scheduler:
         num_chunks = num_lanes * CHUNKS_PER_LANE if num_lanes > 1 else 1
         enough = num_chunks * self.max_batch_tokens
         num_tokens = 0
-        for sequence in chain(self._prefilling, self._waiting):
+        for sequence in chain(self._running.prefilling, self._waiting):
             num_tokens += sequence.num_tokens - sequence.num_computed
             if num_tokens >= enough:
                 return self.max_batch_tokens
@@ -273,37 +269,31 @@ class Scheduler:
     def _pace(self) -> Pace:
         if self.pacing is None:
             return self._fixed_pace
-        return self.pacing.pace(self.num_running - len(self._prefilling), self._prompts())
+        return self.pacing.pace(self._running.num_decoding, self._prompts())
 
     def _prompts(self) -> Prompts:
         """What is prefilled now, or as soon as there is room."""
-        num_starting = self._waiting.num_starting(len(self._free_slots))
-        if not self._prefilling and not num_starting:
+        num_starting = self._waiting.num_starting(self._running.num_free_slots)
+        if not self._running.prefilling and not num_starting:
             return NO_PROMPTS
         num_tokens = 0
-        for sequence in chain(self._prefilling, islice(self._waiting, num_starting)):
+        for sequence in chain(self._running.prefilling, islice(self._waiting, num_starting)):
             num_tokens += sequence.num_tokens - sequence.num_cached
-        start = self._prefilling[0].num_computed if self._prefilling else 0
-        return Prompts(len(self._prefilling) + num_starting, num_tokens, start)
+        start = self._running.prefilling[0].num_computed if self._running.prefilling else 0
+        return Prompts(len(self._running.prefilling) + num_starting, num_tokens, start)
 
     def _next_to_prefill(self) -> Sequence | None:
         """The first in order of those that are being prefilled and those that can be admitted; admits it."""
-        first = self._prefilling[0] if self._prefilling else None
-        if not self._free_slots:
+        first = self._running.prefilling[0] if self._running.prefilling else None
+        if not self._running.num_free_slots:
             return first
         newcomer = self._waiting.admit(self.num_running, before=first.order if first else None)
         if newcomer is None:
             return first
-        newcomer.slot = self._free_slots.pop()
-        self._running[newcomer.slot] = newcomer
-        self._prefilling.insert(0, newcomer)
+        self._running.seat(newcomer)
         return newcomer
 
     # ---- decodes and preemption
-
-    def _lane_share(self, num_lanes: int) -> int:
-        """How many decodes a step takes, so that all lanes get as many. The ones left over go into the next step."""
-        return -(-(self.num_running - len(self._prefilling)) // num_lanes)
 
     def _plan_decodes(self, draft: Draft, share: int) -> None:
         """Adds up to `share` ready sequences, longest ready first.
@@ -312,16 +302,17 @@ class Scheduler:
         """
         num_left = min(draft.room, draft.logit_room, share)
         stalled = None  # one at most: what needs a block after it and is earlier in order preempts it
-        while num_left and self._ready:
-            sequence, _ = self._ready.popitem(last=False)
+        ready = self._running.ready
+        while num_left and ready:
+            sequence, _ = ready.popitem(last=False)
             if self._make_room(sequence, draft):
                 self._dispatch(sequence, 1, draft)
                 num_left -= 1
             else:
                 stalled = sequence
         if stalled is not None and stalled.slot is not None:
-            self._ready[stalled] = None
-            self._ready.move_to_end(stalled, last=False)
+            ready[stalled] = None
+            ready.move_to_end(stalled, last=False)
 
     def _make_room(self, sequence: Sequence, draft: Draft) -> bool:
         """Gets a block for the next position if it needs one, from a sequence that is later in order if it must.
@@ -330,44 +321,13 @@ class Scheduler:
         then the next one is first: two sequences cannot preempt each other for ever.
         """
         while not self.blocks.extend(sequence, sequence.num_computed + 1):
-            victim = self._find_victim(sequence, draft)
+            victim = self._running.find_victim(sequence, draft)
             if victim is None:
                 return False
-            self._unseat(victim)
+            self._running.unseat(victim)
             self._waiting.join(victim)
             self.num_preemptions += 1
         return True
-
-    def _find_victim(self, sequence: Sequence, draft: Draft) -> Sequence | None:
-        """The last in order of those after `sequence` that have no row in the draft and no token about to come."""
-        if draft.victims is None:
-            draft.victims = sorted((runner for runner in self._running if runner is not None), key=by_order)
-        while draft.victims and draft.victims[-1].order > sequence.order:
-            victim = draft.victims.pop()
-            if victim not in draft.rows and not victim.sampling:
-                return victim
-        return None
-
-    def _unseat(self, sequence: Sequence) -> None:
-        """Takes a running sequence's slot and blocks."""
-        assert sequence.slot is not None
-        self._running[sequence.slot] = None
-        self._free_slots.append(sequence.slot)
-        self._ready.pop(sequence, None)
-        if sequence in self._prefilling:
-            self._prefilling.remove(sequence)
-        # Nothing more is written to its blocks, also if its last position is still on its way.
-        self.blocks.commit(sequence, sequence.num_computed)
-        self.blocks.release(sequence)
-        sequence.slot = None
-        sequence.num_computed = sequence.num_sent_blocks = 0
-        sequence.awaiting_token = sequence.sampling = False
-        sequence.incarnation += 1
-
-    def _resume(self, sequence: Sequence) -> None:
-        assert sequence.sampling, f"{sequence} has no logits to sample from"
-        sequence.sampling = sequence.awaiting_token = False
-        self._ready[sequence] = None
 
     def _dispatch(self, sequence: Sequence, num_tokens: int, draft: Draft) -> None:
         """Adds the sequence's next `num_tokens` positions to the draft."""
