@@ -65,7 +65,9 @@ def choose_shards(candidates: Sequence[Candidate], wish: Wish) -> Choice:
     quarantined = _quarantined(stages, candidates)
     if not quarantined:
         return Choice(stages)
-    loads = _replace_quarantined(quarantined, [*roomy, *loading], wish) if wish.may_load else ()
+    chosen = {stage.address for stage in stages}  # these are left alone
+    others = [replace(shard, assignable=shard.assignable and shard.address not in chosen) for shard in roomy]
+    loads = _replace_quarantined(quarantined, [*others, *loading], wish) if wish.may_load else ()
     better = _find([*_as_loading(roomy, loads), *loading], wish)
     is_second_choice = not isinstance(better, TopologyError) and len(_quarantined(better, candidates)) < len(
         quarantined
