@@ -19,12 +19,13 @@ demo: model  ## two shards and a router answer real prompts
 
 # A file's tests stay in one process, as they share what their module has started.
 PYTEST := $(BIN)/python -m pytest
-TOGETHER := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+WORKERS ?= 2
+TOGETHER := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Where tests are that are marked quiet.
 WITH_QUIET := tests/e2e tests/integration tests/soak
 
 test: lint model  ## linters, types, import contracts, and all tests but the longest: 8 minutes on two cores
-	@echo "== tests that share the cores, in two processes"
+	@echo "== tests that share the cores, in $(WORKERS) processes"
 	$(PYTEST) $(TOGETHER) -m "not quiet and not nightly"
 	@echo "== tests that need the cores for themselves, one after the other"
 	$(PYTEST) -m "quiet and not nightly" $(WITH_QUIET)
