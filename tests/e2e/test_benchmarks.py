@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import profiled_router
-from tests.unit.test_bench_modules import BENCHMARKS
+from tests.unit.benchmarks.test_bench_modules import BENCHMARKS
 
 # A context as long as benchmarks need it, for the tiny model.
 CONTEXT_LENGTH = 8192

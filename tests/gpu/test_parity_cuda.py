@@ -9,9 +9,9 @@ import torch
 
 from stagecoach_shard.models.families import open_checkpoint
 from stagecoach_shard.models.graphed_layers import GraphedLayers
-from tests.unit.parity_schedules import SCHEDULES, TOLERANCE, Known
-from tests.unit.stage_chain import Running, StageChain
-from tests.unit.tiny_models import MODELS, random_tokens, reference_logits, save_tiny_model
+from tests.unit.shard.parity_schedules import SCHEDULES, TOLERANCE, Known
+from tests.unit.shard.stage_chain import Running, StageChain
+from tests.unit.shard.tiny_models import MODELS, random_tokens, reference_logits, save_tiny_model
 
 pytestmark = [
     pytest.mark.gpu,

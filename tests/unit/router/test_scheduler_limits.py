@@ -1,0 +1,87 @@
+"""How the scheduler shares prefill among the lanes, and how many rows of logits a step may bring back."""
+
+from tests.unit.router.test_scheduler import add, finish, make_scheduler, rows_of
+
+
+def chunks(scheduler):
+    """The tokens of each step that can leave now, one step in flight at a time."""
+    sizes = []
+    while (plan := scheduler.schedule()) is not None and not any(row.wants_logits for row in plan.rows):
+        sizes.append(plan.num_tokens)
+        scheduler.complete(plan)
+    return [*sizes, plan.num_tokens]
+
+
+def test_a_lone_prompt_is_spread_over_the_lanes_in_shrinking_chunks():
+    scheduler = make_scheduler(num_blocks=400, num_lanes=2, max_batch_tokens=512)
+    add(scheduler, 1, 640)
+    sizes = chunks(scheduler)
+    assert sizes[:3] == [160, 120, 90], "a quarter of what is left, so that two stages soon work at once"
+    assert sum(sizes) == 640
+    assert min(sizes[:-1]) == 64
+
+
+def test_with_one_lane_or_a_short_prompt_nothing_is_spread():
+    one_lane = make_scheduler(num_blocks=400, num_lanes=1, max_batch_tokens=512)
+    add(one_lane, 1, 512)
+    assert chunks(one_lane) == [512]
+    short = make_scheduler(num_blocks=400, num_lanes=4, max_batch_tokens=512)
+    add(short, 1, 60)
+    assert chunks(short) == [60]
+
+
+def test_prompts_that_fill_all_lanes_go_in_whole_budgets():
+    scheduler = make_scheduler(num_blocks=400, num_lanes=2, max_batch_tokens=128)
+    for seq_id in range(1, 10):
+        add(scheduler, seq_id, 128)
+    assert [scheduler.schedule().num_tokens for _ in range(2)] == [128, 128]
+
+
+def test_a_step_wants_no_more_rows_of_logits_than_fit_a_message():
+    scheduler = make_scheduler(max_logit_rows=2, num_lanes=1, max_batch_tokens=64)
+    sequences = [add(scheduler, seq_id, 4, max_tokens=6) for seq_id in range(1, 6)]
+    while any(len(sequence.output_tokens) < 6 for sequence in sequences):
+        plan = scheduler.schedule()
+        assert sum(wants_logits for *_, wants_logits in rows_of(plan)) <= 2
+        finish(scheduler, plan)
+        for sequence in sequences:
+            if len(sequence.output_tokens) == 6 and not sequence.removed:
+                scheduler.remove(sequence)
+    assert all(len(sequence.output_tokens) == 6 for sequence in sequences)
+
+
+def test_a_sibling_takes_over_the_digests_of_the_prompt_and_no_others():
+    scheduler = make_scheduler(num_lanes=1, max_batch_tokens=64)
+    leader = add(scheduler, 1, 10)
+    follower = add(scheduler, 2, leader.prompt_tokens, leader=leader)
+    for _ in range(6):
+        finish(scheduler, scheduler.schedule(), token=leader.seq_id)
+    assert follower.digests[:2] == leader.digests[:2]
+    assert follower.num_cached == 8
+
+
+def test_prompts_are_not_starved_by_decodes_that_fill_the_rows_of_logits():
+    scheduler = make_scheduler(max_logit_rows=2, num_lanes=1, max_batch_tokens=64, num_blocks=400)
+    for seq_id in range(1, 5):
+        add(scheduler, seq_id, 4, max_tokens=40)
+    while scheduler.num_running < 4 or scheduler.num_waiting:
+        finish(scheduler, scheduler.schedule())
+    for _ in range(4):
+        finish(scheduler, scheduler.schedule())
+    late = add(scheduler, 9, 8)
+    for _ in range(3):
+        finish(scheduler, scheduler.schedule())
+    assert late.output_tokens
+
+
+def test_a_newcomer_that_waited_for_blocks_is_paced_like_any_other():
+    """What can start counts as a prompt again as soon as blocks are released, not only after it was admitted."""
+    scheduler = make_scheduler(num_blocks=8, max_batch_tokens=64)
+    first = add(scheduler, 1, 24, max_tokens=4)
+    finish(scheduler, scheduler.schedule())
+    add(scheduler, 2, 24, max_tokens=4)
+    finish(scheduler, scheduler.schedule())
+    assert scheduler.num_waiting == 1
+    assert scheduler._prompts().num_sequences == 0, "it lacks blocks"
+    scheduler.remove(first)
+    assert scheduler._prompts().num_sequences == 1
