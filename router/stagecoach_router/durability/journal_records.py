@@ -20,7 +20,7 @@ _PARAMS = {spec.name for spec in fields(SamplingParams)}
 
 
 def write_request(request: Request) -> str:
-    """All of it but the id and the salt."""
+    """The request as JSON, without its id and salt, which have columns of their own."""
     params = asdict(request.params)
     # JSON's keys are strings, and its numbers may be read as floats by others: pairs keep the ids what they are.
     params["logit_bias"] = list(request.params.logit_bias.items())
@@ -103,7 +103,7 @@ def _is_whole(value: object, low: int, high: int) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    """Also an infinite one, which JSON does not know and Python writes; but no whole one that no float can hold."""
+    """Whether it is a number that a float can hold. Python also writes and reads infinite ones, unlike JSON."""
     return isinstance(value, float) or _is_whole(value, -(2**53), 2**53)
 
 

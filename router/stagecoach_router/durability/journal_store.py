@@ -89,7 +89,7 @@ class End(NamedTuple):
 
 
 class Forget(NamedTuple):
-    """A request is of no use any more."""
+    """Nothing of a request is needed any more."""
 
     key: RequestKey
 
@@ -107,7 +107,7 @@ class JournaledRequest:
     past: list[list[Sampled]] = field(repr=False)
 
     def check(self, *, vocab_size: int, context_length: int) -> None:
-        """Raises InvalidArgument or OutOfRange for what no request of this model can be."""
+        """Raises InvalidArgument or OutOfRange where this can be no request of the model that is served."""
         request = self.request
         check_prompt(request.prompt_tokens, vocab_size=vocab_size, context_length=context_length)
         check_params(request.params, vocab_size=vocab_size)
@@ -305,6 +305,6 @@ def _make_private(path: Path) -> None:
 
 
 def _schema_of(db: sqlite3.Connection) -> _Schema:
-    """In the order in which it was made; of a longer one the beginning."""
+    """What a database has, in the order in which it was made; of a longer schema only the beginning."""
     with closing(db.execute("SELECT name, type, tbl_name, sql FROM sqlite_master LIMIT 9")) as rows:
         return rows.fetchall()

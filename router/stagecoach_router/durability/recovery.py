@@ -1,4 +1,4 @@
-"""What a former router left in the journal, gone on with."""
+"""Goes on with the requests that a former router left in the journal."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ async def recover_requests(
 ) -> None:
     """Begins the journal's requests again, for as long as their callers may take to come back.
 
-    They count as their callers' running ones. One that cannot go on is logged and forgotten. Raises ConfigError for a
-    journal of another model, or a damaged one.
+    They count as running for their callers. A request that cannot go on is logged and forgotten. Raises ConfigError for
+    a journal of another model, or a damaged one.
     """
     left = await journal.load(model.fingerprint)
     for entry in left:

@@ -1,4 +1,4 @@
-"""Requests by the id that their callers gave them: sent twice, one is computed once.
+"""Requests by the id that their callers gave them: a request that is sent twice is computed once.
 
 A request is known from the moment it is accepted until it fails, is cancelled, or has been finished for a while. A call
 with the id of a known one attaches to it, and reads from the token it asks for. A request runs on for `linger_s` after
@@ -112,7 +112,10 @@ class RequestRegistry:
     def reading(
         self, state: RequestState, *, from_tokens: Iterable[int], linger_s: float, remaining_s: float | None
     ) -> Iterator[OutputReader]:
-        """A call that reads from so many tokens of each completion on, and has `remaining_s` to its deadline."""
+        """For the time of a call: reads from so many tokens of each completion on.
+
+        The call wants the request to go on for `linger_s` after it breaks, and has `remaining_s` to its deadline.
+        """
         self._stop_lapse(state)
         state.linger_s = min(linger_s, self._max_linger_s)
         deadline_s = None if remaining_s is None else time.monotonic() + remaining_s

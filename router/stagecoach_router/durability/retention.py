@@ -39,7 +39,7 @@ class Retention(Generic[KeyT]):
         return len(self._finished)
 
     def add(self, key: KeyT, num_tokens: int, now_s: float) -> list[KeyT]:
-        """A request has finished. Returns those that are forgotten now."""
+        """A request has finished. Returns the keys of those that are forgotten now."""
         self.discard(key)
         self._finished[key] = _Finished(num_tokens, now_s)
         self.num_tokens += num_tokens
@@ -52,7 +52,7 @@ class Retention(Generic[KeyT]):
             self.num_tokens -= finished.num_tokens
 
     def forget_old(self, now_s: float) -> list[KeyT]:
-        """Forgets what is past the limits; returns it."""
+        """Forgets the requests that are past the limits; returns their keys."""
         forgotten: list[KeyT] = []
         for key, (num_tokens, finished_s) in self._finished.items():
             left = len(self._finished) - len(forgotten)

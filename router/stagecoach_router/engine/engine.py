@@ -127,7 +127,7 @@ class Engine:
                     delay_s = min(2 * delay_s, GROW_MAX_DELAY_S)
 
     async def close(self) -> None:
-        """Fails what runs, and closes the pipelines."""
+        """Fails all requests, and closes the pipelines."""
         for replica in self.replicas:
             replica.fail_all(errors.Unavailable("the router is stopping"))
         self._expire()  # no deadline is left
@@ -182,7 +182,7 @@ class Engine:
         self._expire()
 
     def _expire(self) -> None:
-        """Fails what is past its deadline, and comes back when the next one is."""
+        """Fails the requests whose deadline has passed, and comes back at the next deadline."""
         if self._next_expiry is not None:
             self._next_expiry.cancel()
             self._next_expiry = None
@@ -216,7 +216,7 @@ class Engine:
     # ---- which replica computes what
 
     def _assign_new(self, sequence: Sequence) -> Replica:
-        """Where a new sequence is to be computed, with those of the same request that follow."""
+        """The replica that is to compute a new sequence, and those of the same request that follow it."""
         if len(self.replicas) == 1:
             return self.replicas[0]
         speeds = relative_speeds([replica.token_s for replica in self.replicas])
@@ -237,7 +237,7 @@ class Engine:
         return self.replicas[chosen]
 
     def replica_changed(self, replica: Replica) -> None:
-        """It has become ready, or has lost its pipeline."""
+        """A replica has become ready, or has lost its pipeline: some requests may have to move."""
         if replica not in self.replicas:
             return
         ready = any(replica.ready for replica in self.replicas)
@@ -265,7 +265,7 @@ class Engine:
             replica.fail(request, errors.OutOfRange(text, field="max_tokens", limit=capacity))
 
     def _reassign(self) -> set[Replica]:
-        """Moves what is at lost pipelines to those that are ready. Returns whom that gave or took something."""
+        """Moves requests from lost pipelines to those that are ready. Returns the replicas that this changed."""
         changed = set()
         speeds = relative_speeds([replica.token_s for replica in self.replicas])
         for lost in self.replicas:

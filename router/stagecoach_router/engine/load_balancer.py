@@ -26,7 +26,7 @@ class ReplicaLoad:
 
     @property
     def delay(self) -> float:
-        """What the request would notice of the others there: sequences, its own included, by the speed."""
+        """How much the other sequences there would delay the request: how many there are with it, by the speed."""
         return (self.num_sequences + 1) / self.speed
 
 
@@ -52,7 +52,7 @@ def choose_replica(loads: Sequence[ReplicaLoad]) -> int | None:
 
 
 def relative_speeds(token_s: Sequence[float | None]) -> list[float]:
-    """Of replicas whose tokens take so long; the fastest is 1. All are, where one is not known."""
+    """The speeds of replicas whose tokens take so long, the fastest being 1; where one is unknown, all are 1."""
     known = [seconds for seconds in token_s if seconds is not None and seconds > 0]
     if len(known) < len(token_s):
         return [1.0] * len(token_s)

@@ -206,7 +206,7 @@ class Replica:
             await self.pipeline.close()
 
     def _fit(self, pipeline: Pipeline) -> None:
-        """Takes over what the pipeline's smallest stage can hold."""
+        """Sets the scheduler's limits to what the smallest stage of the pipeline can hold."""
         scheduler = self.scheduler
         scheduler.max_batch_tokens = min(self._settings.max_batch_tokens, pipeline.max_batch_tokens)
         scheduler.blocks.reset(pipeline.num_blocks - 1)  # the last one is the probe's

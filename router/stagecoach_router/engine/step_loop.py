@@ -146,7 +146,7 @@ class StepLoop:
     def _take_tokens(
         self, step: _Step, outputs: list[GroupOutputs], deltas: list[tuple[RequestState, OutputDelta]]
     ) -> None:
-        """Samples for all rows of a step; adds what that gives to `deltas`."""
+        """Samples the next token of each row of a step; adds to `deltas` what these add to their completions."""
         current = {row.sequence.seq_id for row in self._scheduler.complete(step.plan)}
         requests = self._requests
         for rows, group in outputs:

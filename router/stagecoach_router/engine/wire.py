@@ -1,4 +1,4 @@
-"""Between the scheduler's plans and the contract's messages. Pure."""
+"""Writes the scheduler's plans as the messages that shards read, and reads their results. Pure."""
 
 from __future__ import annotations
 

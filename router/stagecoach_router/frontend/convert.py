@@ -31,7 +31,7 @@ _FINISH_REASONS = {
 
 
 def content_digest(request: pb.GenerateRequest) -> bytes:
-    """SHA-256 of what is asked, without how the call wants it delivered."""
+    """SHA-256 of what a request asks for, which leaves out how the call wants the answer delivered."""
     content = pb.GenerateRequest()
     content.CopyFrom(request)
     for field in ("request_id", "from_tokens", "linger_s"):

@@ -67,7 +67,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     @property
     def retry_after_s(self) -> float:
-        """What those were told lately whom the line had no room for; else a second."""
+        """When a caller that is refused for want of room may come again: what the last one was told, or a second."""
         return FIRST_S if self.serving is None else self.serving.engine.retry_after_s
 
     async def Generate(  # noqa: N802

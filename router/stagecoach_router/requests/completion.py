@@ -31,12 +31,12 @@ class OutputDelta:
 
 
 class Completion:
-    """Follows one sequence's output. `params.max_tokens` is set."""
+    """Turns one sequence's tokens into text, until it is finished. `params.max_tokens` has to be set."""
 
     def __init__(
         self, index: int, prompt_tokens: Collection[int], params: SamplingParams, tokenizer: Tokenizer
     ) -> None:
-        assert params.max_tokens is not None, "resolved at the door"
+        assert params.max_tokens is not None, "with_max_tokens sets it"
         self.index = index
         self.num_tokens = 0
         self._max_tokens = params.max_tokens
@@ -47,7 +47,7 @@ class Completion:
         self._stop_strings = StopStrings(params.stop) if params.stop else None
 
     def advance(self, sampled: Sampled) -> OutputDelta:
-        """Takes the next token. Neither a stop token nor a stop string is part of the text."""
+        """Takes the next token; returns what it adds. Neither a stop token nor a stop string is part of the text."""
         self.num_tokens += 1
         text = ""
         reason = None
@@ -66,7 +66,7 @@ class Completion:
         return OutputDelta(self.index, text, sampled.token_id, sampled, reason)
 
     def _finish(self) -> str:
-        """The text that was held back."""
+        """The text that was held back: half a character, or what may have become a stop string."""
         text = self._detokenizer.flush()
         if self._stop_strings is None:
             return text

@@ -1,4 +1,4 @@
-"""A request as the engine takes it, and the checks at the door: what is wrong is found before anything is begun."""
+"""A request as the engine takes it, and its checks: what is wrong is found before anything is begun."""
 
 from __future__ import annotations
 
@@ -45,7 +45,10 @@ def check_prompt(token_ids: Sequence[int], *, vocab_size: int, context_length: i
 
 
 def check_delivery(from_tokens: Sequence[int], linger_s: float) -> None:
-    """Raises InvalidArgument for what cannot be: more completions than there may be, or no time."""
+    """Checks how a call wants its answer delivered.
+
+    Raises InvalidArgument where it has tokens of more completions than there may be, or a linger time that is no time.
+    """
     if len(from_tokens) > MAX_N:
         raise InvalidArgument(
             f"from_tokens: {len(from_tokens)} completions; at most {MAX_N}",
@@ -60,7 +63,7 @@ def check_delivery(from_tokens: Sequence[int], linger_s: float) -> None:
 
 
 def check_params(params: SamplingParams, *, vocab_size: int) -> None:
-    """Raises InvalidArgument for token ids outside the vocabulary. The rest SamplingParams has checked itself."""
+    """Raises InvalidArgument for token ids outside the vocabulary. SamplingParams has checked all the rest."""
     for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
         highest = max(ids, default=0)
         if highest >= vocab_size:

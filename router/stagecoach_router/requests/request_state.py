@@ -112,12 +112,12 @@ class RequestState:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing comes any more."""
+        """Whether no further delta comes: all completions are finished, or the request has failed."""
         return self._num_unfinished == 0 or self.error is not None
 
     @property
     def num_unread(self) -> int:
-        """Deltas that the reader that is furthest has not read yet; none where nobody reads."""
+        """How many deltas the reader that is furthest ahead has not read yet; 0 where nobody reads."""
         return self._num_shown - self._furthest if self.num_readers else 0
 
     def put(self, delta: OutputDelta) -> None:
@@ -141,7 +141,7 @@ class RequestState:
             self._tell_end()
 
     def fail(self, error: StagecoachError) -> None:
-        """Ends the request; what could be read before is read first."""
+        """Ends the request with an error, which readers get after what they could read before."""
         if not self.ended:
             self.error = error
             self._wake_readers()

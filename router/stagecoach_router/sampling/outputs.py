@@ -58,7 +58,7 @@ class CandidateRows:
     scaled_log_sum_exp: npt.NDArray[np.float32] | None  # [n]
 
     def take(self, indices: Sequence[int]) -> CandidateRows:
-        """These rows only."""
+        """The candidates of these rows only."""
         return CandidateRows(
             self.token_ids[indices],
             self.logits[indices],
@@ -74,7 +74,7 @@ class WholeRows:
     logits: npt.NDArray[np.float32]  # [n, vocab_size]
 
     def take(self, indices: Sequence[int]) -> WholeRows:
-        """These rows only."""
+        """The logits of these rows only."""
         return WholeRows(self.logits[indices])
 
 
@@ -92,7 +92,7 @@ class InsufficientCandidates:
 
 
 def wanted_output(params: SamplingParams, vocab_size: int) -> OutputWant:
-    """The least that makes sampling exact in the usual case; where it turns out not to be enough, sampling says so."""
+    """The least that usually determines the next token. Where it does not, sampling says so, and more is asked for."""
     greedy_or_top_k = 1 if params.greedy else params.top_k
     if params.shapes_logits:
         # Lowered logits: any number of candidates may sink, but nothing outside of them can rise.

@@ -184,9 +184,10 @@ def _bounds(
     params: Sequence[SamplingParams],
     shaped: Sequence[_Shaped | None],
 ) -> tuple[list[int], list[float], list[float], dict[int, InsufficientCandidates | ShardFault]]:
-    """How many of each row's weights are those of its likeliest tokens, and bounds of the mass of top-k or all tokens.
+    """What is known of each row: how many weights are those of its likeliest tokens, and the mass of all that count.
 
-    And the rows, by index, from which no token can be drawn.
+    Returns those numbers, the least and the most mass (of the top k, or of all tokens), and the rows, by index, from
+    which no token can be drawn.
     """
     num_candidates = cumulative.shape[1]
     known: list[float] = cumulative[:, -1].tolist()
@@ -226,7 +227,7 @@ def _bounds(
 
 
 def _choose_from_whole_row(raw: Float32s, row: SampledRow) -> Choice:
-    """raw: [vocab_size]."""
+    """The next token from all logits of a row; raw: [vocab_size]."""
     params = row.params
     logits = raw if row.counts is None else shape_row(raw, params, row.counts)
     token_id = int(logits.argmax())  # the first NaN, if there is one

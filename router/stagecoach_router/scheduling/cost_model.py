@@ -29,7 +29,7 @@ _PULL = 1e-3  # of a fit towards the former one, against drift where the observa
 
 
 class RowLike(Protocol):
-    """What matters of a step's row."""
+    """What a row's cost depends on."""
 
     @property
     def start(self) -> int: ...
@@ -62,7 +62,7 @@ class StepShape(NamedTuple):
 
 @dataclass(slots=True)
 class _Observations:
-    """Of steps of one size: weighted sums of x x^T and x y, where the last ones count most."""
+    """What steps of one size told: weighted sums of x x^T and x y, in which the last steps count most."""
 
     products: list[float]  # row by row
     targets: list[float]
@@ -97,7 +97,7 @@ class CostFit:
         return copy
 
     def predict(self, features: Sequence[float]) -> float:
-        """The cost of a step with these features; unit of what was observed."""
+        """The cost of a step with these features; in the unit of what was observed."""
         return sum(part * feature for part, feature in zip(self.parts, features, strict=True))
 
     def observe(self, size: int, features: Sequence[float], cost: float, scale: float) -> bool:
@@ -225,7 +225,7 @@ class StageCost:
         return self.decodes.parts[0]
 
     def step_s(self, shape: StepShape) -> float | None:
-        """Of a whole step. None: too little is known of such steps."""
+        """What a whole step costs. None: too little is known of such steps."""
         if not self.decodes.is_known:
             return None
         seconds = self.decode_s(shape.num_decodes, shape.decode_context)
@@ -237,7 +237,7 @@ class StageCost:
         return seconds
 
     def decode_s(self, num_rows: float, context: float) -> float:
-        """Of `num_rows` decodes that attend to `context` positions in all."""
+        """What a step of `num_rows` decodes costs that attend to `context` positions in all."""
         fixed, per_row, per_position = self.decodes.parts
         return fixed + per_row * num_rows + per_position * context
 

@@ -37,12 +37,12 @@ class Deadlines:
             heapify(self._heap)
 
     def discard(self, sequence: Sequence) -> float | None:
-        """The sequence has none, or none any more. Returns the one it had."""
+        """Takes a sequence's deadline away, if it has one; returns that."""
         deadline_s, _ = self._deadlines.pop(sequence.seq_id, (None, sequence))
         return deadline_s
 
     def take_expired(self, now_s: float) -> list[Sequence]:
-        """Those whose deadline is `now_s` or before, the earliest first; they have none any more."""
+        """Takes out the sequences whose deadline is `now_s` or before, the earliest first."""
         expired = []
         while (next_s := self.next_s) is not None and next_s <= now_s:
             _, seq_id = heappop(self._heap)

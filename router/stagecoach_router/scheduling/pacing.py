@@ -66,7 +66,7 @@ class Prompts(NamedTuple):
 
 
 class Pace(NamedTuple):
-    """How to go on. `chunk_tokens` is the most prefill of one step; None: nothing is known about it yet."""
+    """How many steps may fly, and the most prefill tokens of one step (None: nothing is known about that yet)."""
 
     num_lanes: int
     chunk_tokens: int | None = None
@@ -143,7 +143,7 @@ class Pacing:
             self._decided.clear()
 
     def stage_costs(self) -> list[StageCost]:
-        """What is known now of each stage, to be compared with what comes."""
+        """A copy of what is known now of each stage, to be compared with what it takes later."""
         return [stage.frozen() for stage in self._stages]
 
     def expected_s(self, shape: StepShape) -> float | None:
@@ -158,12 +158,12 @@ class Pacing:
         return sum(known) + self._hops_s if len(known) == len(costs) else None
 
     def token_s(self) -> float | None:
-        """Between two tokens of a sequence that is alone. None: too little is known."""
+        """The time between two tokens of a sequence that is alone. None: too little is known."""
         known = all(stage.decodes.is_known for stage in self._stages)
         return self._period(1, 1) if known else None
 
     def pace(self, num_decodes: int, prompts: Prompts = NO_PROMPTS) -> Pace:
-        """For `num_decodes` sequences that have their first token, beside `prompts` that are to be computed."""
+        """The pace for `num_decodes` sequences that have their first token, beside `prompts` to be computed."""
         # A chunk's place changes its cost a little only: one answer does for some positions.
         prompts = prompts._replace(start=prompts.start // 64 * 64)
         key = (num_decodes, prompts)

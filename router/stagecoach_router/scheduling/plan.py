@@ -1,4 +1,4 @@
-"""What one step computes: rows of sequences, and the changes of block tables that go before them. Pure."""
+"""What one step computes: rows of sequences, and the block-table updates that go before them. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long those are told to wait who find the line full: as long as the whole line takes to move on. Pure."""
+"""When a caller may come again that found the queue full: when the whole queue has moved on. Pure."""
 
 from __future__ import annotations
 

@@ -209,7 +209,7 @@ class Scheduler:
 
     @property
     def next_deadline_s(self) -> float | None:
-        """When `expire` has something to do."""
+        """The first deadline of all: when `expire` has something to do."""
         return self._deadlines.next_s
 
     def set_deadline(self, sequence: Sequence, deadline_s: float | None) -> None:
@@ -220,7 +220,7 @@ class Scheduler:
             self._deadlines.set(sequence, deadline_s)
 
     def expire(self, now_s: float) -> list[Sequence]:
-        """Removes those whose deadline is past, wherever they are; returns them."""
+        """Removes the sequences whose deadline has passed, whether they wait or run; returns them."""
         expired = self._deadlines.take_expired(now_s)
         for sequence in expired:
             self.remove(sequence)

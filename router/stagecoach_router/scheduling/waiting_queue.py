@@ -60,7 +60,7 @@ class WaitingQueue:
     def __init__(self, blocks: BlockManager, max_waiting: int) -> None:
         self._blocks = blocks
         self._max_waiting = max_waiting
-        self._line: list[Sequence] = []
+        self._queue: list[Sequence] = []
         self._num_tokens = 0  # of all that wait
         self._num_left = 0  # so far, those that will be back left out
         self._retry_delay = RetryAfter()
@@ -69,10 +69,10 @@ class WaitingQueue:
         self._blocked_at = 0
 
     def __len__(self) -> int:
-        return len(self._line)
+        return len(self._queue)
 
     def __iter__(self) -> Iterator[Sequence]:
-        return iter(self._line)
+        return iter(self._queue)
 
     @property
     def retry_after_s(self) -> float:
@@ -81,7 +81,7 @@ class WaitingQueue:
 
     def num_starting(self, num_free_slots: int) -> int:
         """How many may start with the next steps, as far as is known: none where the first one lacks blocks."""
-        return 0 if self._lacks_blocks() else min(len(self._line), num_free_slots)
+        return 0 if self._lacks_blocks() else min(len(self._queue), num_free_slots)
 
     def check_room(
         self, num_free_slots: int, *, num_sequences: int = 1, num_tokens: int = 0, now_s: float | None = None
@@ -91,7 +91,7 @@ class WaitingQueue:
         Those that wait only for the next step do not count, and tokens do not where nobody else waits. With the clock's
         reading, `retry_after_s` is an estimate of now, else the last one.
         """
-        num_waiting = len(self._line)
+        num_waiting = len(self._queue)
         num_starting = 0 if self._lacks_blocks() else num_free_slots
         if num_waiting + num_sequences > self._max_waiting + num_starting:
             raise Overloaded(
@@ -111,7 +111,7 @@ class WaitingQueue:
     def _retry_after_s(self, now_s: float | None) -> float:
         if now_s is None:
             return self.retry_after_s
-        return self._retry_delay.after_s(len(self._line), self._num_left, now_s)
+        return self._retry_delay.after_s(len(self._queue), self._num_left, now_s)
 
     def join(self, sequence: Sequence) -> None:
         """A new sequence, or one that was preempted."""
@@ -119,8 +119,8 @@ class WaitingQueue:
         self._num_left -= sequence.incarnation > 0
 
     def adopt(self, sequence: Sequence) -> None:
-        """One that another line has released: it has not left this one before."""
-        insort(self._line, sequence, key=by_order)
+        """A sequence that another queue has released."""
+        insort(self._queue, sequence, key=by_order)
         self._num_tokens += sequence.num_tokens
 
     def leave(self, sequence: Sequence) -> None:
@@ -129,21 +129,21 @@ class WaitingQueue:
         self._num_left += 1
 
     def release(self, sequence: Sequence) -> None:
-        """One that goes to another line, which says nothing of how fast this one moves."""
-        self._take_out(bisect_left(self._line, sequence.order, key=by_order))
+        """A sequence that goes to another queue, which says nothing of how fast this one moves."""
+        self._take_out(bisect_left(self._queue, sequence.order, key=by_order))
         if self._blocked is sequence:
             self._blocked = None
 
     def _take_out(self, index: int) -> None:
-        self._num_tokens -= self._line.pop(index).num_tokens
+        self._num_tokens -= self._queue.pop(index).num_tokens
 
     def admit(self, num_running: int, before: Any = None) -> Sequence | None:
-        """Gives the first sequence that may start its blocks, and takes it out of the line.
+        """Gives the first sequence that may start its blocks, and takes it out of the queue.
 
-        None if there is none, or none ordered `before` that, or too few blocks for it: then nobody behind it may
-        take them.
+        None if there is no such sequence, or none that is ordered before `before`, or too few blocks for it: then
+        nobody behind it may take them.
         """
-        for index, sequence in enumerate(self._line):
+        for index, sequence in enumerate(self._queue):
             if before is not None and sequence.order > before:
                 return None
             if _follows_leader(sequence):
@@ -159,7 +159,7 @@ class WaitingQueue:
         return None
 
     def _lacks_blocks(self) -> bool:
-        """Whether the first one found too few, and none were released since."""
+        """Whether the first sequence found too few blocks, and none were released since."""
         return self._blocked is not None and self._blocked_at == self._blocks.num_releases
 
     def _allocate(self, sequence: Sequence, num_running: int) -> bool:
