@@ -32,7 +32,7 @@ from stagecoach_router.engine.replica import Owner, Replica, ReplicaSettings
 from stagecoach_router.frontend.auth_interceptor import AuthInterceptor
 from stagecoach_router.frontend.call_limits import CallLimits
 from stagecoach_router.frontend.grpc_service import InferenceService, Serving
-from stagecoach_router.pipelines.pipeline import Links
+from stagecoach_router.pipelines.pipeline import PipelineContext
 from stagecoach_router.pipelines.pipeline_manager import PipelineManager, PipelineSettings
 from stagecoach_router.pipelines.shard_client import fetch_files
 from stagecoach_router.pipelines.shard_registry import ShardRegistry
@@ -82,13 +82,13 @@ class Router:
         self._server, self._port = self._listen()
         self._health = Health(self._server, SERVICE_NAME)
         self._dial = tls.shard_dial(identity, settings.tls_shard_name)
-        links = Links(
+        context = PipelineContext(
             lease_id=secrets.randbits(64),
             dial=self._dial,
             faults=FaultLimits(settings.fault_timeout_s, settings.step_timeout_s),
         )
         self._registry = ShardRegistry(
-            addresses, self._dial, lease_id=links.lease_id, timeout_s=settings.fault_timeout_s
+            addresses, self._dial, lease_id=context.lease_id, timeout_s=settings.fault_timeout_s
         )
         pipeline_settings = PipelineSettings(
             num_stages=settings.stages,
@@ -97,7 +97,7 @@ class Router:
             lanes=settings.lanes,
             max_slots=settings.max_running + 1,  # the last one is the probe's
         )
-        self._pipelines = PipelineManager(self._registry, pipeline_settings, links)
+        self._pipelines = PipelineManager(self._registry, pipeline_settings, context)
 
     def _listen(self) -> tuple[grpc.aio.Server, int]:
         """The public server, not started yet, and its port."""

@@ -11,7 +11,7 @@ from stagecoach import errors
 from stagecoach_client import AsyncClient
 from stagecoach_client.activity import activity
 from stagecoach_router.metrics.counters import PipelineTotals
-from stagecoach_router.pipelines.pipeline import Links, Pipeline
+from stagecoach_router.pipelines.pipeline import Pipeline, PipelineContext
 from stagecoach_router.pipelines.shard_client import describe
 from tests.cluster import cluster, start_router, start_shard, wait_until_ready
 from tests.integration.test_shard_service import micro_batch
@@ -47,7 +47,7 @@ async def opened(addresses, totals, *, epoch=1):
     listener = SimpleNamespace(
         result_came=lambda result, payload: delivered.put_nowait(result), pipeline_lost=delivered.put_nowait
     )
-    pipeline = Pipeline(await discovered(addresses), epoch, listener, Links(lease_id=77, totals=totals))
+    pipeline = Pipeline(await discovered(addresses), epoch, listener, PipelineContext(lease_id=77, totals=totals))
     await pipeline.open(num_blocks=8, max_slots=4)
     try:
         yield pipeline, delivered

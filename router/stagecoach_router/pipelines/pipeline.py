@@ -46,11 +46,11 @@ Connect = Callable[[PipelineListener], Awaitable["Pipeline"]]
 
 
 @dataclass(frozen=True, slots=True)
-class Links:
+class PipelineContext:
     """What all of a router's pipelines have in common.
 
-    lease_id: under which they are opened. totals: what they do is added to it. faults: how long a stage may be silent,
-    and a step under way.
+    lease_id: under which they are opened. totals: what they do is added to these. dial: how shards are connected to.
+    faults: how long a stage may be silent, and a step under way.
     """
 
     lease_id: int
@@ -66,20 +66,20 @@ class Pipeline:
     """
 
     def __init__(
-        self, shards: Sequence[ShardDescription], epoch: int, listener: PipelineListener, links: Links
+        self, shards: Sequence[ShardDescription], epoch: int, listener: PipelineListener, context: PipelineContext
     ) -> None:
         self.epoch = epoch
-        self.lease_id = links.lease_id
+        self.lease_id = context.lease_id
         self.num_blocks = 0
         # Steps that may be in flight and wait for no credit anywhere.
         self.max_queued_steps = min(usable_credits(max(1, shard.facts.max_queued_steps)) for shard in shards)
         self.max_batch_tokens = min(shard.facts.max_batch_tokens for shard in shards)
         self.vocab_size: int = shards[0].facts.model.vocab_size
         self.lost: errors.StagecoachError | None = None
-        self.stages = [StageSession(shard, self, links.totals.frames) for shard in shards]
+        self.stages = [StageSession(shard, self, context.totals.frames) for shard in shards]
         self._listener = listener
-        self._links = links
-        self._watchdog = Watchdog([shard.address for shard in shards], links.faults)
+        self._context = context
+        self._watchdog = Watchdog([shard.address for shard in shards], context.faults)
         self._num_questions = 0
         self._forward: ForwardLink | None = None  # into the first stage
         self._watching: asyncio.Task[None] | None = None
@@ -91,11 +91,11 @@ class Pipeline:
         try:
             await asyncio.gather(
                 *(
-                    stage.open(self._open_request(stage, next_hop, num_blocks, max_slots), self._links.dial)
+                    stage.open(self._open_request(stage, next_hop, num_blocks, max_slots), self._context.dial)
                     for stage, next_hop in zip(self.stages, next_hops, strict=True)
                 )
             )
-            self._forward = ForwardLink(self.stages[0].address, on_failure=self._lose, dial=self._links.dial)
+            self._forward = ForwardLink(self.stages[0].address, on_failure=self._lose, dial=self._context.dial)
             await self._forward.open(OPEN_TIMEOUT_S)
             self._watching = asyncio.create_task(self._watch())
         except BaseException:
@@ -143,7 +143,7 @@ class Pipeline:
             block_size=facts.block_size,
             max_slots=max_slots,
             next_hop=next_hop,
-            silence_timeout_s=SILENCE_PER_FAULT_TIMEOUT * self._links.faults.fault_timeout_s,
+            silence_timeout_s=SILENCE_PER_FAULT_TIMEOUT * self._context.faults.fault_timeout_s,
         )
 
     async def _watch(self) -> None:
@@ -166,13 +166,13 @@ class Pipeline:
         if self.lost is not None:
             return
         check_timings(result, len(self.stages))
-        self._links.totals.add_result(len(payload), message_bytes)
+        self._context.totals.add_result(len(payload), message_bytes)
         self._watchdog.returned()
         self._listener.result_came(result, payload)
 
     def load_came(self, session: StageSession, report: LoadReport) -> None:
         """Adds it to the totals, and tells the watchdog."""
-        self._links.totals.stage(session.address).add(session.shard.facts.shard_id, report.counters)
+        self._context.totals.stage(session.address).add(session.shard.facts.shard_id, report.counters)
         self._watchdog.answered(session.address, report)
 
     def session_ended(self, error: errors.StagecoachError) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from stagecoach import errors
 from stagecoach.v1 import shard_pb2
-from stagecoach_router.pipelines.pipeline import Links, Pipeline, PipelineListener
+from stagecoach_router.pipelines.pipeline import Pipeline, PipelineContext, PipelineListener
 from stagecoach_router.pipelines.shard_choice import Choice, Wish, choose_shards
 from stagecoach_router.pipelines.shard_client import describe
 from stagecoach_router.pipelines.shard_description import ShardDescription
@@ -50,11 +50,11 @@ class PipelineManager:
     pipeline it is in now.
     """
 
-    def __init__(self, registry: ShardRegistry, settings: PipelineSettings, links: Links) -> None:
+    def __init__(self, registry: ShardRegistry, settings: PipelineSettings, context: PipelineContext) -> None:
         self.registry = registry
-        self.totals = links.totals
+        self.totals = context.totals
         self._settings = settings
-        self._links = links
+        self._context = context
         self._epoch = 0
         self._num_replicas = 0  # that have had a pipeline
         self._started_s = time.monotonic()
@@ -151,7 +151,7 @@ class PipelineManager:
         try:
             shards = await self._describe(addresses)
             _check_lanes(settings.lanes, len(shards))
-            pipeline = Pipeline(shards, taken.epoch, taken, self._links)
+            pipeline = Pipeline(shards, taken.epoch, taken, self._context)
             num_blocks = num_blocks_to_lease(settings.kv_blocks, shards)
             await _open_as_described(pipeline, num_blocks, settings.max_slots)
         except BaseException as error:
@@ -164,9 +164,9 @@ class PipelineManager:
 
     async def _describe(self, addresses: Sequence[str]) -> list[ShardDescription]:
         """As they are now: since they were last asked, others may have taken their blocks."""
-        links = self._links
+        context = self._context
         asked = [
-            describe(address, links.dial, lease_id=links.lease_id, timeout_s=links.faults.fault_timeout_s)
+            describe(address, context.dial, lease_id=context.lease_id, timeout_s=context.faults.fault_timeout_s)
             for address in addresses
         ]
         shards = await asyncio.gather(*asked)

@@ -10,7 +10,7 @@ from stagecoach.errors import FailedPrecondition, KVCacheFull, ShardFault, Topol
 from stagecoach.topology import LayerRange
 from stagecoach.v1 import model_pb2, shard_pb2
 from stagecoach_router.pipelines import pipeline_manager, shard_client
-from stagecoach_router.pipelines.pipeline import Links
+from stagecoach_router.pipelines.pipeline import PipelineContext
 from stagecoach_router.pipelines.pipeline_manager import PipelineManager, PipelineSettings, _TakenShards
 from stagecoach_router.pipelines.shard_description import ShardDescription
 from stagecoach_router.pipelines.shard_registry import ShardRegistry
@@ -47,7 +47,7 @@ def make_manager_of(layers, settings=None):
         describe(registry, address, held)
     loads = []
     registry.load = lambda address, layers: loads.append((address, str(layers)))
-    return PipelineManager(registry, settings or PipelineSettings(), Links(lease_id=1)), registry, loads
+    return PipelineManager(registry, settings or PipelineSettings(), PipelineContext(lease_id=1)), registry, loads
 
 
 def choice(manager, former=(), *, may_load=True):

@@ -14,7 +14,7 @@ from stagecoach.rpc.framing import FrameCounter
 from stagecoach.v1 import model_pb2
 from stagecoach.v1 import shard_pb2 as pb
 from stagecoach_router.metrics.load_report import LoadReport
-from stagecoach_router.pipelines.pipeline import Links, Pipeline, check_timings
+from stagecoach_router.pipelines.pipeline import Pipeline, PipelineContext, check_timings
 from stagecoach_router.pipelines.shard_description import ShardDescription
 from stagecoach_router.pipelines.stage_session import StageSession, read_fault
 
@@ -32,7 +32,7 @@ def shard(address: str) -> ShardDescription:
 
 @pytest.fixture
 def pipeline() -> Pipeline:
-    return Pipeline([shard("shard:0"), shard("shard:1")], 1, NoListener(), Links(lease_id=1))
+    return Pipeline([shard("shard:0"), shard("shard:1")], 1, NoListener(), PipelineContext(lease_id=1))
 
 
 async def test_stages_that_do_not_report_are_not_waited_for_longer_than_said(pipeline: Pipeline) -> None:
