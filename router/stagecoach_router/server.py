@@ -139,18 +139,18 @@ class Router:
         self._service.draining = True
         if self._service.serving is None:
             return
-        timeout_s, accepted = self._settings.drain_timeout_s, self._service.serving.accepted
-        if accepted.num_running:
+        timeout_s, requests = self._settings.drain_timeout_s, self._service.serving.requests
+        if requests.num_running:
             logger.info(
-                "draining: %d requests have %g s to end; a second signal stops at once", accepted.num_running, timeout_s
+                "draining: %d requests have %g s to end; a second signal stops at once", requests.num_running, timeout_s
             )
-        ended = asyncio.create_task(accepted.all_ended())
+        ended = asyncio.create_task(requests.all_ended())
         try:
             await asyncio.wait([ended, working], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
             ended.cancel()
-        if accepted.num_running:
-            logger.warning("%d requests have not ended in time", accepted.num_running)
+        if requests.num_running:
+            logger.warning("%d requests have not ended in time", requests.num_running)
 
     async def _close(self, tasks: Sequence[asyncio.Task[Any]]) -> None:
         self._health.set_ready(False)
@@ -160,7 +160,7 @@ class Router:
         if self._journal is not None:
             await self._journal.close()
         if serving is not None:
-            serving.accepted.close()
+            serving.requests.close()
             await serving.engine.close()
             await serving.encoder.close()
         await self._server.stop(STOP_GRACE_S)
@@ -188,14 +188,14 @@ class Router:
         encoder = PromptEncoder(tokenizer, ChatTemplate.from_files(files, TemplateProcess()))
         engine = self._make_engine(tokenizer, model, shard.facts.block_size)
         await self._when_possible(engine.open_replica)
-        accepted = RequestRegistry(engine, max_linger_s=settings.max_linger_s, log=self._journal)
+        requests = RequestRegistry(engine, max_linger_s=settings.max_linger_s, log=self._journal)
         if self._journal is not None:
             try:
-                await recover_requests(self._journal, accepted, self._callers, model, settings.max_linger_s)
+                await recover_requests(self._journal, requests, self._callers, model, settings.max_linger_s)
             except BaseException:
                 await engine.close()
                 raise
-        self._service.serving = Serving(model, tokenizer, encoder, engine, accepted, self._pipelines)
+        self._service.serving = Serving(model, tokenizer, encoder, engine, requests, self._pipelines)
         logger.info("%s ready: sequences of up to %d tokens", model.name, engine.capacity_tokens)
         await engine.run(self._pipelines)
 

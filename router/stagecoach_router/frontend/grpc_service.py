@@ -47,7 +47,7 @@ class Serving:
     tokenizer: Tokenizer
     encoder: PromptEncoder
     engine: Engine
-    accepted: RequestRegistry
+    requests: RequestRegistry
     pipelines: PipelineManager
 
 
@@ -81,7 +81,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             state = await self._find_or_accept(request, serving, caller)
             from_tokens, linger_s = tuple(request.from_tokens), request.linger_s
             del request  # it may be large, and the call may last
-            with serving.accepted.reading(
+            with serving.requests.reading(
                 state, from_tokens=from_tokens, linger_s=linger_s, remaining_s=context.time_remaining()
             ) as reader:
                 await self._deliver(state, reader, serving.tokenizer, context)
@@ -103,7 +103,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:  # noqa: N802
         if self.serving is not None:
-            self.serving.accepted.cancel((calling_tenant().name, request.request_id))
+            self.serving.requests.cancel((calling_tenant().name, request.request_id))
         return pb.CancelResponse()
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:  # noqa: N802
@@ -138,8 +138,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         """The request of this id, where it is known, or a new one. What is refused is refused before it costs much."""
         request.request_id = request.request_id or uuid.uuid4().hex
         key = (caller.name, request.request_id)
-        if serving.accepted.knows(key):
-            known = serving.accepted.find(key, content_digest(request))
+        if serving.requests.knows(key):
+            known = serving.requests.find(key, content_digest(request))
             if known is not None:  # else its time was up just now
                 return known
         self._check_new(request, serving)
@@ -150,8 +150,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             caller.charge(len(checked.prompt_tokens), time.monotonic())
             digest = content_digest(request)
             # While it was read, another call may have brought the same.
-            known = serving.accepted.find(key, digest)
-            return known or serving.accepted.accept(key, digest, checked, tenant=caller)
+            known = serving.requests.find(key, digest)
+            return known or serving.requests.accept(key, digest, checked, tenant=caller)
 
     def _check_new(self, request: pb.GenerateRequest, serving: Serving) -> None:
         """Raises Unavailable, FailedPrecondition or Overloaded where no request that is not known can be taken."""

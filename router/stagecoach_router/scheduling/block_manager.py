@@ -35,9 +35,6 @@ class BlockManager:
         assert block_size >= 1, block_size
         self.num_blocks = num_blocks
         self.block_size = block_size
-        # Tokens of first admissions: all of them, and those of them that the prefix cache had.
-        self.num_looked_up_tokens = 0
-        self.num_hit_tokens = 0
         # Rises whenever blocks come free: until it has risen, an allocation that failed fails again.
         self.num_releases = 0
         self._forget_everything()
@@ -143,11 +140,6 @@ class BlockManager:
         self.num_blocks = self.num_blocks if num_blocks is None else num_blocks
         self._forget_everything()
         self.num_releases += 1
-
-    def count_lookup(self, num_tokens: int, num_hit_tokens: int) -> None:
-        """Adds to the hit statistics."""
-        self.num_looked_up_tokens += num_tokens
-        self.num_hit_tokens += num_hit_tokens
 
     def _num_blocks_for(self, num_positions: int) -> int:
         return -(-num_positions // self.block_size)

@@ -173,7 +173,6 @@ class WaitingQueue:
         sequence.num_computed = sequence.num_committed * blocks.block_size
         if sequence.incarnation == 0:
             sequence.num_cached = sequence.num_computed
-            blocks.count_lookup(sequence.num_tokens, sequence.num_cached)
         return True
 
 

@@ -199,13 +199,6 @@ def test_reset_with_blocks_held_is_a_bug():
         blocks.reset()
 
 
-def test_hit_statistics_add_up():
-    blocks = BlockManager(4, BLOCK_SIZE)
-    blocks.count_lookup(10, 8)
-    blocks.count_lookup(5, 0)
-    assert (blocks.num_looked_up_tokens, blocks.num_hit_tokens) == (15, 8)
-
-
 def test_log_slices_across_prompt_and_output():
     sequence = make_sequence([1, 2, 3])
     sequence.output_tokens += [4, 5]

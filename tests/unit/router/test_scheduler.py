@@ -287,7 +287,6 @@ def test_prompt_seen_before_is_not_computed_again():
     second = add(scheduler, 2, range(10))
     assert step(scheduler) == [(2, 8, 2, True)]
     assert second.num_cached == 8
-    assert (scheduler.blocks.num_looked_up_tokens, scheduler.blocks.num_hit_tokens) == (20, 8)
 
 
 @pytest.mark.parametrize("ended_early", [False, True])
@@ -390,8 +389,7 @@ def test_last_in_order_makes_room_and_goes_on_later_with_the_same_log():
     assert row.start + row.num_tokens == second.num_tokens
     assert row.start > 0, "what is still in the prefix cache is not computed again"
     assert second.output_tokens == log
-    assert scheduler.blocks.num_looked_up_tokens == 16, "only the first admission counts"
-    assert second.num_cached == 0
+    assert second.num_cached == 0, "only the first admission counts"
 
 
 def test_result_of_a_preempted_sequence_is_void():
