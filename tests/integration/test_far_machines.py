@@ -8,6 +8,7 @@ import pytest
 
 from stagecoach_client import AsyncClient
 from stagecoach_router import server
+from stagecoach_router.engine.engine import Engine
 from tests.cluster import start_router, start_shard, wait_until_ready
 from tests.delay_proxy import DelayProxy
 
@@ -50,13 +51,12 @@ async def test_distance_changes_no_token_and_each_token_pays_each_hop(tiny_model
 
 async def test_the_router_learns_the_distance_and_keeps_more_steps_in_flight(tiny_model, monkeypatch):
     engines = []
-    build = server.build_engine
 
-    def build_and_remember(*arguments):
-        engines.append(build(*arguments))
+    def make_and_remember(*arguments, **options):
+        engines.append(Engine(*arguments, **options))
         return engines[-1]
 
-    monkeypatch.setattr(server, "build_engine", build_and_remember)
+    monkeypatch.setattr(server, "Engine", make_and_remember)
     prompts = [f"Prompt number {number}" for number in range(8)]
     async with far_cluster(tiny_model, DELAY_S) as (client, _):
         for _ in range(2):
