@@ -16,7 +16,7 @@ from tests.e2e.processes import running, shard_arguments
 
 TIMEOUT_S = 60.0
 FAULT_TIMEOUT_S = 2.0
-CANARY_INTERVAL_S = 0.5
+PROBE_INTERVAL_S = 0.5
 # Of a busy machine, beyond what is promised.
 SLACK_S = 3.0
 NUM_STREAMS = 8
@@ -44,7 +44,7 @@ async def test_a_stopped_stage_costs_a_pause_and_shows_in_the_health(tiny_model)
             stack.enter_context(running("stagecoach-shard", *shard_arguments(tiny_model, layers, port)))
             for layers, port in zip(("0:2", "2:4"), ports, strict=False)
         ]
-        flags = ["--fault-timeout-s", str(FAULT_TIMEOUT_S), "--canary-interval-s", str(CANARY_INTERVAL_S)]
+        flags = ["--fault-timeout-s", str(FAULT_TIMEOUT_S), "--probe-interval-s", str(PROBE_INTERVAL_S)]
         router = stack.enter_context(
             running("stagecoach-router", "--shards", ",".join(addresses[:2]), "--listen", addresses[2], *flags)
         )
@@ -82,7 +82,7 @@ async def idle_cluster_is_honest(health, shard):
     os.kill(shard.pid, signal.SIGSTOP)
     began = time.monotonic()
     await health_becomes(health, HealthCheckResponse.NOT_SERVING)
-    assert time.monotonic() - began <= FAULT_TIMEOUT_S + CANARY_INTERVAL_S + SLACK_S
+    assert time.monotonic() - began <= FAULT_TIMEOUT_S + PROBE_INTERVAL_S + SLACK_S
     alive = await health.Check(HealthCheckRequest(service="liveness"))
     assert alive.status == HealthCheckResponse.SERVING
     os.kill(shard.pid, signal.SIGCONT)

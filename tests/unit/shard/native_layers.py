@@ -23,7 +23,6 @@ from stagecoach.topology import LayerRange
 from stagecoach_shard.attention.batch import Batch
 from stagecoach_shard.attention.interface import Attention, AttentionShape, AttentionStep
 from stagecoach_shard.attention.sdpa import SdpaAttention
-from stagecoach_shard.checkpoints.checkpoint import TensorReader
 from stagecoach_shard.checkpoints.model_config import ModelConfig
 from stagecoach_shard.checkpoints.raw_config import RawConfig
 from stagecoach_shard.kv_cache import KVCache
@@ -150,11 +149,17 @@ def compiled(build: str) -> Path:
     return path
 
 
-class RandomWeights(TensorReader):
-    """Every tensor that is asked for, by its name always the same; of bfloat16 numbers, in any dtype."""
+class RandomWeights:
+    """In place of a TensorReader: every tensor that is asked for, by its name always the same.
+
+    Its numbers are those of bfloat16, in any dtype.
+    """
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
+
+    def read(self, name: str, shape: Sequence[int]) -> Tensor:
+        return self._make(name, shape)
 
     def read_stacked(self, parts: Sequence[tuple[str, Sequence[int]]]) -> Tensor:
         return torch.cat([self._make(name, shape) for name, shape in parts])
