@@ -51,6 +51,6 @@ async def test_a_status_is_of_what_was_served_when_it_was_asked_for(monkeypatch:
     monkeypatch.setattr(grpc_service, "write_status", lambda *_: written)
     pipeline = SimpleNamespace(lost=None, refresh_loads=stop_serving)
     engine = SimpleNamespace(replicas=[SimpleNamespace(pipeline=pipeline)])
-    service = make_service(engine=engine, registry=None, totals=None)
+    service = make_service(engine=engine, pipelines=None)
     context: Any = None
     assert await service.GetClusterStatus(pb.GetClusterStatusRequest(), context) is written
