@@ -111,6 +111,8 @@ class JournaledRequest:
         request = self.request
         check_prompt(request.prompt_tokens, vocab_size=vocab_size, context_length=context_length)
         check_params(request.params, vocab_size=vocab_size)
+        if request.params.seed is None:
+            raise InvalidArgument("seed: it was accepted without one", field="seed")
         check_past(self.past, request.params, vocab_size=vocab_size)
 
 

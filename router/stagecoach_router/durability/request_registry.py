@@ -8,11 +8,9 @@ the last of its calls broke.
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Protocol
 
 from stagecoach import errors
@@ -92,8 +90,6 @@ class RequestRegistry:
         already. Raises what Engine.submit raises, and then nothing was begun.
         """
         assert key not in self._known, "found before"
-        if request.params.seed is None:  # so that it is the same one if it has to be computed again
-            request = replace(request, params=replace(request.params, seed=secrets.randbits(64)))
         state = RequestState(request, key=key, digest=digest, tenant=tenant)
         self._engine.submit(state, past)
         self._known[key] = state

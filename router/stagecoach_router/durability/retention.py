@@ -40,16 +40,12 @@ class Retention(Generic[KeyT]):
 
     def add(self, key: KeyT, num_tokens: int, now_s: float) -> list[KeyT]:
         """A request has finished. Returns the keys of those that are forgotten now."""
-        self.discard(key)
+        former = self._finished.pop(key, None)
+        if former is not None:
+            self.num_tokens -= former.num_tokens
         self._finished[key] = _Finished(num_tokens, now_s)
         self.num_tokens += num_tokens
         return self.forget_old(now_s)
-
-    def discard(self, key: KeyT) -> None:
-        """Forgets one, if it is known."""
-        finished = self._finished.pop(key, None)
-        if finished is not None:
-            self.num_tokens -= finished.num_tokens
 
     def forget_old(self, now_s: float) -> list[KeyT]:
         """Forgets the requests that are past the limits; returns their keys."""

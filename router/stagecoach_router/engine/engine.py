@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Many
@@ -152,12 +151,11 @@ class Engine:
         Raises OutOfRange, and Overloaded for a new one, and then nothing was begun.
         """
         params = state.request.params
-        seed = params.seed if params.seed is not None else secrets.randbits(64)
         replica: Replica | None = None
         leader: Sequence | None = None
         try:
             for index in range(params.n):
-                sequence = self._add_completion(state, index, seed, leader)
+                sequence = self._add_completion(state, index, leader)
                 if past and state.replay(index, past[index]):
                     continue
                 leader = leader or sequence
@@ -194,14 +192,15 @@ class Engine:
         if next_s is not None:
             self._next_expiry = asyncio.get_running_loop().call_later(max(0.0, next_s - now_s), self._expire)
 
-    def _add_completion(self, state: RequestState, index: int, seed: int, leader: Sequence | None) -> Sequence:
+    def _add_completion(self, state: RequestState, index: int, leader: Sequence | None) -> Sequence:
         """Adds the next completion to a request; returns its sequence."""
         request = state.request
+        assert request.params.seed is not None, "set where the request came in"
         sequence = Sequence(
             seq_id=self._next_seq_id,
             prompt_tokens=request.prompt_tokens,
             params=request.params,
-            seed=seed,
+            seed=request.params.seed,
             index=index,
             priority=request.priority,
             leader=leader,

@@ -15,7 +15,7 @@ from stagecoach.v1 import inference_pb2 as pb
 from stagecoach.v1 import model_pb2
 from stagecoach_router.engine.engine import Engine
 from stagecoach_router.requests.completion import FinishReason, OutputDelta
-from stagecoach_router.requests.request import Request, check_params, check_prompt, with_max_tokens
+from stagecoach_router.requests.request import Request, check_params, check_prompt, resolve_params
 from stagecoach_router.requests.request_state import RequestState
 from stagecoach_router.tenants.tenants import Tenant
 from stagecoach_router.text.prompt_encoder import PromptEncoder
@@ -59,7 +59,7 @@ async def read_request(
     return Request(
         request_id=request.request_id,
         prompt_tokens=prompt_tokens,
-        params=with_max_tokens(
+        params=resolve_params(
             params,
             num_prompt_tokens=len(prompt_tokens),
             context_length=model.context_length,

@@ -36,7 +36,7 @@ class Completion:
     def __init__(
         self, index: int, prompt_tokens: Collection[int], params: SamplingParams, tokenizer: Tokenizer
     ) -> None:
-        assert params.max_tokens is not None, "with_max_tokens sets it"
+        assert params.max_tokens is not None, "set where the request came in"
         self.index = index
         self.num_tokens = 0
         self._max_tokens = params.max_tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -19,7 +20,8 @@ class Request:
 
     request_id: str
     prompt_tokens: tuple[int, ...] = field(repr=False)
-    params: SamplingParams = field(repr=False)  # max_tokens is set, and within the context length
+    # max_tokens is set, and within the context length; seed is set, so that a replay draws the same numbers.
+    params: SamplingParams = field(repr=False)
     priority: int = 0
     cache_salt: bytes = field(default=b"", repr=False)  # requests of different salts share no blocks
 
@@ -75,17 +77,18 @@ def check_params(params: SamplingParams, *, vocab_size: int) -> None:
             )
 
 
-def with_max_tokens(
+def resolve_params(
     params: SamplingParams, *, num_prompt_tokens: int, context_length: int, capacity: int
 ) -> SamplingParams:
-    """The parameters with max_tokens set: what the caller asked for, or what there is room for.
+    """The parameters with what the caller left open: max_tokens as there is room for, and a seed drawn at random.
 
     `capacity` is the positions that the K/V cache holds for one sequence. Raises OutOfRange where the caller asks for
     more than the context length leaves.
     """
     left = context_length - num_prompt_tokens
+    seed = secrets.randbits(64) if params.seed is None else params.seed
     if params.max_tokens is None:
-        return replace(params, max_tokens=max(1, min(left, capacity - num_prompt_tokens)))
+        return replace(params, seed=seed, max_tokens=max(1, min(left, capacity - num_prompt_tokens)))
     if params.max_tokens > left:
         raise OutOfRange(
             f"max_tokens: {params.max_tokens} after a prompt of {num_prompt_tokens} tokens; "
@@ -94,4 +97,4 @@ def with_max_tokens(
             limit=left,
             value=params.max_tokens,
         )
-    return params
+    return replace(params, seed=seed)

@@ -23,8 +23,10 @@ MODEL = ModelDescription(fingerprint="f00d", vocab_size=20, context_length=32)
 LINGER_S = 60.0
 
 
-def left(name: str, request_id: str, prompt: tuple[int, ...] = (1, 2, 3), num_past: int = 2) -> JournaledRequest:
-    request = Request(request_id, prompt, SamplingParams(max_tokens=9, seed=1))
+def left(
+    name: str, request_id: str, prompt: tuple[int, ...] = (1, 2, 3), num_past: int = 2, seed: int | None = 1
+) -> JournaledRequest:
+    request = Request(request_id, prompt, SamplingParams(max_tokens=9, seed=seed))
     return JournaledRequest((name, request_id), b"digest", request, [[Sampled(7, None, ())] * num_past])
 
 
@@ -84,13 +86,14 @@ async def test_a_request_that_cannot_go_on_is_forgotten_and_counts_for_nobody(ca
         left("ann", "words", (1, 99)),
         left("ann", "long", (1,) * 40),
         left("ann", "past", num_past=10),
+        left("ann", "seedless", seed=None),
     ]
     journal: Any = FakeJournal(*bad, left("ann", "good"))
     with caplog.at_level(logging.INFO):
         await recover_requests(journal, requests, known, MODEL, LINGER_S)
-    assert journal.forgotten == ["full", "words", "long", "past"]
+    assert journal.forgotten == ["full", "words", "long", "past", "seedless"]
     assert known._by_name["ann"].num_running == requests.num_running == 1
-    assert "5 requests of the journal, 1 of them go on" in caplog.text
+    assert "6 requests of the journal, 1 of them go on" in caplog.text
     requests.close()
 
 
