@@ -31,27 +31,6 @@ class RequestState:
     or with the error.
     """
 
-    __slots__ = (
-        "_furthest",
-        "_log",
-        "_num_charged",
-        "_num_shown",
-        "_num_unfinished",
-        "_waiting",
-        "completions",
-        "digest",
-        "error",
-        "key",
-        "lapse",
-        "linger_s",
-        "num_readers",
-        "on_end",
-        "request",
-        "sequences",
-        "tap",
-        "tenant",
-    )
-
     def __init__(
         self, request: Request, *, key: RequestKey | None = None, digest: bytes = b"", tenant: Tenant | None = None
     ) -> None:
