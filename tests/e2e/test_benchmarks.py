@@ -21,7 +21,7 @@ from tests.unit.benchmarks.test_bench_modules import BENCHMARKS
 CONTEXT_LENGTH = 8192
 SIZES = {
     "against_llamacpp": "--stages 1 --concurrency 1",
-    "against_transformers": "--stages 1 --concurrency 1",
+    "against_transformers": "--stages 1 --concurrency 1 --threads 1",
     "against_vllm": "--stages 1 --concurrency 1",
     "far_machines": "--stages 1 --delays-ms 0,1 --concurrency 2 --output-tokens 8",
     "hop": "--sizes 8192",
