@@ -1,4 +1,4 @@
-"""The options that say how tokens are chosen. Their limits and defaults are those of stagecoach.sampling."""
+"""The options that say how tokens are chosen. Their limits and defaults are those of stagecoach.sampling_params."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ class Client:
 
         The sampling options are temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty,
         frequency_penalty, logit_bias, seed, max_tokens, stop (a string or several), stop_token_ids, ignore_eos,
-        logprobs and n. Their meaning, limits and defaults are those of stagecoach.sampling.SamplingParams.
+        logprobs and n. Their meaning, limits and defaults are those of stagecoach.sampling_params.SamplingParams.
 
         The others are, where None is the same as leaving an option out:
 

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 from stagecoach.errors import InvalidArgument
 from stagecoach.rpc.channel import MAX_PUBLIC_MESSAGE_BYTES
-from stagecoach.sampling import SAMPLING_FIELDS, SamplingParams
+from stagecoach.sampling_params import SAMPLING_FIELDS, SamplingParams
 from stagecoach.v1.inference_pb2 import ChatMessage, ChatMessages, GenerateRequest, TokenIds, TokenizeRequest
 from stagecoach.v1.inference_pb2 import SamplingParams as SamplingParamsProto
 

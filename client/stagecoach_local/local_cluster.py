@@ -18,9 +18,9 @@ from stagecoach_client.status import ClusterStatus
 from stagecoach_client.tls import Tls
 from stagecoach_local.addresses import free_addresses
 from stagecoach_local.child_process import ChildProcess
+from stagecoach_local.cluster_plan import plan_processes
 from stagecoach_local.commands import Commands, StagecoachCommands, even_threads
 from stagecoach_local.layer_split import read_shape, split_layers
-from stagecoach_local.plan import plan_processes
 from stagecoach_local.process import Process, Role
 from stagecoach_local.process_exit import ProcessDied, ProcessExit
 from stagecoach_local.supervisor import Supervisor

@@ -18,7 +18,7 @@ from cryptography.x509.oid import NameOID
 
 from stagecoach import errors
 from stagecoach.rpc.addresses import MAX_ADDRESSES, check_address, read_addresses
-from stagecoach.sampling import SamplingParams
+from stagecoach.sampling_params import SamplingParams
 from stagecoach.security import tls
 from stagecoach.security.api_keys import Grant, KeyEntry, write_entry
 from stagecoach_router.durability.journal_records import read_request, read_sampled, write_logprobs, write_request

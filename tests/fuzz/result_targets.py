@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 from stagecoach import errors
 from stagecoach.errors.status import STATUS_METADATA_KEY, from_status, to_status
 from stagecoach.rpc.framing import read_frame, write_frame
-from stagecoach.sampling import SamplingParams
+from stagecoach.sampling_params import SamplingParams
 from stagecoach.topology import LayerRange, order_stages
 from stagecoach.v1 import inference_pb2, model_pb2
 from stagecoach.v1 import shard_pb2 as pb

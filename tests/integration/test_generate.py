@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from stagecoach import errors
-from stagecoach.sampling import SamplingParams
+from stagecoach.sampling_params import SamplingParams
 from tests.cluster import cluster
 from tests.tiny_model import greedy, random_prompts, reference_tokens
 

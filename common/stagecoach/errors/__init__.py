@@ -2,7 +2,7 @@
 
 from stagecoach.errors.failed_calls import connection_ended, from_rpc_error
 from stagecoach.errors.status import from_trailing_metadata, to_trailing_metadata
-from stagecoach.errors.tree import (
+from stagecoach.errors.types import (
     Cancelled,
     CheckpointError,
     ConfigError,

@@ -11,7 +11,7 @@ import re
 
 import grpc
 
-from stagecoach.errors import tree
+from stagecoach.errors import types as tree
 from stagecoach.errors.status import from_trailing_metadata
 
 # What a bare gRPC status means, from a peer that sent no details (gRPC itself, a proxy, another version).

@@ -21,8 +21,8 @@ from google.protobuf.message import DecodeError
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
-from stagecoach.errors import tree
-from stagecoach.errors.tree import InternalError, StagecoachError
+from stagecoach.errors import types as tree
+from stagecoach.errors.types import InternalError, StagecoachError
 
 STATUS_METADATA_KEY = "grpc-status-details-bin"
 DOMAIN = "stagecoach"

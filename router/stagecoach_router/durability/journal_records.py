@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 
 from stagecoach.errors import InvalidArgument
-from stagecoach.sampling import MAX_LOGPROBS, SamplingParams
+from stagecoach.sampling_params import MAX_LOGPROBS, SamplingParams
 from stagecoach_router.requests.request import Request
 from stagecoach_router.sampling.outputs import Sampled
 

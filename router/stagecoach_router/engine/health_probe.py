@@ -8,7 +8,7 @@ sampler, but not to the scheduler nor to any count of requests.
 from __future__ import annotations
 
 from stagecoach.errors import ShardFault
-from stagecoach.sampling import SamplingParams
+from stagecoach.sampling_params import SamplingParams
 from stagecoach_router.engine.wire import GroupOutputs
 from stagecoach_router.sampling.outputs import InsufficientCandidates, wanted_output
 from stagecoach_router.sampling.sampler import choose_tokens

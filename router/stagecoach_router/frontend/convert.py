@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from stagecoach import errors
-from stagecoach.sampling import SamplingParams
+from stagecoach.sampling_params import SamplingParams
 from stagecoach.v1 import inference_pb2 as pb
 from stagecoach.v1 import model_pb2
 from stagecoach_router.engine.engine import Engine

@@ -13,7 +13,7 @@ import grpc.aio
 
 from stagecoach import errors
 from stagecoach.errors.status import abort
-from stagecoach.sampling import MAX_N
+from stagecoach.sampling_params import MAX_N
 from stagecoach.v1 import inference_pb2 as pb
 from stagecoach.v1 import inference_pb2_grpc, model_pb2
 from stagecoach_router.durability.request_registry import RequestRegistry

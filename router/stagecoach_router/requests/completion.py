@@ -6,7 +6,7 @@ import enum
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from stagecoach.sampling import SamplingParams
+from stagecoach.sampling_params import SamplingParams
 from stagecoach_router.sampling.outputs import Sampled
 from stagecoach_router.text.stop_strings import StopStrings
 from stagecoach_router.text.tokenizer import Tokenizer

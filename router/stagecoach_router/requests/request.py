@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from stagecoach.errors import InvalidArgument, OutOfRange
-from stagecoach.sampling import MAX_N, SamplingParams
+from stagecoach.sampling_params import MAX_N, SamplingParams
 
 # Whose request (an API key's name, or ""), and its id: one caller's ids mean nothing to another.
 RequestKey = tuple[str, str]

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stagecoach.errors import ShardFault
-from stagecoach.sampling import SamplingParams
+from stagecoach.sampling_params import SamplingParams
 
 Float32s = npt.NDArray[np.float32]
 Float64s = npt.NDArray[np.float64]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from stagecoach.sampling import SamplingParams
+from stagecoach.sampling_params import SamplingParams
 from stagecoach_router.sampling.penalties import only_lowers
 
 # More candidates than this are asked for as a whole row: past it, what candidates save is no longer much.

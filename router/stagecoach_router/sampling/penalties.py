@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from stagecoach.sampling import SamplingParams
+from stagecoach.sampling_params import SamplingParams
 
 _Float32s = npt.NDArray[np.float32]
 _Float64s = npt.NDArray[np.float64]

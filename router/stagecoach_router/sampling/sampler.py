@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stagecoach.errors import ShardFault
-from stagecoach.sampling import SamplingParams
+from stagecoach.sampling_params import SamplingParams
 from stagecoach_router.sampling.draw import (
     MAX_EXPONENT,
     MIN_SCALED_TEMPERATURE,

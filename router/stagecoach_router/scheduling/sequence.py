@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from stagecoach.sampling import SamplingParams
+from stagecoach.sampling_params import SamplingParams
 from stagecoach_router.sampling.outputs import WHOLE_ROW, OutputWant
 from stagecoach_router.sampling.penalties import TokenCounts
 

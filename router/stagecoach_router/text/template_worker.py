@@ -25,7 +25,7 @@ from typing import Any
 
 import jinja2
 
-from stagecoach_router.text.chat_sandbox import chat_environment
+from stagecoach_router.text.template_sandbox import chat_environment
 
 REQUEST_HEAD = struct.Struct(">I")
 ANSWER_HEAD = struct.Struct(">BI")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from stagecoach.errors import InvalidArgument
 from stagecoach.rpc.channel import MAX_PUBLIC_MESSAGE_BYTES
-from stagecoach.sampling import SAMPLING_FIELDS, SamplingParams
+from stagecoach.sampling_params import SAMPLING_FIELDS, SamplingParams
 from stagecoach.v1 import inference_pb2 as pb
 from stagecoach_client.requests import (
     GenerateOptions,

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from stagecoach.errors import CheckpointError, InvalidArgument, StagecoachError, TopologyError
 from stagecoach.topology import LayerRange
 from stagecoach_local import LocalCluster
+from stagecoach_local.cluster_plan import plan_processes
 from stagecoach_local.commands import StagecoachCommands
 from stagecoach_local.layer_split import ModelShape, read_shape, split_layers
-from stagecoach_local.plan import plan_processes
 from stagecoach_local.process import Process
 
 

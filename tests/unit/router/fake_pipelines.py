@@ -11,7 +11,7 @@ import numpy as np
 
 from stagecoach.errors import Unavailable
 from stagecoach.rpc.framing import read_frame
-from stagecoach.sampling import SamplingParams
+from stagecoach.sampling_params import SamplingParams
 from stagecoach.v1 import shard_pb2 as pb
 from stagecoach_router.engine.engine import Engine
 from stagecoach_router.engine.health_probe import HealthProbe

@@ -7,7 +7,7 @@ import itertools
 import random
 from collections.abc import Callable, Sequence
 
-from stagecoach.sampling import SamplingParams
+from stagecoach.sampling_params import SamplingParams
 from stagecoach_router.scheduling import sequence as token_log
 from stagecoach_router.scheduling.block_manager import BlockManager
 from stagecoach_router.scheduling.cost_model import StepShape

@@ -7,7 +7,7 @@ from hashlib import blake2b
 
 import pytest
 
-from stagecoach.sampling import SamplingParams
+from stagecoach.sampling_params import SamplingParams
 from stagecoach_router.scheduling.block_manager import DIGEST_BYTES, BlockManager
 from stagecoach_router.scheduling.sequence import Sequence
 

@@ -14,10 +14,10 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from stagecoach.errors import FailedPrecondition, InvalidArgument
-from stagecoach_router.text.chat_sandbox import chat_environment
 from stagecoach_router.text.chat_template import MAX_TEMPLATE_LENGTH, ChatTemplate
 from stagecoach_router.text.model_files import ModelFiles
 from stagecoach_router.text.template_process import TemplateProcess
+from stagecoach_router.text.template_sandbox import chat_environment
 from stagecoach_router.text.template_worker import Outcome, answer
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from stagecoach.errors import Cancelled
-from stagecoach.sampling import SamplingParams
+from stagecoach.sampling_params import SamplingParams
 from stagecoach_router.durability.journal import Journal
 from stagecoach_router.durability.journal_store import JournalStore
 from stagecoach_router.requests.completion import FinishReason, OutputDelta

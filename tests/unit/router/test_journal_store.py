@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from stagecoach.errors import ConfigError, InvalidArgument, OutOfRange
-from stagecoach.sampling import SamplingParams
+from stagecoach.sampling_params import SamplingParams
 from stagecoach_router.durability.journal_store import Begin, End, Forget, JournalStore, Token
 from stagecoach_router.requests.request import Request
 from stagecoach_router.sampling.outputs import Sampled

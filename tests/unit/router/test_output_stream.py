@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from stagecoach.errors import StagecoachError, Unavailable
-from stagecoach.sampling import SamplingParams
+from stagecoach.sampling_params import SamplingParams
 from stagecoach_router.requests.completion import FinishReason, OutputDelta
 from stagecoach_router.requests.output_stream import OutputReader
 from stagecoach_router.requests.request import Request

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stagecoach.sampling import SamplingParams
+from stagecoach.sampling_params import SamplingParams
 from stagecoach_router.scheduling.block_manager import BlockManager
 from stagecoach_router.scheduling.sequence import Sequence
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from stagecoach.errors import Cancelled, Overloaded, RateLimited
-from stagecoach.sampling import SamplingParams
+from stagecoach.sampling_params import SamplingParams
 from stagecoach.security.api_keys import Grant, new_entry, new_key
 from stagecoach.v1.model_pb2 import ModelDescription
 from stagecoach_router.durability.journal_store import JournaledRequest

@@ -13,7 +13,7 @@ from scipy.special import log_softmax
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from stagecoach.errors import ShardFault
-from stagecoach.sampling import SamplingParams
+from stagecoach.sampling_params import SamplingParams
 from stagecoach_router.sampling.outputs import CandidateRows, Sampled, WholeRows
 from tests.unit.router.sampling_reference import (
     candidates,

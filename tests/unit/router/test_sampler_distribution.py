@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from stagecoach.sampling import SamplingParams
+from stagecoach.sampling_params import SamplingParams
 from stagecoach_router.sampling.outputs import InsufficientCandidates
 from stagecoach_router.sampling.randomness import uniform
 from tests.unit.router.sampling_reference import candidates, counts_for, distribution, sample, sample_whole, whole

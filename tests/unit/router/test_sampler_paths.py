@@ -11,7 +11,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from stagecoach.sampling import SAMPLING_FIELDS, SamplingParams
+from stagecoach.sampling_params import SAMPLING_FIELDS, SamplingParams
 from stagecoach_router.sampling.outputs import (
     MAX_CANDIDATES,
     WHOLE_ROW,

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from stagecoach.sampling import SamplingParams
+from stagecoach.sampling_params import SamplingParams
 from stagecoach_router.sampling.penalties import TokenCounts, only_lowers, shape_candidates, shape_row
 from tests.unit.router.sampling_reference import counts_of
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stagecoach.errors import ShardFault
-from stagecoach.sampling import SamplingParams
+from stagecoach.sampling_params import SamplingParams
 from stagecoach_router.sampling import sampler
 from stagecoach_router.sampling.outputs import CandidateRows, InsufficientCandidates, Sampled, WholeRows, wanted_output
 from stagecoach_router.sampling.sampler import Choice, choose_tokens

@@ -3,7 +3,7 @@
 import pytest
 
 from stagecoach.errors import OutOfRange, Overloaded
-from stagecoach.sampling import SamplingParams
+from stagecoach.sampling_params import SamplingParams
 from stagecoach_router.scheduling.block_manager import BlockManager
 from stagecoach_router.scheduling.retry_after import MAX_S, WINDOW_S
 from stagecoach_router.scheduling.scheduler import Scheduler

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from stagecoach.errors import OutOfRange, Overloaded
-from stagecoach.sampling import SamplingParams
+from stagecoach.sampling_params import SamplingParams
 from stagecoach_router.scheduling.block_manager import BlockManager
 from stagecoach_router.scheduling.scheduler import Scheduler
 from stagecoach_router.scheduling.sequence import Sequence

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stagecoach.errors import PermissionDenied, RateLimited, Unauthenticated
-from stagecoach.sampling import SamplingParams
+from stagecoach.sampling_params import SamplingParams
 from stagecoach.security.api_keys import Grant, KeyEntry, new_entry, new_key
 from stagecoach_router.requests.completion import Completion
 from stagecoach_router.requests.request import Request

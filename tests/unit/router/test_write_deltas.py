@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stagecoach.sampling import SamplingParams
+from stagecoach.sampling_params import SamplingParams
 from stagecoach.v1 import inference_pb2 as pb
 from stagecoach_router.frontend.convert import write_deltas
 from stagecoach_router.requests.completion import OutputDelta
