@@ -24,7 +24,7 @@ from stagecoach_shard.leases.served_stage import ServedStage, StepLimits
 from stagecoach_shard.models.families import open_checkpoint
 from stagecoach_shard.rpc.access import AccessControl, AllowedNames
 from stagecoach_shard.rpc.service import ShardService
-from stagecoach_shard.runtime.loading import Loader, check_threads, find_device
+from stagecoach_shard.runtime.stage_loader import Loader, check_threads, find_device
 from stagecoach_shard.settings import ShardSettings
 
 STOP_GRACE_S = 1.0

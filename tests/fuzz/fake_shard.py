@@ -20,7 +20,7 @@ from stagecoach_shard.leases.assignment import Assignment
 from stagecoach_shard.leases.served_stage import ServedStage, StepLimits
 from stagecoach_shard.leases.wire import DTYPES
 from stagecoach_shard.rpc.service import ShardService
-from stagecoach_shard.runtime.load import LoadMeter, StepTimes
+from stagecoach_shard.runtime.load_meter import LoadMeter, StepTimes
 from stagecoach_shard.runtime.stage_runner import StageInput
 
 LEASE_ID = 77

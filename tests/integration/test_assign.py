@@ -277,7 +277,7 @@ async def test_layers_that_do_not_fit_leave_it_without_any_and_say_why(tiny_mode
 
 async def test_weights_larger_than_the_memory_are_not_even_begun(tiny_model, monkeypatch):
     async with unassigned(tiny_model) as (stub, description, _):
-        monkeypatch.setattr("stagecoach_shard.runtime.loading.free_bytes", lambda device: 1000)
+        monkeypatch.setattr("stagecoach_shard.runtime.stage_loader.free_bytes", lambda device: 1000)
         error = await refused(stub.assign(request(description, 0, 4)))
         assert (type(error), error.field, error.limit) == (errors.FailedPrecondition, "layers", "1000")
 

@@ -17,7 +17,7 @@ from stagecoach.rpc.watch_clock import LOOKS_PER_TIMEOUT, Silence
 from stagecoach.v1 import shard_pb2
 from stagecoach_shard.leases import wire
 from stagecoach_shard.leases.lease import Lease
-from stagecoach_shard.runtime.load import Load
+from stagecoach_shard.runtime.load_meter import Load
 from stagecoach_shard.runtime.stage import Stage
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from stagecoach.errors import InvalidArgument, OutOfRange
 from stagecoach.rpc.channel import MAX_SHARD_MESSAGE_BYTES
 from stagecoach.rpc.framing import FrameCounter, write_frame
 from stagecoach.v1 import model_pb2, shard_pb2
-from stagecoach_shard.runtime.load import Load, StepTimes
+from stagecoach_shard.runtime.load_meter import Load, StepTimes
 from stagecoach_shard.runtime.outputs import Output, WantedOutput
 
 DTYPES: dict[torch.dtype, model_pb2.DType] = {

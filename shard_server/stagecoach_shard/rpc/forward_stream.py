@@ -26,7 +26,7 @@ from stagecoach_shard.leases import wire
 from stagecoach_shard.leases.assignment import Assignment
 from stagecoach_shard.leases.served_stage import ServedStage
 from stagecoach_shard.leases.session import LeaseSession
-from stagecoach_shard.runtime.load import StepTimes
+from stagecoach_shard.runtime.load_meter import StepTimes
 from stagecoach_shard.runtime.stage_runner import StageInput, StageResult
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stagecoach_shard.runtime.reduction import log_sum_exp, top_candidates
+from stagecoach_shard.runtime.logit_reduction import log_sum_exp, top_candidates
 from stagecoach_shard.runtime.stage import Stage
 from stagecoach_shard.runtime.transfers import to_host
 

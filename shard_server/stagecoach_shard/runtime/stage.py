@@ -18,7 +18,7 @@ from stagecoach_shard.kv_cache import KVCache
 from stagecoach_shard.memory import give_back_unused
 from stagecoach_shard.models.decoder import TorchLayers
 from stagecoach_shard.models.graphed_layers import GraphedLayers
-from stagecoach_shard.models.layers import Layers
+from stagecoach_shard.models.interface import Layers
 from stagecoach_shard.models.linear import Linear
 from stagecoach_shard.models.rms_norm import RMSNorm
 from stagecoach_shard.models.stage_tensors import FINAL_NORM, StageTensors

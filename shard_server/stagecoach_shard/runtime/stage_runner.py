@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stagecoach_shard.attention.batch import Batch
 from stagecoach_shard.kv_cache import KVCache
-from stagecoach_shard.runtime.load import Load, LoadMeter, StepTimes
+from stagecoach_shard.runtime.load_meter import Load, LoadMeter, StepTimes
 from stagecoach_shard.runtime.outputs import Output, WantedOutput, compute_outputs
 from stagecoach_shard.runtime.stage import Stage
 from stagecoach_shard.runtime.transfers import for_device, to_host

@@ -22,7 +22,7 @@ from stagecoach_router.sampling.outputs import (
 )
 from stagecoach_router.sampling.penalties import TokenCounts
 from stagecoach_router.sampling.randomness import uniform
-from stagecoach_shard.runtime.reduction import log_sum_exp, top_candidates
+from stagecoach_shard.runtime.logit_reduction import log_sum_exp, top_candidates
 from tests.unit.router.sampling_reference import candidates, counts_for, distribution, sample, sample_whole
 
 VOCAB_SIZE = 49_152

@@ -28,7 +28,7 @@ from stagecoach_shard.checkpoints.raw_config import RawConfig
 from stagecoach_shard.kv_cache import KVCache
 from stagecoach_shard.models.decoder import TorchLayers
 from stagecoach_shard.models.families import read_config
-from stagecoach_shard.models.layers import Layers
+from stagecoach_shard.models.interface import Layers
 from stagecoach_shard.native import library
 from stagecoach_shard.native.layers import NativeLayers
 from stagecoach_shard.native.library import Library

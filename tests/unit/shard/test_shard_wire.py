@@ -20,7 +20,7 @@ from stagecoach_shard.attention.batch import Batch
 from stagecoach_shard.kv_cache import KVCache
 from stagecoach_shard.leases import wire
 from stagecoach_shard.models.families import open_checkpoint
-from stagecoach_shard.runtime.load import StepTimes
+from stagecoach_shard.runtime.load_meter import StepTimes
 from stagecoach_shard.runtime.outputs import Output
 from stagecoach_shard.runtime.stage import Stage
 from tests.unit.shard.stage_chain import CPU

@@ -18,8 +18,8 @@ from stagecoach.errors import CheckpointError, TopologyError
 from stagecoach.topology import LayerRange
 from stagecoach_shard.checkpoints.checkpoint import Checkpoint
 from stagecoach_shard.models.families import open_checkpoint
-from stagecoach_shard.runtime.loading import check_threads
 from stagecoach_shard.runtime.stage import Stage
+from stagecoach_shard.runtime.stage_loader import check_threads
 from tests.unit.shard.stage_chain import CPU, Running, StageChain
 from tests.unit.shard.test_checkpoint import split_over_files
 from tests.unit.shard.tiny_models import MODELS, random_tokens, reference_logits, save_tiny_model

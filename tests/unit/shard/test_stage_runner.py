@@ -18,7 +18,7 @@ from stagecoach_shard.attention.sdpa import SdpaAttention, SdpaStep
 from stagecoach_shard.checkpoints.checkpoint import Checkpoint
 from stagecoach_shard.kv_cache import KVCache
 from stagecoach_shard.models.families import open_checkpoint
-from stagecoach_shard.runtime.load import Load, StepTimes
+from stagecoach_shard.runtime.load_meter import Load, StepTimes
 from stagecoach_shard.runtime.outputs import Output, WantedOutput
 from stagecoach_shard.runtime.stage import Stage
 from stagecoach_shard.runtime.stage_runner import (

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stagecoach_shard.runtime.reduction import log_sum_exp, top_candidates
+from stagecoach_shard.runtime.logit_reduction import log_sum_exp, top_candidates
 
 VOCAB_SIZE = 49_152
 
