@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from stagecoach.errors import TopologyError, Unavailable
@@ -44,7 +44,6 @@ wishes = st.builds(
 )
 
 
-@settings(max_examples=500)
 @given(shards=candidates(), wish=wishes)
 def test_a_pipeline_is_whole_and_of_shards_that_serve_and_what_it_takes_is_left_alone(shards, wish):
     known = {shard.address: shard for shard in shards}
@@ -67,7 +66,6 @@ def test_a_pipeline_is_whole_and_of_shards_that_serve_and_what_it_takes_is_left_
         assert any(known[address].is_quarantined for address in choice.addresses)
 
 
-@settings(max_examples=200)
 @given(shards=candidates(), wish=wishes)
 def test_shards_in_quarantine_and_without_room_are_taken_only_where_there_are_no_others(shards, wish):
     choice = choose_shards(shards, wish)
