@@ -37,7 +37,7 @@ class SessionListener(Protocol):
         """The stage has said what it has done."""
 
     def session_ended(self, error: errors.StagecoachError) -> None:
-        """It has broken. Nothing comes after this."""
+        """It has broken, for the reason that is given. Nothing more comes of this session."""
 
 
 class StageSession:
@@ -139,6 +139,7 @@ class StageSession:
         self._listener.session_ended(error)
 
     def _take(self, data: bytes) -> None:
+        """Hands a message on. Raises the fault that it reports, and typed errors for one that cannot be."""
         message, payload = read_frame(shard_pb2.SessionResponse, data, self._frames)
         kind = message.WhichOneof("kind")
         if kind == "result":
@@ -146,7 +147,7 @@ class StageSession:
         elif kind == "load":
             self.take_load(read_load_report(message.load))
         elif kind == "fault":
-            self._listener.session_ended(read_fault(message.fault, self))
+            raise read_fault(message.fault, self)
 
     async def _why_ended(self, call: Call) -> errors.StagecoachError:
         """The error behind a session that the shard has ended."""

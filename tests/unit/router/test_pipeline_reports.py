@@ -10,7 +10,7 @@ import pytest
 
 from stagecoach.errors import ShardFault, StagecoachError, Unavailable
 from stagecoach.errors.status import to_status
-from stagecoach.rpc.framing import FrameCounter
+from stagecoach.rpc.framing import FrameCounter, write_frame
 from stagecoach.v1 import model_pb2
 from stagecoach.v1 import shard_pb2 as pb
 from stagecoach_router.metrics.load_report import LoadReport
@@ -81,3 +81,39 @@ def test_a_fault_is_about_the_stage_that_reports_it_and_about_the_other_end_of_i
     assert read_fault(own, stage).addresses == ("a:1",)
     link = pb.Fault(status=to_status(Unavailable("b:1: Socket closed", addresses=["b:1"])))
     assert read_fault(link, stage).addresses == ("a:1", "b:1")
+
+
+class FramesOfAShard:
+    """A session's call that has these frames to read."""
+
+    def __init__(self, *frames: bytes) -> None:
+        self.left = list(frames)
+
+    async def read(self) -> bytes:
+        return self.left.pop(0)
+
+
+class Told:
+    """A listener that remembers what it is told."""
+
+    def __init__(self) -> None:
+        self.ends: list[StagecoachError] = []
+        self.num_loads = 0
+
+    def result_came(self, result: pb.StepResult, payload: memoryview, message_bytes: int) -> None: ...
+
+    def load_came(self, session: StageSession, report: LoadReport) -> None:
+        self.num_loads += 1
+
+    def session_ended(self, error: StagecoachError) -> None:
+        self.ends.append(error)
+
+
+async def test_a_fault_ends_a_session_once_and_nothing_that_comes_after_it_is_read() -> None:
+    load = write_frame(pb.SessionResponse(load=pb.LoadReport()))
+    fault = write_frame(pb.SessionResponse(fault=pb.Fault(status=to_status(ShardFault("step 3 failed")))))
+    told, call = Told(), FramesOfAShard(load, fault, load, fault)
+    await StageSession(shard("a:1"), told, FrameCounter())._read(call)  # type: ignore[arg-type]
+    assert told.num_loads == 1
+    assert [(type(end), end.addresses) for end in told.ends] == [(ShardFault, ("a:1",))]
+    assert call.left == [load, fault]
