@@ -19,7 +19,7 @@ class PromptEncoder:
     def __init__(self, tokenizer: Tokenizer, chat_template: ChatTemplate) -> None:
         self._tokenizer = tokenizer
         self._chat_template = chat_template
-        self._long_texts = SerialQueue()
+        self._long_texts = SerialQueue("to be tokenized")
 
     async def encode_prompt(self, text: str) -> list[int]:
         """The tokens of a plain prompt. Raises InvalidArgument, and Overloaded where too much text waits."""

@@ -21,10 +21,11 @@ class SerialQueue:
     """Runs one job at a time, so that the event loop keeps a core; the others wait in the order they came.
 
     A caller that goes away leaves the queue at once. If its job has begun, which nothing can stop, the next job still
-    waits for its end.
+    waits for its end. `awaited` is what the texts wait for, as a refusal says it: "to be tokenized".
     """
 
-    def __init__(self, max_characters: int = MAX_CHARACTERS, max_wait_s: float = MAX_WAIT_S) -> None:
+    def __init__(self, awaited: str, max_characters: int = MAX_CHARACTERS, max_wait_s: float = MAX_WAIT_S) -> None:
+        self._awaited = awaited
         self._max_characters = max_characters
         self._max_wait_s = max_wait_s
         self._num_characters = 0
@@ -57,7 +58,7 @@ class SerialQueue:
 
     def _overloaded(self, reason: str) -> Overloaded:
         return Overloaded(
-            f"{self._num_characters} characters of text wait to be tokenized; {reason}",
+            f"{self._num_characters} characters of text wait {self._awaited}; {reason}",
             limit=self._max_characters,
             value=self._num_characters,
             retry_after_s=RETRY_AFTER_S,

@@ -39,7 +39,7 @@ class TemplateProcess:
 
     def __init__(self, limits: RenderLimits = RenderLimits(), queue: SerialQueue | None = None) -> None:
         self._limits = limits
-        self._queue = queue or SerialQueue()
+        self._queue = queue or SerialQueue("to be rendered")
         self._worker: _Worker | None = None
 
     @property

@@ -43,7 +43,7 @@ async def begun(work: Work, count: int) -> None:
 
 
 async def test_one_at_a_time_and_in_order() -> None:
-    queue, work = SerialQueue(), Work()
+    queue, work = SerialQueue("to be tokenized"), Work()
     tasks = [asyncio.create_task(queue.run(10, begin(work))) for _ in range(5)]
     await begun(work, 1)
     assert queue.num_characters == 50
@@ -53,7 +53,7 @@ async def test_one_at_a_time_and_in_order() -> None:
 
 
 async def test_what_would_make_too_much_wait_is_refused_at_once() -> None:
-    queue, work = SerialQueue(max_characters=100), Work()
+    queue, work = SerialQueue("to be tokenized", max_characters=100), Work()
     first = asyncio.create_task(queue.run(80, begin(work)))
     await begun(work, 1)
     with pytest.raises(Overloaded) as caught:
@@ -67,11 +67,11 @@ async def test_what_would_make_too_much_wait_is_refused_at_once() -> None:
 async def test_a_text_above_the_limit_is_taken_where_no_other_waits() -> None:
     work = Work()
     work.may_end.set()
-    assert await SerialQueue(max_characters=100).run(1000, begin(work)) == "tokens"
+    assert await SerialQueue("to be tokenized", max_characters=100).run(1000, begin(work)) == "tokens"
 
 
 async def test_callers_that_go_away_do_not_make_more_than_one_thread_work() -> None:
-    queue, work = SerialQueue(max_characters=100), Work()
+    queue, work = SerialQueue("to be tokenized", max_characters=100), Work()
     for _ in range(5):
         task = asyncio.create_task(queue.run(10, begin(work)))
         await asyncio.sleep(0)
@@ -85,7 +85,7 @@ async def test_callers_that_go_away_do_not_make_more_than_one_thread_work() -> N
 
 
 async def test_an_error_leaves_the_queue_as_it_was() -> None:
-    queue = SerialQueue()
+    queue = SerialQueue("to be tokenized")
 
     def fail() -> None:
         raise InvalidArgument("no text")
@@ -96,7 +96,7 @@ async def test_an_error_leaves_the_queue_as_it_was() -> None:
 
 
 async def test_who_waits_too_long_for_a_turn_is_told_to_come_back() -> None:
-    queue, work = SerialQueue(max_wait_s=0.01), Work()
+    queue, work = SerialQueue("to be tokenized", max_wait_s=0.01), Work()
     first = asyncio.create_task(queue.run(10, begin(work)))
     await begun(work, 1)
     with pytest.raises(Overloaded, match="no turn"):
