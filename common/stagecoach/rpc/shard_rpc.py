@@ -15,6 +15,8 @@ import grpc.aio
 from stagecoach.v1 import shard_pb2 as pb
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Shard"].full_name
+# Of one row of a step's outputs: a shard refuses an output group that wants more.
+MAX_CANDIDATES = 4096
 
 StreamHandler = Callable[[object, "grpc.aio.ServicerContext[Any, Any]"], Awaitable[None]]
 

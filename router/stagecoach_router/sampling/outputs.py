@@ -12,8 +12,9 @@ import numpy.typing as npt
 from stagecoach.sampling_params import SamplingParams
 from stagecoach_router.sampling.penalties import only_lowers
 
-# More candidates than this are asked for as a whole row: past it, what candidates save is no longer much.
-MAX_CANDIDATES = 1024
+# More candidates than this are asked for as a whole row: past it, what candidates save is no longer much. The contract
+# allows more (`stagecoach.rpc.shard_rpc.MAX_CANDIDATES`).
+WHOLE_ROW_ABOVE = 1024
 
 # Candidates where the parameters set no number of them (temperature, top-p, min-p). Each costs eight bytes at every
 # token; falling short costs one more trip of one token through all stages, and a whole row. So many draws fell short on
@@ -88,7 +89,7 @@ class Sampled(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class InsufficientCandidates:
-    """The candidates do not determine the token; the whole row does."""
+    """The candidates do not determine the token; what `wider_output` asks for instead may, and the whole row does."""
 
 
 def wanted_output(params: SamplingParams, vocab_size: int) -> OutputWant:
@@ -104,7 +105,7 @@ def wanted_output(params: SamplingParams, vocab_size: int) -> OutputWant:
     with_logprobs = params.logprobs is not None
     num_candidates = max(num_candidates, params.logprobs or 0)
     # A candidate takes eight bytes and a logit of a whole row two or four.
-    if num_candidates > MAX_CANDIDATES or 2 * num_candidates >= vocab_size:
+    if num_candidates > WHOLE_ROW_ABOVE or 2 * num_candidates >= vocab_size:
         return WHOLE_ROW
     return OutputWant(num_candidates, with_logprobs or not greedy_or_top_k, params.temperature)
 

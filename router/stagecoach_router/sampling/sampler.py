@@ -11,8 +11,9 @@ In order: logit bias, penalties (see penalties.py), temperature, top-k, top-p, m
 
 Candidates are as good as the whole row as long as the draw falls within them: the mass of the rest is enough, and the
 log-sum-exp tells it. It comes as a float32, so the mass is known to lie in an interval; the candidates decide only
-where all of the interval gives the same token, and else the whole row is asked for. The same number therefore gives the
-same token either way. All rows of a step are worked on together; a row's token is the same whatever is beside it.
+where all of the interval gives the same token. Else more is asked for (`wider_output`): more candidates or, where these
+do not do either, the whole row. The same number therefore gives the same token either way. All rows of a step are
+worked on together; a row's token is the same whatever is beside it.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from torch import Tensor
 from stagecoach.errors import InvalidArgument, OutOfRange
 from stagecoach.rpc.channel import MAX_SHARD_MESSAGE_BYTES
 from stagecoach.rpc.framing import FrameCounter, write_frame
+from stagecoach.rpc.shard_rpc import MAX_CANDIDATES
 from stagecoach.v1 import model_pb2, shard_pb2
 from stagecoach_shard.runtime.load_meter import Load, StepTimes
 from stagecoach_shard.runtime.outputs import Output, WantedOutput
@@ -23,7 +24,6 @@ DTYPES: dict[torch.dtype, model_pb2.DType] = {
     torch.int32: model_pb2.DTYPE_INT32,
 }
 
-MAX_CANDIDATES = 4096
 # The most bytes of a step's result that can be sent, with room for what is around the arrays.
 MAX_RESULT_BYTES = MAX_SHARD_MESSAGE_BYTES - (1 << 20)
 

@@ -11,10 +11,12 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from stagecoach.rpc.shard_rpc import MAX_CANDIDATES
 from stagecoach.sampling_params import SAMPLING_FIELDS, SamplingParams
 from stagecoach_router.sampling.outputs import (
-    MAX_CANDIDATES,
+    MORE_CANDIDATES,
     WHOLE_ROW,
+    WHOLE_ROW_ABOVE,
     CandidateRows,
     InsufficientCandidates,
     Sampled,
@@ -233,8 +235,8 @@ def test_very_cold_candidates_decide_though_their_log_sum_exp_says_nothing() -> 
         (SamplingParams(temperature=0.0, repetition_penalty=0.9), 0, False),
         (SamplingParams(top_k=40), 40, False),
         (SamplingParams(top_k=3, logprobs=20), 20, True),
-        (SamplingParams(top_k=MAX_CANDIDATES), MAX_CANDIDATES, False),
-        (SamplingParams(top_k=MAX_CANDIDATES + 1), 0, False),
+        (SamplingParams(top_k=WHOLE_ROW_ABOVE), WHOLE_ROW_ABOVE, False),
+        (SamplingParams(top_k=WHOLE_ROW_ABOVE + 1), 0, False),
         (SamplingParams(top_k=40, presence_penalty=1.0), 104, False),
         (SamplingParams(top_k=40, presence_penalty=-1.0), 0, False),
         (SamplingParams(top_k=40, logit_bias={1: -1.0}), 104, False),
@@ -251,6 +253,10 @@ def test_very_cold_candidates_decide_though_their_log_sum_exp_says_nothing() -> 
 def test_the_least_is_asked_for(params: SamplingParams, num_candidates: int, with_log_sum_exp: bool) -> None:
     want = wanted_output(params, VOCAB_SIZE)
     assert (want.num_candidates, want.log_sum_exp) == (num_candidates, with_log_sum_exp)
+
+
+def test_a_shard_grants_as_many_candidates_as_are_ever_asked_for() -> None:
+    assert max(WHOLE_ROW_ABOVE, MORE_CANDIDATES) <= MAX_CANDIDATES
 
 
 def test_a_small_vocabulary_comes_whole_where_that_is_no_more() -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from stagecoach.errors import InvalidArgument, OutOfRange
 from stagecoach.rpc.framing import PAYLOAD_ALIGNMENT, FrameCounter, read_frame
+from stagecoach.rpc.shard_rpc import MAX_CANDIDATES
 from stagecoach.topology import LayerRange
 from stagecoach.v1 import shard_pb2 as pb
 from stagecoach_shard.attention.batch import Batch
@@ -191,7 +192,7 @@ def test_a_result_that_could_not_be_sent_is_refused_before_it_is_computed() -> N
         ([pb.OutputGroup()], "outputs.token_indices", OutOfRange),
         ([pb.OutputGroup(token_indices=[3])], "outputs.token_indices", OutOfRange),
         (
-            [pb.OutputGroup(token_indices=[0], num_candidates=wire.MAX_CANDIDATES + 1)],
+            [pb.OutputGroup(token_indices=[0], num_candidates=MAX_CANDIDATES + 1)],
             "outputs.num_candidates",
             OutOfRange,
         ),
