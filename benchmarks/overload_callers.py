@@ -51,7 +51,7 @@ class Tally:
     retry_after_s: list[float] = field(default_factory=list)
 
 
-class Tenants:
+class Callers:
     """Sends requests, and keeps the tally."""
 
     def __init__(self, channel: grpc.aio.Channel, arguments: argparse.Namespace) -> None:
@@ -141,7 +141,7 @@ async def call(arguments: argparse.Namespace) -> Tally:
     options = channel_options(MAX_PUBLIC_MESSAGE_BYTES)
     async with grpc.aio.insecure_channel(arguments.target, options=options) as channel:
         await channel.channel_ready()
-        return await Tenants(channel, arguments).run()
+        return await Callers(channel, arguments).run()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

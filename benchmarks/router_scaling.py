@@ -70,7 +70,7 @@ class Reading:
     router_cpu_s: float
 
 
-class Tenants:
+class Callers:
     """The process that keeps the streams open."""
 
     def __init__(self, target: str, num_streams: int, prompt_tokens: int, sampling: dict[str, Any]) -> None:
@@ -105,7 +105,7 @@ class Tenants:
                 )
             time.sleep(POLL_INTERVAL_S)
 
-    def __enter__(self) -> Tenants:
+    def __enter__(self) -> Callers:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -126,23 +126,23 @@ def cpu_s(pid: int) -> float:
 @contextlib.contextmanager
 def streams(
     commands: StubCommands, num_streams: int, prompt_tokens: int, sampling: dict[str, Any]
-) -> Iterator[tuple[Tenants, int]]:
-    """Tenants whose streams all run, and the router's process id."""
+) -> Iterator[tuple[Callers, int]]:
+    """Callers whose streams all run, and the router's process id."""
     with (
         LocalCluster(commands.model, 1, commands=commands) as cluster,
-        Tenants(cluster.address, num_streams, prompt_tokens, sampling) as callers,
+        Callers(cluster.address, num_streams, prompt_tokens, sampling) as callers,
     ):
         callers.wait_until_started()
         time.sleep(SETTLE_S)
         yield callers, router_pid(cluster)
 
 
-def read(callers: Tenants, pid: int) -> Reading:
+def read(callers: Callers, pid: int) -> Reading:
     counts = callers.counts()
     return Reading(counts["num_tokens"], counts["num_responses"], counts["time_s"], cpu_s(pid))
 
 
-def measure(callers: Tenants, pid: int, window_s: float) -> dict[str, float]:
+def measure(callers: Callers, pid: int, window_s: float) -> dict[str, float]:
     """The figures of one window."""
     before = read(callers, pid)
     time.sleep(window_s)

@@ -1,4 +1,4 @@
-"""Tenants that keep streams open to a router and only count: as little as a gRPC client can do.
+"""Callers that keep streams open to a router and only count: as little as a gRPC client can do.
 
 A process of its own, which `router_scaling` starts and asks. Each stream sends one request after the other (random
 prompt tokens, end-of-sequence ignored) on a channel that it shares with others. For each line on stdin, one line of

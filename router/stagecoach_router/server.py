@@ -76,7 +76,7 @@ class Router:
         identity = tls.read_identity(settings.tls_cert, settings.tls_key, settings.tls_ca)
         self._settings = settings
         self._keys = keys
-        self._callers = Tenants(None, time.monotonic()) if keys is None else keys.callers
+        self._tenants = Tenants(None, time.monotonic()) if keys is None else keys.tenants
         self._journal = None if settings.journal is None else Journal(settings.journal)
         self._service = InferenceService(max_stall_s=settings.max_stall_s)
         self._server, self._port = self._listen()
@@ -110,7 +110,7 @@ class Router:
             max_calls + UNCOUNTED_CALLS,
             identity=_edge_identity(settings),
             insecure=settings.insecure_listen,
-            interceptors=[AuthInterceptor(self._callers), limits],
+            interceptors=[AuthInterceptor(self._tenants), limits],
         )
         inference_pb2_grpc.add_InferenceServicer_to_server(service, server)  # type: ignore[no-untyped-call]
         reflection.enable_server_reflection((SERVICE_NAME, reflection.SERVICE_NAME), server)
@@ -191,7 +191,7 @@ class Router:
         requests = RequestRegistry(engine, max_linger_s=settings.max_linger_s, log=self._journal)
         if self._journal is not None:
             try:
-                await recover_requests(self._journal, requests, self._callers, model, settings.max_linger_s)
+                await recover_requests(self._journal, requests, self._tenants, model, settings.max_linger_s)
             except BaseException:
                 await engine.close()
                 raise

@@ -127,8 +127,8 @@ def key_file(scratch: Path) -> Target:
 
     def check(data: bytes) -> None:
         path.write_bytes(data)
-        callers = KeyFile(path).callers
-        callers.former("ann").charge(10**9, 1e9)
+        tenants = KeyFile(path).tenants
+        tenants.former("ann").charge(10**9, 1e9)
 
     words = (
         b"[[keys]]\n",

@@ -72,7 +72,7 @@ def generate(scratch: Path) -> Target:
     """A GenerateRequest, up to the request that the engine is given."""
     tokenizer = router_tokenizer.Tokenizer(ModelFiles(_files()))
     engine: Any = SimpleNamespace(usual_capacity_tokens=lambda num_prompt_tokens: 64 * 16)
-    caller = Tenants(None, 0.0).identify(())
+    tenant = Tenants(None, 0.0).identify(())
     model = model_pb2.ModelDescription(name="m", vocab_size=tokenizer.vocab_size, context_length=CONTEXT_LENGTH)
     encoder = PromptEncoder(tokenizer, ChatTemplate.from_files(ModelFiles(_files()), TemplateProcess()))
     loop = asyncio.new_event_loop()
@@ -105,7 +105,7 @@ def generate(scratch: Path) -> Target:
             message = pb.GenerateRequest.FromString(data)
         except DecodeError as error:
             raise errors.InvalidArgument(str(error)) from error
-        reading = read_request(message, model=model, encoder=encoder, engine=engine, caller=caller)
+        reading = read_request(message, model=model, encoder=encoder, engine=engine, tenant=tenant)
         request = loop.run_until_complete(asyncio.wait_for(reading, WAIT_S))
         assert request.params.max_tokens is not None
         assert 1 <= request.params.max_tokens <= CONTEXT_LENGTH - len(request.prompt_tokens)

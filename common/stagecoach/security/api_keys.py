@@ -13,7 +13,7 @@ The file is TOML. It holds no key, only what is needed to recognise one:
     max_priority = 0
     shares_cache = true          # left out: false
 
-Entries of one name are one caller with several keys, so that a key can be changed without a gap; their limits must be
+Entries of one name are one tenant with several keys, so that a key can be changed without a gap; their limits must be
 the same.
 """
 
@@ -43,7 +43,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """What a caller may do. None: no limit."""
+    """What a tenant may do. None: no limit."""
 
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None  # of prompts and outputs together

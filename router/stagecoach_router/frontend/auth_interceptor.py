@@ -36,8 +36,8 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
     tenant.
     """
 
-    def __init__(self, callers: Tenants) -> None:
-        self._callers = callers
+    def __init__(self, tenants: Tenants) -> None:
+        self._tenants = tenants
 
     async def intercept_service(
         self, continuation: Find, handler_call_details: grpc.HandlerCallDetails
@@ -45,7 +45,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         """The method's handler, or one that refuses."""
         if handler_call_details.method != HEALTH_CHECK:
             try:
-                _calling_tenant.set(self._callers.identify(handler_call_details.invocation_metadata))
+                _calling_tenant.set(self._tenants.identify(handler_call_details.invocation_metadata))
             except errors.Unauthenticated as error:
                 return _refusal(error)
         return await continuation(handler_call_details)

@@ -45,7 +45,7 @@ async def read_request(
     model: model_pb2.ModelDescription,
     encoder: PromptEncoder,
     engine: Engine,
-    caller: Tenant,
+    tenant: Tenant,
 ) -> Request:
     """The request in tokens, checked against the model. Raises typed errors that name the field."""
     params = read_params(request.sampling)
@@ -66,7 +66,7 @@ async def read_request(
             capacity=engine.usual_capacity_tokens(len(prompt_tokens)),
         ),
         priority=request.priority,
-        cache_salt=caller.cache_salt(request.cache_salt),
+        cache_salt=tenant.cache_salt(request.cache_salt),
     )
 
 

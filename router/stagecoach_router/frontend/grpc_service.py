@@ -59,7 +59,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     """
 
     def __init__(self, *, max_stall_s: float = math.inf) -> None:
-        self._stalled_writes = WriteTimeouts(max_stall_s)
+        self._write_timeouts = WriteTimeouts(max_stall_s)
         self.serving: Serving | None = None
         self.reason = "starting"
         self.draining = False
@@ -74,11 +74,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self, request: pb.GenerateRequest, context: Context
     ) -> None:
         try:
-            caller = calling_tenant()
-            serving = self._require(request.model, caller)
-            caller.check_priority(request.priority)
+            tenant = calling_tenant()
+            serving = self._require(request.model, tenant)
+            tenant.check_priority(request.priority)
             check_delivery(request.from_tokens, request.linger_s)
-            state = await self._find_or_accept(request, serving, caller)
+            state = await self._find_or_accept(request, serving, tenant)
             from_tokens, linger_s = tuple(request.from_tokens), request.linger_s
             del request  # it may be large, and the call may last
             with serving.requests.reading(
@@ -95,11 +95,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         while deltas := await reader.read():
             state.charge(time.monotonic())
             for response in write_deltas(deltas, state, tokenizer):
-                self._stalled_writes.begin(task, context, loop.time())
+                self._write_timeouts.begin(task, context, loop.time())
                 try:
                     await context.write(response)
                 finally:
-                    self._stalled_writes.end(task)
+                    self._write_timeouts.end(task)
 
     async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:  # noqa: N802
         if self.serving is not None:
@@ -108,17 +108,17 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:  # noqa: N802
         try:
-            caller = calling_tenant()
-            serving = self._require(request.model, caller)
-            with caller.admit(time.monotonic()):
+            tenant = calling_tenant()
+            serving = self._require(request.model, tenant)
+            with tenant.admit(time.monotonic()):
                 token_ids = await encode(request, serving.encoder)
         except errors.StagecoachError as error:
             await abort(context, error)
         return pb.TokenizeResponse(token_ids=token_ids, context_length=serving.model.context_length)
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:  # noqa: N802
-        caller, served = calling_tenant(), [] if self.serving is None else [self.serving.model]
-        return pb.ListModelsResponse(models=[model for model in served if caller.may_use(model.name)])
+        tenant, served = calling_tenant(), [] if self.serving is None else [self.serving.model]
+        return pb.ListModelsResponse(models=[model for model in served if tenant.may_use(model.name)])
 
     async def GetClusterStatus(  # noqa: N802
         self, request: pb.GetClusterStatusRequest, context: Context
@@ -134,24 +134,24 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         await asyncio.gather(*(pipeline.refresh_loads(LOAD_REPORT_TIMEOUT_S) for pipeline in open_ones))
         return write_status(serving.model, serving.engine, serving.pipelines, uptime_s)
 
-    async def _find_or_accept(self, request: pb.GenerateRequest, serving: Serving, caller: Tenant) -> RequestState:
+    async def _find_or_accept(self, request: pb.GenerateRequest, serving: Serving, tenant: Tenant) -> RequestState:
         """The request of this id, where it is known, or a new one. What is refused is refused before it costs much."""
         request.request_id = request.request_id or uuid.uuid4().hex
-        key = (caller.name, request.request_id)
+        key = (tenant.name, request.request_id)
         if serving.requests.knows(key):
             known = serving.requests.find(key, content_digest(request))
             if known is not None:  # else its time was up just now
                 return known
         self._check_new(request, serving)
-        with caller.admit(time.monotonic()):
+        with tenant.admit(time.monotonic()):
             checked = await read_request(
-                request, model=serving.model, encoder=serving.encoder, engine=serving.engine, caller=caller
+                request, model=serving.model, encoder=serving.encoder, engine=serving.engine, tenant=tenant
             )
-            caller.charge(len(checked.prompt_tokens), time.monotonic())
+            tenant.charge(len(checked.prompt_tokens), time.monotonic())
             digest = content_digest(request)
             # While it was read, another call may have brought the same.
             known = serving.requests.find(key, digest)
-            return known or serving.requests.accept(key, digest, checked, tenant=caller)
+            return known or serving.requests.accept(key, digest, checked, tenant=tenant)
 
     def _check_new(self, request: pb.GenerateRequest, serving: Serving) -> None:
         """Raises Unavailable, FailedPrecondition or Overloaded where no request that is not known can be taken."""
@@ -165,10 +165,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             )
         serving.engine.check_room(max(1, min(request.sampling.n, MAX_N)))
 
-    def _require(self, model: str, caller: Tenant) -> Serving:
+    def _require(self, model: str, tenant: Tenant) -> Serving:
         if self.serving is None:
             raise errors.Unavailable(f"no pipeline yet: {self.reason}", retry_after_s=1.0)
-        caller.check_model(model or self.serving.model.name)
+        tenant.check_model(model or self.serving.model.name)
         if model and model != self.serving.model.name:
             raise errors.NotFound(
                 f"model: {model!r} is not served here; {self.serving.model.name!r} is",

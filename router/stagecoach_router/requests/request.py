@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from stagecoach.errors import InvalidArgument, OutOfRange
 from stagecoach.sampling_params import MAX_N, SamplingParams
 
-# Whose request (an API key's name, or ""), and its id: one caller's ids mean nothing to another.
+# Whose request (an API key's name, or ""), and its id: one tenant's ids mean nothing to another.
 RequestKey = tuple[str, str]
 
 

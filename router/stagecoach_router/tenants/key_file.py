@@ -21,9 +21,9 @@ logger = logging.getLogger(__name__)
 
 
 class KeyFile:
-    """Keeps `callers` as the file says. A file that cannot be used leaves them as they were, with an error logged.
+    """Keeps `tenants` as the file says. A file that cannot be used leaves them as they were, with an error logged.
 
-    A file without keys is one that cannot be used: editors empty a file before they write it, and callers that were
+    A file without keys is one that cannot be used: editors empty a file before they write it, and tenants that were
     gone for that moment would come back with all their limits unused.
 
     Raises ConfigError where it cannot be used at the start.
@@ -34,7 +34,7 @@ class KeyFile:
         self._interval_s = interval_s
         # Before the file is read: if it changes in between, the next look finds it changed once more.
         self._signature = signature(path)
-        self.callers = Tenants(_read(path), time.monotonic())
+        self.tenants = Tenants(_read(path), time.monotonic())
 
     async def watch(self) -> NoReturn:
         """Looks every `interval_s`, until cancelled."""
@@ -50,7 +50,7 @@ class KeyFile:
             logger.error("API keys stay as they were: %s", error)
             return
         if entries is not None:
-            self.callers.replace(entries, time.monotonic())
+            self.tenants.replace(entries, time.monotonic())
             logger.info("%d API keys read from %s", len(entries), self._path)
 
     def _read_if_changed(self) -> tuple[KeyEntry, ...] | None:

@@ -11,7 +11,7 @@ from stagecoach.security.api_keys import Grant, KeyEntry, key_id, key_sha256
 from stagecoach_router.tenants.rate_limit import TokenBucket
 
 AUTHORIZATION = "authorization"
-# When one of a caller's requests will end is not known; soon, as a rule.
+# When one of a tenant's requests will end is not known; soon, as a rule.
 CONCURRENCY_RETRY_AFTER_S = 1.0
 # Compared with where there is no such id, so that this takes as long as a wrong key does.
 _NO_SHA256 = "0" * 64
@@ -39,7 +39,7 @@ class Tenant:
             raise PermissionDenied(f"model: {self.name} may not use {model!r}", field="model", value=model)
 
     def may_use(self, model: str) -> bool:
-        """Whether this model is among the caller's."""
+        """Whether this model is among the tenant's."""
         return self.grant.models is None or model in self.grant.models
 
     def check_priority(self, priority: int) -> None:
@@ -58,7 +58,7 @@ class Tenant:
         """Lets a request in, which counts as running within the `with` statement, and takes it off the minute's.
 
         Raises RateLimited, and then takes nothing: its `retry_after_s` is when the request would be let in, if the
-        caller sent nothing else until then.
+        tenant sent nothing else until then.
         """
         limit = self.grant.max_concurrent
         if limit is not None and self.num_running >= limit:
@@ -108,9 +108,9 @@ class Tenant:
             self.tokens.take(num_tokens, now_s)
 
     def cache_salt(self, chosen: str) -> bytes:
-        """What parts the caller's blocks in the prefix cache from others', and by `chosen` its own from each other.
+        """What parts the tenant's blocks in the prefix cache from others', and by `chosen` its own from each other.
 
-        Different (name, chosen) give different salts: the name's length comes first, so that no choice of one caller
+        Different (name, chosen) give different salts: the name's length comes first, so that no choice of one tenant
         spells another's name.
         """
         name = "" if self.grant.shares_cache else self.name
@@ -120,7 +120,7 @@ class Tenant:
 
 
 class Tenants:
-    """All callers. Without `entries`, everyone is the same one, who may do anything."""
+    """All tenants. Without `entries`, everyone is the same one, who may do anything."""
 
     def __init__(self, entries: Sequence[KeyEntry] | None, now_s: float) -> None:
         self._anyone = Tenant("", Grant(), now_s) if entries is None else None
@@ -137,16 +137,16 @@ class Tenants:
         for entry in entries:
             self._by_id[entry.id] = entry
             if entry.name in self._by_name:
-                continue  # another key of the same caller, with the same limits
-            caller = former.get(entry.name)
-            if caller is None:
-                caller = Tenant(entry.name, entry.grant, now_s)
+                continue  # another key of the same tenant, with the same limits
+            tenant = former.get(entry.name)
+            if tenant is None:
+                tenant = Tenant(entry.name, entry.grant, now_s)
             else:
-                caller.change(entry.grant, now_s)
-            self._by_name[entry.name] = caller
+                tenant.change(entry.grant, now_s)
+            self._by_name[entry.name] = tenant
 
     def former(self, name: str) -> Tenant:
-        """Who is charged for a request of `name` that a former process let in: nobody, if that is no caller now."""
+        """Who is charged for a request of `name` that a former process let in: nobody, if that is no tenant now."""
         return self._anyone or self._by_name.get(name) or Tenant(name, Grant(), 0.0)
 
     def identify(self, metadata: Iterable[tuple[str, str | bytes]] | None) -> Tenant:

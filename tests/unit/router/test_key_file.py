@@ -20,7 +20,7 @@ def entry(key, name, **limits):
 
 def name_of(keys, key):
     try:
-        return keys.callers.identify([("authorization", f"Bearer {key}")]).name
+        return keys.tenants.identify([("authorization", f"Bearer {key}")]).name
     except Unauthenticated:
         return None
 
@@ -55,10 +55,10 @@ async def test_a_link_that_is_turned_to_another_file_of_the_same_size_is_a_chang
 async def test_a_file_that_has_not_changed_is_not_read_again(path, caplog):
     caplog.set_level(logging.INFO)
     keys = KeyFile(path)
-    ann = keys.callers.identify([("authorization", f"Bearer {ANN}")])
+    ann = keys.tenants.identify([("authorization", f"Bearer {ANN}")])
     await keys.check()
     assert caplog.records == []
-    assert keys.callers.identify([("authorization", f"Bearer {ANN}")]) is ann
+    assert keys.tenants.identify([("authorization", f"Bearer {ANN}")]) is ann
 
 
 @pytest.mark.parametrize(
@@ -104,14 +104,14 @@ async def test_a_file_that_is_empty_for_a_moment_gives_nobody_new_limits(path):
     path.write_text(entry(ANN, "ann", requests_per_minute=1))
     keys = KeyFile(path)
     text = path.read_text()
-    with keys.callers.identify([("authorization", f"Bearer {ANN}")]).admit(time.monotonic()):
+    with keys.tenants.identify([("authorization", f"Bearer {ANN}")]).admit(time.monotonic()):
         pass
     for content in ("", text):
         path.write_text(content)
         await keys.check()
     with (
         pytest.raises(RateLimited),
-        keys.callers.identify([("authorization", f"Bearer {ANN}")]).admit(time.monotonic()),
+        keys.tenants.identify([("authorization", f"Bearer {ANN}")]).admit(time.monotonic()),
     ):
         pytest.fail("it was let in")
 

@@ -28,11 +28,11 @@ def bearer(key):
 
 
 def test_a_key_says_whose_it_is():
-    callers = Tenants(ENTRIES, 0.0)
-    assert callers.identify(bearer(KEY)).name == "ann"
-    assert callers.identify(bearer(OTHER_KEY)).name == "bob"
-    assert callers.identify([("authorization", f"bearer  {KEY} ")]).name == "ann"
-    assert callers.identify(bearer(KEY)) is callers.identify(bearer(KEY))
+    tenants = Tenants(ENTRIES, 0.0)
+    assert tenants.identify(bearer(KEY)).name == "ann"
+    assert tenants.identify(bearer(OTHER_KEY)).name == "bob"
+    assert tenants.identify([("authorization", f"bearer  {KEY} ")]).name == "ann"
+    assert tenants.identify(bearer(KEY)) is tenants.identify(bearer(KEY))
 
 
 @pytest.mark.parametrize(
@@ -79,101 +79,101 @@ def test_secrets_are_compared_in_constant_time_whether_the_id_is_known_or_not(mo
         return real(one, other)
 
     monkeypatch.setattr(module.hmac, "compare_digest", compare)
-    callers = Tenants(ENTRIES, 0.0)
-    callers.identify(bearer(KEY))
+    tenants = Tenants(ENTRIES, 0.0)
+    tenants.identify(bearer(KEY))
     for key in (new_key(), "short"):
         with pytest.raises(Unauthenticated):
-            callers.identify(bearer(key))
+            tenants.identify(bearer(key))
     assert compared == [(64, 64)] * 3
 
 
 def test_a_caller_may_use_its_models_only():
-    caller = Tenant("ann", Grant(models=("small", "large")), 0.0)
-    caller.check_model("large")
-    assert not caller.may_use("huge")
+    tenant = Tenant("ann", Grant(models=("small", "large")), 0.0)
+    tenant.check_model("large")
+    assert not tenant.may_use("huge")
     with pytest.raises(PermissionDenied) as caught:
-        caller.check_model("huge")
+        tenant.check_model("huge")
     assert (caught.value.field, caught.value.retryable) == ("model", False)
 
 
 def test_a_caller_may_ask_for_its_highest_priority_and_below():
-    caller = Tenant("ann", Grant(max_priority=1), 0.0)
-    caller.check_priority(1)
-    caller.check_priority(-7)
+    tenant = Tenant("ann", Grant(max_priority=1), 0.0)
+    tenant.check_priority(1)
+    tenant.check_priority(-7)
     with pytest.raises(PermissionDenied) as caught:
-        caller.check_priority(2)
+        tenant.check_priority(2)
     assert (caught.value.field, caught.value.limit, caught.value.value) == ("priority", "1", "2")
 
 
 def test_requests_of_a_minute():
-    caller = Tenant("ann", Grant(requests_per_minute=2), 100.0)
+    tenant = Tenant("ann", Grant(requests_per_minute=2), 100.0)
     for _ in range(2):
-        with caller.admit(100.0):
+        with tenant.admit(100.0):
             pass
-    with pytest.raises(RateLimited) as caught, caller.admit(100.0):
+    with pytest.raises(RateLimited) as caught, tenant.admit(100.0):
         pass
     assert caught.value.field == "requests_per_minute"
     assert caught.value.retry_after_s == pytest.approx(30, abs=0.01)
-    with caller.admit(100.0 + caught.value.retry_after_s):
+    with tenant.admit(100.0 + caught.value.retry_after_s):
         pass
 
 
 def test_tokens_are_charged_as_they_come_and_shut_the_door_when_they_are_used_up():
-    caller = Tenant("ann", Grant(tokens_per_minute=60), 0.0)
-    with caller.admit(0.0):
-        caller.charge(50, 0.0)
-        with caller.admit(0.0):  # ten are left
+    tenant = Tenant("ann", Grant(tokens_per_minute=60), 0.0)
+    with tenant.admit(0.0):
+        tenant.charge(50, 0.0)
+        with tenant.admit(0.0):  # ten are left
             pass
         for _ in range(20):
-            caller.charge(1, 0.0)
-        with pytest.raises(RateLimited) as caught, caller.admit(0.0):
+            tenant.charge(1, 0.0)
+        with pytest.raises(RateLimited) as caught, tenant.admit(0.0):
             pass
     assert caught.value.field == "tokens_per_minute"
     assert caught.value.retry_after_s == pytest.approx(11, abs=0.01)
-    with caller.admit(caught.value.retry_after_s):
+    with tenant.admit(caught.value.retry_after_s):
         pass
 
 
 def test_a_refused_request_costs_nothing():
-    caller = Tenant("ann", Grant(requests_per_minute=1, tokens_per_minute=60), 0.0)
-    with caller.admit(0.0):
-        caller.charge(180, 0.0)
+    tenant = Tenant("ann", Grant(requests_per_minute=1, tokens_per_minute=60), 0.0)
+    with tenant.admit(0.0):
+        tenant.charge(180, 0.0)
     for _ in range(5):
-        with pytest.raises(RateLimited) as caught, caller.admit(0.0):
+        with pytest.raises(RateLimited) as caught, tenant.admit(0.0):
             pass
     assert caught.value.retry_after_s == pytest.approx(121, abs=0.01)  # the longer of both waits
-    with caller.admit(caught.value.retry_after_s):
+    with tenant.admit(caught.value.retry_after_s):
         pass
 
 
 def test_requests_at_a_time_also_when_one_fails():
-    caller = Tenant("ann", Grant(max_concurrent=2), 0.0)
-    with caller.admit(0.0):
-        with pytest.raises(ZeroDivisionError), caller.admit(0.0):
+    tenant = Tenant("ann", Grant(max_concurrent=2), 0.0)
+    with tenant.admit(0.0):
+        with pytest.raises(ZeroDivisionError), tenant.admit(0.0):
             raise ZeroDivisionError
-        with caller.admit(0.0), pytest.raises(RateLimited) as caught, caller.admit(0.0):
+        with tenant.admit(0.0), pytest.raises(RateLimited) as caught, tenant.admit(0.0):
             pass
     assert (caught.value.field, caught.value.retry_after_s) == ("max_concurrent", 1.0)
-    assert caller.num_running == 0
+    assert tenant.num_running == 0
 
 
 def test_a_request_that_runs_on_counts_until_it_ends():
-    caller = Tenant("ann", Grant(max_concurrent=1), 0.0)
-    with caller.admit(0.0):
-        caller.begin()
-    with pytest.raises(RateLimited), caller.admit(0.0):
+    tenant = Tenant("ann", Grant(max_concurrent=1), 0.0)
+    with tenant.admit(0.0):
+        tenant.begin()
+    with pytest.raises(RateLimited), tenant.admit(0.0):
         pass
-    caller.end()
-    assert caller.num_running == 0
-    with caller.admit(0.0):
+    tenant.end()
+    assert tenant.num_running == 0
+    with tenant.admit(0.0):
         pass
 
 
 def test_what_a_former_process_let_in_counts_as_running_whatever_the_limits_say():
-    callers = Tenants((new_entry(KEY, "ann", Grant(max_concurrent=1)),), 0.0)
-    ann = callers.identify(bearer(KEY))
+    tenants = Tenants((new_entry(KEY, "ann", Grant(max_concurrent=1)),), 0.0)
+    ann = tenants.identify(bearer(KEY))
     for _ in range(2):
-        callers.former("ann").begin()
+        tenants.former("ann").begin()
     assert ann.num_running == 2
     with pytest.raises(RateLimited), ann.admit(0.0):
         pass
@@ -199,13 +199,13 @@ def test_tokens_are_charged_once_each_and_those_of_a_former_process_not_again():
 
 
 def test_who_is_no_caller_any_more_is_charged_for_nobody():
-    callers = Tenants(ENTRIES, 0.0)
-    gone = callers.former("gone")
+    tenants = Tenants(ENTRIES, 0.0)
+    gone = tenants.former("gone")
     gone.begin()
     gone.charge(10, 0.0)
     assert Tenants(None, 0.0).former("ann").name == ""
     with pytest.raises(Unauthenticated):
-        callers.identify(bearer(new_key()))
+        tenants.identify(bearer(new_key()))
 
 
 grants = st.builds(
@@ -217,49 +217,49 @@ grants = st.builds(
 
 @given(grants, st.lists(st.tuples(st.floats(0, 30), st.integers(0, 300)), max_size=40))
 def test_who_comes_back_when_told_to_is_let_in(grant, steps):
-    caller, now_s = Tenant("ann", grant, 0.0), 0.0
+    tenant, now_s = Tenant("ann", grant, 0.0), 0.0
     for elapsed_s, num_tokens in steps:
         now_s += elapsed_s
         with ExitStack() as running:
             try:
-                running.enter_context(caller.admit(now_s))
+                running.enter_context(tenant.admit(now_s))
             except RateLimited as error:
                 now_s += error.retry_after_s
-                running.enter_context(caller.admit(now_s))
-            caller.charge(num_tokens, now_s)
-    assert caller.num_running == 0
+                running.enter_context(tenant.admit(now_s))
+            tenant.charge(num_tokens, now_s)
+    assert tenant.num_running == 0
 
 
 def test_a_changed_file_keeps_what_was_used():
-    callers = Tenants((new_entry(KEY, "ann", Grant(requests_per_minute=1, max_concurrent=1)),), 0.0)
-    ann = callers.identify(bearer(KEY))
+    tenants = Tenants((new_entry(KEY, "ann", Grant(requests_per_minute=1, max_concurrent=1)),), 0.0)
+    ann = tenants.identify(bearer(KEY))
     with ann.admit(0.0):
-        callers.replace((new_entry(KEY, "ann", Grant(requests_per_minute=1, max_concurrent=2)),), 0.0)
-        assert callers.identify(bearer(KEY)) is ann
+        tenants.replace((new_entry(KEY, "ann", Grant(requests_per_minute=1, max_concurrent=2)),), 0.0)
+        assert tenants.identify(bearer(KEY)) is ann
         with pytest.raises(RateLimited, match="requests per minute"), ann.admit(0.0):
             pass
-        callers.replace((new_entry(KEY, "ann", Grant()),), 0.0)
+        tenants.replace((new_entry(KEY, "ann", Grant()),), 0.0)
         with ann.admit(0.0):
             assert ann.num_running == 2
 
 
 def test_a_new_key_of_a_name_and_the_old_one_are_one_caller_until_the_old_one_is_gone():
     old, new = ENTRIES[0], new_entry(OTHER_KEY, "ann", Grant())
-    callers = Tenants((old,), 0.0)
-    ann = callers.identify(bearer(KEY))
-    callers.replace((old, new), 0.0)
-    assert callers.identify(bearer(KEY)) is callers.identify(bearer(OTHER_KEY)) is ann
-    callers.replace((new,), 0.0)
-    assert callers.identify(bearer(OTHER_KEY)) is ann
+    tenants = Tenants((old,), 0.0)
+    ann = tenants.identify(bearer(KEY))
+    tenants.replace((old, new), 0.0)
+    assert tenants.identify(bearer(KEY)) is tenants.identify(bearer(OTHER_KEY)) is ann
+    tenants.replace((new,), 0.0)
+    assert tenants.identify(bearer(OTHER_KEY)) is ann
     with pytest.raises(Unauthenticated):
-        callers.identify(bearer(KEY))
+        tenants.identify(bearer(KEY))
 
 
 def test_an_id_with_another_secret_is_not_enough():
     entry = ENTRIES[0]
-    callers = Tenants((KeyEntry(entry.name, entry.id, "0" * 64, Grant()),), 0.0)
+    tenants = Tenants((KeyEntry(entry.name, entry.id, "0" * 64, Grant()),), 0.0)
     with pytest.raises(Unauthenticated):
-        callers.identify(bearer(KEY))
+        tenants.identify(bearer(KEY))
 
 
 names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True) | st.just("")
