@@ -22,8 +22,7 @@ class ChildProcess:
     """Runs `command` in a session of its own, so that a ctrl-C in the terminal does not reach it.
 
     `on_line(name, line)` is called with each line of its output, from another thread; it must not wait for anything,
-    and what it raises costs the line. On Linux the child is killed when
-    this process dies, however that happens.
+    and what it raises costs the line. On Linux the child is killed when this process dies, however that happens.
     """
 
     def __init__(self, name: str, command: Sequence[str], on_line: Callable[[str, str], None] | None = None) -> None:

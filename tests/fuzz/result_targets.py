@@ -199,7 +199,7 @@ class _FailedCall(grpc.RpcError):
         return ((STATUS_METADATA_KEY, self._data),)
 
 
-def error_detail(scratch: Path) -> Target:
+def error_status(scratch: Path) -> Target:
     """A server's error: whatever it says, the client gets one of ours, waits no longer than it wants to, goes on."""
     known = [
         errors.KVCacheFull.of_blocks(needed=9, free=4),
@@ -218,4 +218,4 @@ def error_detail(scratch: Path) -> Target:
         if errors.from_trailing_metadata([(STATUS_METADATA_KEY, data)]) is None:
             raise error
 
-    return Target("error_detail", corpus, check, (*PROTOBUF_WORDS, *_DOUBLES), share=20)
+    return Target("error_status", corpus, check, (*PROTOBUF_WORDS, *_DOUBLES), share=20)

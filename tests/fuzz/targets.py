@@ -25,7 +25,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "step_result": result_targets.step_result,
     "load_report": result_targets.load_report,
     "description": result_targets.description,
-    "error_detail": result_targets.error_detail,
+    "error_status": result_targets.error_status,
     "generate": public_targets.generate,
     "api_keys": public_targets.api_keys,
     "text": public_targets.text,

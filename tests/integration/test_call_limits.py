@@ -1,4 +1,4 @@
-"""The door in front of a service: how many calls it lets in, and what senders of requests can make it hold."""
+"""The limits in front of a service: how many calls they let in, and what senders of requests can make it hold."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ class Echo(grpc.GenericRpcHandler):
 
 
 @asynccontextmanager
-async def serving(door: CallLimits) -> AsyncIterator[tuple[Echo, grpc.aio.Channel]]:
+async def serving(limits: CallLimits) -> AsyncIterator[tuple[Echo, grpc.aio.Channel]]:
     echo = Echo()
-    server = grpc.aio.server(interceptors=[door])
+    server = grpc.aio.server(interceptors=[limits])
     server.add_generic_rpc_handlers((echo,))
     echo.port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -107,7 +107,7 @@ async def never() -> AsyncIterator[bytes]:
     yield b""
 
 
-async def test_what_is_let_in_is_answered_as_without_a_door() -> None:
+async def test_what_is_let_in_is_answered_as_without_limits() -> None:
     async with serving(CallLimits(1)) as (echo, channel):
         echo.may_answer.set()
         assert await channel.unary_unary(ONCE)(b"a") == b"a"
@@ -118,7 +118,7 @@ async def test_what_is_let_in_is_answered_as_without_a_door() -> None:
 
 
 async def test_beyond_the_limit_a_call_is_told_when_to_come_back_and_its_request_is_not_received() -> None:
-    async with serving(door := CallLimits(1, lambda: 7.0)) as (echo, channel):
+    async with serving(limits := CallLimits(1, lambda: 7.0)) as (echo, channel):
         first = channel.unary_stream(STREAM)(b"first")
         await until(lambda: echo.num_received == 1)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -129,7 +129,7 @@ async def test_beyond_the_limit_a_call_is_told_when_to_come_back_and_its_request
         assert echo.num_received == 2, "the first one's, and the health check's"
         echo.may_answer.set()
         assert len([answer async for answer in first]) == 2
-        await until(lambda: door.num_calls == 0)
+        await until(lambda: limits.num_calls == 0)
         assert await channel.unary_unary(ONCE)(b"third") == b"third"
 
 
@@ -142,22 +142,22 @@ async def test_a_request_is_kept_no_longer_than_the_service_wants_it() -> None:
 
 
 async def test_who_sends_no_request_loses_the_call_and_those_behind_are_served() -> None:
-    async with serving(door := CallLimits(2 * MAX_READING, read_timeout_s=0.2)) as (echo, channel):
+    async with serving(limits := CallLimits(2 * MAX_READING, read_timeout_s=0.2)) as (echo, channel):
         echo.may_answer.set()
         silent = [channel.stream_stream(STREAM)(never()) for _ in range(MAX_READING_PER_HOST)]
-        await until(lambda: door.num_calls == MAX_READING_PER_HOST)
+        await until(lambda: limits.num_calls == MAX_READING_PER_HOST)
         codes = [await call.code() for call in silent]
         assert set(codes) == {grpc.StatusCode.DEADLINE_EXCEEDED}
         assert await channel.unary_unary(ONCE)(b"a") == b"a"
 
 
 async def test_whose_turn_does_not_come_is_told_to_come_again() -> None:
-    door = CallLimits(2 * MAX_READING, lambda: 3.0, read_timeout_s=4.0)
+    limits = CallLimits(2 * MAX_READING, lambda: 3.0, read_timeout_s=4.0)
     hosts = [f"127.0.0.{number}" for number in range(2, 2 + MAX_READING // MAX_READING_PER_HOST)]
-    async with serving(door) as (echo, channel), AsyncExitStack() as stack:
+    async with serving(limits) as (echo, channel), AsyncExitStack() as stack:
         relays = [await stack.enter_async_context(coming_from(host, echo.port)) for host in hosts]
         silent = [relay.stream_stream(STREAM)(never()) for relay in relays for _ in range(MAX_READING_PER_HOST)]
-        await until(lambda: door.num_calls == MAX_READING)
+        await until(lambda: limits.num_calls == MAX_READING)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await channel.unary_unary(ONCE)(b"a")
         error = errors.from_rpc_error(caught.value, "peer")
@@ -169,27 +169,27 @@ async def test_whose_turn_does_not_come_is_told_to_come_again() -> None:
 
 
 async def test_one_host_cannot_keep_the_others_waiting() -> None:
-    door = CallLimits(2 * MAX_READING, lambda: 3.0, read_timeout_s=2 * TIMEOUT_S)
-    async with serving(door) as (echo, channel), coming_from("127.0.0.2", echo.port) as other:
+    limits = CallLimits(2 * MAX_READING, lambda: 3.0, read_timeout_s=2 * TIMEOUT_S)
+    async with serving(limits) as (echo, channel), coming_from("127.0.0.2", echo.port) as other:
         silent = [channel.stream_stream(STREAM)(never()) for _ in range(MAX_READING)]
-        await until(lambda: door.num_calls == MAX_READING)
+        await until(lambda: limits.num_calls == MAX_READING)
         assert await other.unary_unary(ONCE)(b"a") == b"a"
         for call in silent:
             call.cancel()
 
 
 async def test_the_host_that_has_its_share_is_told_so() -> None:
-    door = CallLimits(2 * MAX_READING, lambda: 3.0, read_timeout_s=4.0)
-    async with serving(door) as (_, channel):
+    limits = CallLimits(2 * MAX_READING, lambda: 3.0, read_timeout_s=4.0)
+    async with serving(limits) as (_, channel):
         silent = [channel.stream_stream(STREAM)(never()) for _ in range(MAX_READING_PER_HOST)]
-        await until(lambda: door.num_calls == MAX_READING_PER_HOST)
+        await until(lambda: limits.num_calls == MAX_READING_PER_HOST)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await channel.unary_unary(ONCE)(b"a")
         error = errors.from_rpc_error(caught.value, "peer")
         assert (type(error), error.limit, error.retry_after_s) == (errors.Overloaded, str(MAX_READING_PER_HOST), 3.0)
         for call in silent:
             call.cancel()
-        await until(lambda: door.num_calls == 0)
+        await until(lambda: limits.num_calls == 0)
         assert await channel.unary_unary(ONCE)(b"b") == b"b"
 
 
@@ -205,9 +205,9 @@ async def test_a_call_without_a_request_is_refused() -> None:
 
 
 async def test_a_caller_that_goes_away_leaves_its_place() -> None:
-    async with serving(door := CallLimits(1)) as (echo, channel):
+    async with serving(limits := CallLimits(1)) as (echo, channel):
         call = channel.unary_stream(STREAM)(b"a")
         await until(lambda: echo.num_received == 1)
         call.cancel()
-        await until(lambda: door.num_calls == 0)
+        await until(lambda: limits.num_calls == 0)
         assert await channel.unary_unary(ONCE)(b"b") == b"b"

@@ -62,7 +62,7 @@ async def test_the_router_learns_the_distance_and_keeps_more_steps_in_flight(tin
         for _ in range(2):
             await asyncio.gather(*(generate(client, prompt) for prompt in prompts))
         pacing = engines[0].replicas[0].scheduler.pacing
-        assert pacing.hops_s >= NUM_HOPS * DELAY_S
+        assert pacing.token_s() >= NUM_HOPS * DELAY_S
         assert pacing.pace(8).num_lanes > 2
 
 

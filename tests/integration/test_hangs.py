@@ -109,7 +109,7 @@ async def test_a_compute_thread_that_hangs_while_nobody_asks_is_found(tiny_model
         await shard.close()
 
 
-async def test_a_full_cache_does_not_make_a_canary_fail(tiny_model):
+async def test_a_full_cache_does_not_make_a_health_probe_fail(tiny_model):
     """One sequence may fill every block that requests can have; the pipeline stays ready before, while and after."""
     shard = start_shard(tiny_model, "0:4")
     router = start_router([shard.address], kv_blocks=4, probe_interval_s=0.05)

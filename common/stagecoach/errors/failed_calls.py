@@ -11,24 +11,24 @@ import re
 
 import grpc
 
-from stagecoach.errors import types as tree
+from stagecoach.errors import types
 from stagecoach.errors.status import from_trailing_metadata
 
 # What a bare gRPC status means, from a peer that sent no details (gRPC itself, a proxy, another version).
-_BY_CODE: dict[grpc.StatusCode, type[tree.StagecoachError]] = {
-    grpc.StatusCode.INVALID_ARGUMENT: tree.InvalidArgument,
-    grpc.StatusCode.OUT_OF_RANGE: tree.OutOfRange,
-    grpc.StatusCode.NOT_FOUND: tree.NotFound,
-    grpc.StatusCode.UNAUTHENTICATED: tree.Unauthenticated,
-    grpc.StatusCode.PERMISSION_DENIED: tree.PermissionDenied,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: tree.Overloaded,
-    grpc.StatusCode.FAILED_PRECONDITION: tree.FailedPrecondition,
-    grpc.StatusCode.ABORTED: tree.ShardFault,
-    grpc.StatusCode.UNAVAILABLE: tree.Unavailable,
-    grpc.StatusCode.DEADLINE_EXCEEDED: tree.DeadlineExceeded,
-    grpc.StatusCode.CANCELLED: tree.Cancelled,
-    grpc.StatusCode.UNIMPLEMENTED: tree.Unimplemented,
-    grpc.StatusCode.INTERNAL: tree.InternalError,
+_BY_CODE: dict[grpc.StatusCode, type[types.StagecoachError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: types.InvalidArgument,
+    grpc.StatusCode.OUT_OF_RANGE: types.OutOfRange,
+    grpc.StatusCode.NOT_FOUND: types.NotFound,
+    grpc.StatusCode.UNAUTHENTICATED: types.Unauthenticated,
+    grpc.StatusCode.PERMISSION_DENIED: types.PermissionDenied,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: types.Overloaded,
+    grpc.StatusCode.FAILED_PRECONDITION: types.FailedPrecondition,
+    grpc.StatusCode.ABORTED: types.ShardFault,
+    grpc.StatusCode.UNAVAILABLE: types.Unavailable,
+    grpc.StatusCode.DEADLINE_EXCEEDED: types.DeadlineExceeded,
+    grpc.StatusCode.CANCELLED: types.Cancelled,
+    grpc.StatusCode.UNIMPLEMENTED: types.Unimplemented,
+    grpc.StatusCode.INTERNAL: types.InternalError,
 }
 
 # Calls beyond a server's limit are refused by gRPC, which cannot say when to come back; the next one may find room.
@@ -47,7 +47,7 @@ _CONNECTION_ENDED = re.compile(r"Socket closed|Connection reset|Broken pipe|GOAW
 _NOT_CONNECTED = re.compile(r"failed to connect", re.IGNORECASE)
 
 
-def from_rpc_error(error: grpc.RpcError, peer: str, *, names_peer: bool = False) -> tree.StagecoachError:
+def from_rpc_error(error: grpc.RpcError, peer: str, *, names_peer: bool = False) -> types.StagecoachError:
     """The error behind a failed call to `peer` (HOST:PORT). It is about the peer, unless that says who else it is.
 
     `names_peer`: its text begins with the peer also where the peer wrote it, who need not say who it is.
@@ -60,16 +60,16 @@ def from_rpc_error(error: grpc.RpcError, peer: str, *, names_peer: bool = False)
             sent.args = (sent.message,)
         return sent
     code, details = _code_and_details(error)
-    kind, retry_after_s = _BY_CODE.get(code, tree.StagecoachError), 0.0
+    kind, retry_after_s = _BY_CODE.get(code, types.StagecoachError), 0.0
     if _STATUS_LOST in details:
-        kind = tree.InternalError
-    elif kind is tree.Overloaded and _MESSAGE_TOO_LARGE in details:
-        kind = tree.OutOfRange  # sending it again cannot help
-    elif kind is tree.Overloaded and _CALL_LIMIT in details:
+        kind = types.InternalError
+    elif kind is types.Overloaded and _MESSAGE_TOO_LARGE in details:
+        kind = types.OutOfRange  # sending it again cannot help
+    elif kind is types.Overloaded and _CALL_LIMIT in details:
         retry_after_s = CALL_LIMIT_RETRY_AFTER_S
-    elif kind is tree.Unavailable and (reason := why_no_handshake(details)):
-        kind, details = tree.HandshakeFailed, reason
-    elif kind is tree.Unavailable and _CLOSED_AT_ONCE.search(details):
+    elif kind is types.Unavailable and (reason := why_no_handshake(details)):
+        kind, details = types.HandshakeFailed, reason
+    elif kind is types.Unavailable and _CLOSED_AT_ONCE.search(details):
         # The accepting side closes the connection on whoever it does not like, and says why in its own log only.
         details += " (it hung up at once: perhaps it speaks TLS, and we do not, or it wants another certificate of us)"
     return kind(f"{peer}: {details or code.name}", retry_after_s=retry_after_s, addresses=[peer])
@@ -89,7 +89,7 @@ def connection_ended(error: grpc.RpcError) -> bool:
     )
 
 
-def _sent_error(error: grpc.RpcError) -> tree.StagecoachError | None:
+def _sent_error(error: grpc.RpcError) -> types.StagecoachError | None:
     return from_trailing_metadata(getattr(error, "trailing_metadata", lambda: ())())
 
 

@@ -21,7 +21,7 @@ from google.protobuf.message import DecodeError
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
-from stagecoach.errors import types as tree
+from stagecoach.errors import types
 from stagecoach.errors.types import InternalError, StagecoachError
 
 STATUS_METADATA_KEY = "grpc-status-details-bin"
@@ -37,7 +37,7 @@ MAX_ADDRESSES = 2  # both ends of a link
 MAX_RETRY_AFTER_S = 86_400.0
 
 _KINDS: dict[str, type[StagecoachError]] = {
-    name: kind for name, kind in vars(tree).items() if isinstance(kind, type) and issubclass(kind, StagecoachError)
+    name: kind for name, kind in vars(types).items() if isinstance(kind, type) and issubclass(kind, StagecoachError)
 }
 
 

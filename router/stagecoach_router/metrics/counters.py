@@ -1,4 +1,4 @@
-"""What pipelines did in all, over their epochs and their shards' restarts. Pure: told of reports and results, it adds.
+"""What the router did in all, and its pipelines, over their epochs and their shards' restarts.
 
 Every figure only rises, so whoever looks twice may take the difference.
 """

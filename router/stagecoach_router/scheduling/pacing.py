@@ -108,16 +108,11 @@ class Pacing:
         """Forgets everything: the stages may be others now."""
         self._stages = [StageCost() for _ in range(self.num_stages)]
         self._hop_samples: deque[float] = deque(maxlen=NUM_HOP_SAMPLES)
-        self._hops_s = 0.0
+        self._hops_s = 0.0  # of a decode step's round trip, what no stage computed or queued: the latest ones' median
         self._largest = StepShape()  # of what was met, field by field
         self._row_context = 0.0  # positions that a decode attends to, lately
         self._decode_lanes = self._fixed_lanes or self.num_stages
         self._decided: dict[tuple[int, Prompts], Pace] = {}  # until the costs change
-
-    @property
-    def hops_s(self) -> float:
-        """Of a decode step's round trip, what no stage computed or queued: the median of the latest ones."""
-        return self._hops_s
 
     def observe(self, shape: StepShape, stages: Sequence[StageSeconds], round_trip_s: float) -> None:
         """Learns from a step that came back.

@@ -19,8 +19,8 @@ class Sequence:
     """A prompt and one of its completions.
 
     The token log, prompt then output, is the durable truth: it only grows, and everything else about a running
-    sequence can be computed again from it. The other fields each belong to one room, which alone changes them; all
-    others may read them.
+    sequence can be computed again from it. The scheduler appends what the step loop has sampled, and `RequestState`
+    what the journal had. Each other field is changed only by the code that its group names; everybody may read it.
     """
 
     seq_id: int  # rises in order of arrival
@@ -36,17 +36,17 @@ class Sequence:
     cache_salt: bytes = field(default=b"", repr=False)
     output_tokens: list[int] = field(default_factory=list, repr=False)
 
-    # ---- the sampler's
+    # ---- set when it is made; the counts follow the token log by themselves
+    counts: TokenCounts | None = field(init=False, repr=False)  # for bias and penalties; None: there are none
+
+    # ---- the step loop's, and its replica's when a pipeline is lost
     # What to ask the last stage for: usually, and for the next logits (more, where the usual did not do).
     want: OutputWant = field(default=WHOLE_ROW, repr=False)
     next_want: OutputWant = field(init=False, repr=False)
-    counts: TokenCounts | None = field(init=False, repr=False)  # for bias and penalties; None: there are none
-
-    # ---- the step loop's
     num_losses: int = field(default=0, init=False, repr=False)  # pipelines lost in a row while they computed it
     num_tokens_since_loss: int = field(default=0, init=False, repr=False)
 
-    # ---- the scheduler's
+    # ---- the scheduler's, of which the waiting queue and the running sequences are parts
     order: Any = field(default=None, init=False, repr=False)  # sorts before those that run later; None: never added
     token_limit: int = field(default=0, init=False)  # tokens, prompt and output, at which it has to be finished
     slot: int | None = field(default=None, init=False)  # None: it does not run
@@ -58,7 +58,7 @@ class Sequence:
     incarnation: int = field(default=0, init=False)  # raised when it stops running; results of older steps are void
     removed: bool = field(default=False, init=False)
 
-    # ---- the block manager's
+    # ---- the block manager's; the waiting queue gives a sibling its leader's digests
     block_ids: list[int] = field(default_factory=list, init=False, repr=False)  # the block table
     num_committed: int = field(default=0, init=False, repr=False)  # leading blocks that are never written again
     digests: list[bytes] = field(default_factory=list, init=False, repr=False)  # of the log's full blocks, as needed

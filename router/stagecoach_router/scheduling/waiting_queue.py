@@ -63,7 +63,7 @@ class WaitingQueue:
         self._queue: list[Sequence] = []
         self._num_tokens = 0  # of all that wait
         self._num_left = 0  # so far, those that will be back left out
-        self._retry_delay = RetryAfter()
+        self._retry_after = RetryAfter()
         # Who found too few blocks, and blocks.num_releases then: no use in trying again before that has risen.
         self._blocked: Sequence | None = None
         self._blocked_at = 0
@@ -77,7 +77,7 @@ class WaitingQueue:
     @property
     def retry_after_s(self) -> float:
         """The last estimate of when a refused caller may come again."""
-        return self._retry_delay.delay_s
+        return self._retry_after.delay_s
 
     def num_starting(self, num_free_slots: int) -> int:
         """How many may start with the next steps, as far as is known: none where the first one lacks blocks."""
@@ -111,7 +111,7 @@ class WaitingQueue:
     def _retry_after_s(self, now_s: float | None) -> float:
         if now_s is None:
             return self.retry_after_s
-        return self._retry_delay.after_s(len(self._queue), self._num_left, now_s)
+        return self._retry_after.after_s(len(self._queue), self._num_left, now_s)
 
     def join(self, sequence: Sequence) -> None:
         """A new sequence, or one that was preempted."""

@@ -38,7 +38,6 @@ class StaticDecodeStep:
     ) -> None:
         self._shape = shape
         self._num_blocks = num_blocks
-        self.block_size = block_size
         # int64: for each row its position, the cache slot of its token, and the position at which its blocks begin;
         # then the block ids of all rows. In one buffer, so that filling it is one copy.
         self._numbers = torch.zeros(num_rows * (3 + num_blocks), dtype=torch.int64, device=device)

@@ -1,1 +1,1 @@
-"""Leases: what a router may use of the stage that is served, and all checks of what it sends."""
+"""Which layers are served, what a router may use of them (its lease), and all checks of what it sends."""

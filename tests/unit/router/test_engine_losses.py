@@ -24,7 +24,7 @@ async def test_it_is_ready_when_a_token_has_come_and_not_before():
     assert cluster.readiness == [True, False, True]
 
 
-async def test_a_canary_counts_nowhere_and_has_a_slot_and_a_block_that_no_request_gets():
+async def test_a_health_probe_counts_nowhere_and_has_a_slot_and_a_block_that_no_request_gets():
     pipeline = FakePipeline(num_blocks=8)
     cluster = FakeCluster(pipeline)
     replica = await cluster.open()
@@ -38,7 +38,7 @@ async def test_a_canary_counts_nowhere_and_has_a_slot_and_a_block_that_no_reques
     assert replica.scheduler.num_running == 0
 
 
-async def test_a_canary_without_a_number_is_an_error():
+async def test_a_health_probe_without_a_number_is_an_error():
     pipeline = FakePipeline()
     cluster = FakeCluster(pipeline)
     await cluster.open()
@@ -62,10 +62,10 @@ async def test_who_had_a_step_under_way_at_each_loss_is_given_up_and_who_waited_
         await replica.open()
     with pytest.raises(ShardFault, match="lost 4 times"):
         running.read_from(0)
-    for _ in range(2):  # the canary, and the prompt
+    for _ in range(2):  # the health probe, and the prompt
         pipeline.answer()
-    [piece] = waiting.read_from(0)
-    assert piece.token_id == TOKEN
+    [delta] = waiting.read_from(0)
+    assert delta.token_id == TOKEN
 
 
 async def test_losses_while_nothing_of_it_is_under_way_do_not_count():
@@ -80,8 +80,8 @@ async def test_losses_while_nothing_of_it_is_under_way_do_not_count():
     await replica.open()
     for _ in range(2):
         pipeline.answer()
-    [piece] = state.read_from(0)
-    assert piece.token_id == TOKEN
+    [delta] = state.read_from(0)
+    assert delta.token_id == TOKEN
 
 
 async def test_a_pipeline_that_breaks_before_it_is_handed_over_is_lost():

@@ -481,7 +481,7 @@ def test_after_a_lost_pipeline_everything_is_computed_again_in_order():
     assert scheduler.num_preemptions == 0
 
 
-# ---- at the door
+# ---- what is refused at once
 
 
 def test_higher_priority_is_admitted_first():
