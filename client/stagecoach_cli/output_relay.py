@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+import time
 from collections.abc import Callable
 
 MAX_WAITING_LINES = 1000
@@ -43,20 +44,25 @@ class OutputRelay:
 
     def close(self, timeout_s: float = _CLOSE_TIMEOUT_S) -> None:
         """Returns when everything has been written, and after `timeout_s` in any case."""
+        end_s = time.monotonic() + timeout_s
         with contextlib.suppress(queue.Full):
             self._waiting.put(None, timeout=timeout_s)
-            self._thread.join(timeout_s)
+            self._thread.join(max(0.0, end_s - time.monotonic()))
 
     def _run(self) -> None:
         while (write := self._waiting.get()) is not None:
-            num_dropped = self._take_dropped()
-            try:
-                if num_dropped:
-                    self._write_dropped(num_dropped)
-                    num_dropped = 0
-                write()
-            except (OSError, ValueError):
-                self._drop(num_dropped + 1)
+            self._write(write)
+        self._write(lambda: None)  # what was dropped last is said, too
+
+    def _write(self, write: Write) -> None:
+        num_dropped = self._take_dropped()
+        try:
+            if num_dropped:
+                self._write_dropped(num_dropped)
+                num_dropped = 0
+            write()
+        except (OSError, ValueError):
+            self._drop(num_dropped + 1)
 
     def _drop(self, count: int) -> None:
         with self._lock:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from stagecoach.errors import InvalidArgument, StagecoachError
 
@@ -29,6 +30,17 @@ def write_model_text(text: str) -> None:
     """Writes text of a model at once. On a terminal, control sequences in it are left out."""
     sys.stdout.write(without_control(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
+
+
+def write_at_once(file: IO[str], text: str) -> None:
+    """Writes the text past the file's buffer, so that nothing of what cannot be written is left there.
+
+    Raises OSError, also where a reader has gone away.
+    """
+    file.flush()
+    data = memoryview(text.encode(getattr(file, "encoding", None) or "utf-8", "replace"))
+    while data:
+        data = data[os.write(file.fileno(), data) :]
 
 
 def without_control(text: str) -> str:

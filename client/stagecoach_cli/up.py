@@ -16,7 +16,7 @@ from stagecoach.security.tls import ROUTER_NAME
 from stagecoach_cli import extras
 from stagecoach_cli.options import DEFAULT_TARGET, DType, Stages
 from stagecoach_cli.output_relay import OutputRelay
-from stagecoach_cli.terminal import make_console, without_control
+from stagecoach_cli.terminal import make_console, without_control, write_at_once
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -147,7 +147,10 @@ class _Log:
         self._relay.close()
 
     def _print(self, text: str | Text, style: str | None = None) -> None:
-        self._console.print(text, style=style, soft_wrap=True)
+        # Not by the console itself: it keeps what it could not write, and writes that again with every later line.
+        with self._console.capture() as captured:
+            self._console.print(text, style=style, soft_wrap=True)
+        write_at_once(self._console.file, captured.get())
 
 
 def _say_welcome(log: _Log, cluster: LocalCluster) -> None:

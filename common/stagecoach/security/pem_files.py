@@ -42,8 +42,8 @@ def check_key_pair(cert: Path, key: Path) -> None:
         ) from error
 
 
-def check_dates(pem: bytes, source: Path, now: datetime) -> datetime:
-    """Returns when the certificate ends. Raises ConfigError, with its dates, where it is not valid `now`."""
+def read_dates(pem: bytes, source: Path) -> tuple[datetime, datetime]:
+    """From when until when the certificate is valid. Raises ConfigError for what is none."""
     from cryptography import x509  # not above: the SDK needs other functions of this file, and not the package
 
     try:
@@ -51,15 +51,7 @@ def check_dates(pem: bytes, source: Path, now: datetime) -> datetime:
     except ValueError as error:  # it is stricter than OpenSSL is
         text = f"tls_cert: {source} is no PEM certificate: {str(error)[:200]}"
         raise ConfigError(text, field="tls_cert", value=source) from error
-    begins, ends = cert.not_valid_before_utc, cert.not_valid_after_utc
-    if not begins <= now < ends:
-        raise ConfigError(
-            f"tls_cert: {source} is valid from {begins.isoformat()} to {ends.isoformat()}; it is {now.isoformat()}",
-            field="tls_cert",
-            limit=f"{begins.isoformat()} to {ends.isoformat()}",
-            value=now.isoformat(timespec="seconds"),
-        )
-    return ends
+    return cert.not_valid_before_utc, cert.not_valid_after_utc
 
 
 def check_ca(pem: bytes, source: str) -> None:

@@ -19,7 +19,7 @@ import grpc.aio
 
 from stagecoach.errors import ConfigError, PermissionDenied
 from stagecoach.rpc.channel import MAX_SHARD_MESSAGE_BYTES, Dial, channel_options, dial_plainly
-from stagecoach.security.pem_files import check_ca, check_dates, check_key_pair, read_file
+from stagecoach.security.pem_files import check_ca, check_key_pair, read_dates, read_file
 from stagecoach.security.watched_files import Signature, signature
 
 logger = logging.getLogger(__name__)
@@ -58,6 +58,7 @@ class Identity:
         self._cert, self._key, self._ca = cert, key, ca
         self._now = now
         self._warned_on: date | None = None
+        self._begins: datetime | None = None  # of a certificate that was refused as it is not valid yet
         self._lock = threading.Lock()  # gRPC asks from threads of its own
         self._seen = self._signatures()
         self._pem = self._read()
@@ -66,8 +67,9 @@ class Identity:
         """What the files hold now, or held when they could last be used."""
         with self._lock:
             seen = self._signatures()
-            if seen != self._seen:
-                self._seen = seen  # a mistake is reported once, not at every connection
+            has_begun = self._begins is not None and self._begins <= self._now()
+            if seen != self._seen or has_begun:
+                self._seen, self._begins = seen, None  # a mistake is reported once, not at every connection
                 try:
                     self._pem = self._read()
                     logger.info("tls: %s and what goes with it have changed, and are used from now on", self._cert)
@@ -115,12 +117,27 @@ class Identity:
         cert, key = read_file(self._cert, "tls_cert"), read_file(self._key, "tls_key")
         ca = None if self._ca is None else read_file(self._ca, "tls_ca")
         check_key_pair(self._cert, self._key)
-        pem = Pem(cert, key, ca, check_dates(cert, self._cert, self._now()))
+        pem = Pem(cert, key, ca, self._check_dates(cert))
         if pem.ca is not None:
             check_ca(pem.ca, str(self._ca))
         if self._signatures() != before:  # what was checked may not be what was read
             raise ConfigError(f"tls_cert: {self._cert} changed while it was read", field="tls_cert", value=self._cert)
         return pem
+
+    def _check_dates(self, cert: bytes) -> datetime:
+        """When the certificate ends. Raises ConfigError, with its dates, where it is not valid now."""
+        (begins, ends), now = read_dates(cert, self._cert), self._now()
+        if begins <= now < ends:
+            return ends
+        if now < begins:
+            self._begins = begins
+        dates = f"{begins.isoformat()} to {ends.isoformat()}"
+        raise ConfigError(
+            f"tls_cert: {self._cert} is valid from {dates}; it is {now.isoformat()}",
+            field="tls_cert",
+            limit=dates,
+            value=now.isoformat(timespec="seconds"),
+        )
 
 
 def read_identity(cert: Path | None, key: Path | None, ca: Path | None) -> Identity | None:

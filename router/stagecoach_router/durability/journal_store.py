@@ -133,10 +133,12 @@ class JournalStore:
         try:
             with self._reading("is no journal"):
                 self._prepare()
-        except ConfigError:
+            self._files = self._identities()
+        except (ConfigError, OSError) as error:
             self._db.close()
+            if isinstance(error, OSError):
+                raise ConfigError(f"journal: {path}: {error}", field="journal", value=path) from error
             raise
-        self._files = self._identities()
 
     def _prepare(self) -> None:
         execute = self._db.execute

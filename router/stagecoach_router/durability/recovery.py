@@ -25,7 +25,24 @@ async def recover_requests(
 
     They count as running for their callers. A request that cannot go on is logged and forgotten. Raises ConfigError for
     a journal of another model, or a damaged one.
+
+    Where this is cut short, as by a signal to stop, the journal is closed: whoever then fails the requests that were
+    begun again must not have the journal forget them.
     """
+    try:
+        await _begin_again(journal, requests, callers, model, linger_s)
+    except BaseException:
+        await journal.close()
+        raise
+
+
+async def _begin_again(
+    journal: Journal,
+    requests: RequestRegistry,
+    callers: Tenants,
+    model: model_pb2.ModelDescription,
+    linger_s: float,
+) -> None:
     left = await journal.load(model.fingerprint)
     for entry in left:
         await asyncio.sleep(0)  # long answers are spelt out anew, and shards wait for a word meanwhile

@@ -52,7 +52,11 @@ class SerialQueue:
             if isinstance(error, TimeoutError):
                 raise self._overloaded(f"no turn came in {self._max_wait_s:g} s") from None
             raise
-        job = start()
+        try:
+            job = start()
+        except BaseException:  # as that of an executor that has been shut down
+            self._leave(num_characters)
+            raise
         job.add_done_callback(lambda _: self._leave(num_characters))
         return await asyncio.shield(job)
 

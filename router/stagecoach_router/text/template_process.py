@@ -20,6 +20,9 @@ from stagecoach_router.text.template_worker import ANSWER_HEAD, REQUEST_HEAD, Ou
 # Of our environment, what says where libraries are and what time it is. Nothing else: keys may be in it.
 _KEPT_VARIABLES = ("LD_LIBRARY_PATH", "PYTHONHOME", "TZ")
 
+# Until another router, or this one when it is back, takes the request.
+STOPPING_RETRY_AFTER_S = 1.0
+
 
 @dataclass(frozen=True, slots=True)
 class RenderLimits:
@@ -41,6 +44,7 @@ class TemplateProcess:
         self._limits = limits
         self._queue = queue or SerialQueue("to be rendered")
         self._worker: _Worker | None = None
+        self._closed = False
 
     @property
     def limits(self) -> RenderLimits:
@@ -50,32 +54,42 @@ class TemplateProcess:
         """What the worker answers. `num_characters` is about what there is to render.
 
         Raises InvalidArgument(field="messages") past a limit, Overloaded where too much waits, and Unavailable where
-        no worker can be started.
+        no worker can be started, or after `close`.
         """
         return await self._queue.run(num_characters, lambda: asyncio.create_task(self._ask(source, variables)))
 
     async def close(self) -> None:
-        """Ends the worker."""
-        worker, self._worker = self._worker, None
-        if worker is not None:
-            await worker.close()
+        """Ends the worker, for good: what is being rendered, or asked for later, fails with Unavailable."""
+        self._closed = True
+        await self._end_worker()
 
     async def _ask(self, source: str, variables: Mapping[str, Any]) -> tuple[Outcome, str]:
+        self._check_open()
         request = json.dumps({"source": source, "variables": variables}).encode()
         if self._worker is None or self._worker.has_ended:
-            await self.close()
+            await self._end_worker()
             self._worker = await _Worker.start(self._limits)
         try:
             async with asyncio.timeout(self._limits.max_wall_s):
                 return await self._worker.ask(request, max_bytes=4 * self._limits.max_output_length)
         except (TimeoutError, EOFError, OSError, ValueError) as error:
-            await self.close()
+            self._check_open()
+            await self._end_worker()
             raise InvalidArgument(
                 "the chat template takes more time or memory for these messages than it may", field="messages"
             ) from error
         except BaseException:
-            await self.close()  # an answer may be under way that nobody reads
+            await self._end_worker()  # an answer may be under way that nobody reads
             raise
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise Unavailable("the router is stopping", retry_after_s=STOPPING_RETRY_AFTER_S)
+
+    async def _end_worker(self) -> None:
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            await worker.close()
 
 
 class _Worker:
@@ -93,7 +107,12 @@ class _Worker:
         """Raises Unavailable where the system does not let us start one."""
         try:
             process, connection = _start_process(limits)
-            reader, writer = await asyncio.open_unix_connection(sock=connection)
+            try:
+                reader, writer = await asyncio.open_unix_connection(sock=connection)
+            except BaseException:
+                process.kill()
+                connection.close()
+                raise
         except OSError as error:
             raise Unavailable(f"the process that renders chat templates cannot be started: {error}") from error
         return cls(process, reader, writer)
@@ -118,8 +137,8 @@ class _Worker:
 
     async def close(self) -> None:
         self._process.kill()
-        await asyncio.to_thread(self._process.wait)
         self._writer.close()
+        await asyncio.to_thread(self._process.wait)
 
 
 def _start_process(limits: RenderLimits) -> tuple[subprocess.Popen[bytes], socket.socket]:

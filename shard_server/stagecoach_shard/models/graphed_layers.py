@@ -7,6 +7,7 @@ time, and whatever is no such step (prefill, rows of very different lengths), go
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_left
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from stagecoach_shard.attention.interface import AttentionShape
 from stagecoach_shard.attention.static_decode import StaticDecodeStep, num_seen_blocks
 from stagecoach_shard.kv_cache import KVCache
 from stagecoach_shard.models.decoder import TorchLayers
+
+logger = logging.getLogger(__name__)
 
 ROW_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 BLOCK_SIZES = (2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
@@ -50,6 +53,7 @@ class GraphedLayers:
         self._dtype = dtype
         self._device = device
         self._met: set[tuple[int, int]] = set()
+        self._too_large: set[tuple[int, int]] = set()  # for the memory that is left beside weights and K/V
         self._recorded: dict[tuple[int, int], _Recorded] = {}
         self._cache: KVCache | None = None  # the one whose addresses the graphs have
         # One graph runs at a time, and what it leaves is used before the next one: they share what lies between.
@@ -69,12 +73,17 @@ class GraphedLayers:
         if cache is not self._cache:
             self._recorded.clear()
             self._cache = cache
-        if size not in self._met:
+        if size not in self._met or size in self._too_large:
             self._met.add(size)
             return self._layers.forward(hidden_states, batch, cache)
         recorded = self._recorded.get(size)
         if recorded is None:
-            recorded = self._recorded[size] = self._record(size, hidden_states.shape[1], batch, cache)
+            try:
+                recorded = self._recorded[size] = self._record(size, hidden_states.shape[1], batch, cache)
+            except torch.OutOfMemoryError as error:
+                logger.warning("decodes of %d rows and %d blocks are not recorded: %s", *size, error)
+                self._too_large.add(size)
+                return self._layers.forward(hidden_states, batch, cache)
         return self._replay(recorded, hidden_states, batch, cache)
 
     def _size(self, batch: Batch) -> tuple[int, int] | None:

@@ -15,6 +15,7 @@ from stagecoach.topology import LayerRange
 from stagecoach_shard.checkpoints.checkpoint import Checkpoint
 from stagecoach_shard.kv_cache import KVCache
 from stagecoach_shard.memory import free_bytes, num_kv_blocks
+from stagecoach_shard.models.graphed_layers import MAX_GATHERED_BYTES
 from stagecoach_shard.models.stage_tensors import StageTensors
 from stagecoach_shard.native.layers import Kernels, native_library
 from stagecoach_shard.runtime.stage import Stage
@@ -95,11 +96,12 @@ class Loader:
 
     def _allocate(self, layers: LayerRange) -> KVCache:
         config = self.checkpoint.config
+        reserved = MAX_GATHERED_BYTES if self.device.type == "cuda" else 0  # for recorded decodes
         num_blocks = num_kv_blocks(
             self.kv_cache_memory,
             self.kv_cache_fraction,
             bytes_per_block=KVCache.bytes_per_block(config, layers, block_size=self.block_size, dtype=self.dtype),
-            free=free_bytes(self.device),
+            free=max(0, free_bytes(self.device) - reserved),
         )
         return KVCache.allocate(
             config,

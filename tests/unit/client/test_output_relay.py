@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
 import threading
+import time
+from collections.abc import Callable
+
+from rich.console import Console
 
 from stagecoach_cli.output_relay import OutputRelay
+from stagecoach_cli.up import _Log
 
 TIMEOUT_S = 10.0
 
@@ -76,3 +83,46 @@ def test_an_output_that_hangs_does_not_keep_the_process() -> None:
     relay.put(lambda: output.write("never"))
     relay.close(timeout_s=0.05)
     output.open.set()
+
+
+def test_what_up_cannot_print_is_neither_kept_nor_printed_later() -> None:
+    """With a real console on a pipe that nobody reads for a while, and then on one whose reader has gone."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)  # full, it fails as a full disk does
+    with open(writing, "w", encoding="utf-8") as file:
+        log = _Log(Console(file=file, width=80))
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writing, bytes(4096))
+        for number in range(500):
+            log.line_of("shard", f"lost {number}")
+        log.say("the last one that is lost")
+        assert wait_until(lambda: log._relay._waiting.empty())
+        drain(reading)
+        log.say("heard again")
+        log.close()
+        text = drain(reading).decode()
+        os.close(reading)
+        log = _Log(Console(file=file, width=80))
+        log.say("nobody is there")
+        log.close()
+    assert "heard again" in text
+    assert "lines could not be written" in text
+    assert text.count("lost") <= 2, "what was being written when it got through"
+
+
+def wait_until(holds: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return True
+
+
+def drain(descriptor: int) -> bytes:
+    os.set_blocking(descriptor, False)
+    read = b""
+    with contextlib.suppress(BlockingIOError):
+        while chunk := os.read(descriptor, 1 << 16):
+            read += chunk
+    return read

@@ -295,6 +295,22 @@ def test_a_new_certificate_that_has_ended_is_reported_and_the_old_one_stays(
     assert "what was there before stays in use" in caplog.text
 
 
+def test_a_certificate_that_came_too_early_is_used_from_its_first_day_on(
+    issued: ClusterCertificates, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = datetime.now(UTC)
+    identity = Identity(*issued.shard, issued.ca, now=lambda: now)
+    before = identity.current()
+    now -= timedelta(hours=2)  # this process's clock is behind the authority's
+    new = issue_cluster(tmp_path / "second")
+    replace(issued, new)
+    for _ in range(2):
+        assert identity.current() is before
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    now += timedelta(hours=2)
+    assert identity.current().cert == new.shard.cert.read_bytes() != before.cert
+
+
 def test_a_certificate_that_ends_soon_is_warned_of_once_a_day(
     issued: ClusterCertificates, caplog: pytest.LogCaptureFixture
 ) -> None:

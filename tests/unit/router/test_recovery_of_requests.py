@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +14,8 @@ from stagecoach.errors import Cancelled, Overloaded, RateLimited
 from stagecoach.sampling_params import SamplingParams
 from stagecoach.security.api_keys import Grant, new_entry, new_key
 from stagecoach.v1.model_pb2 import ModelDescription
-from stagecoach_router.durability.journal_store import JournaledRequest
+from stagecoach_router.durability.journal import Journal
+from stagecoach_router.durability.journal_store import Begin, JournaledRequest, JournalStore
 from stagecoach_router.durability.recovery import recover_requests
 from stagecoach_router.durability.request_registry import RequestRegistry
 from stagecoach_router.requests.request import Request
@@ -43,6 +47,9 @@ class FakeJournal:
 
     def forget(self, key: tuple[str, str]) -> None:
         self.forgotten.append(key[1])
+
+    async def close(self) -> None:
+        pass
 
 
 class FakeEngine:
@@ -104,3 +111,26 @@ async def test_a_caller_that_is_gone_gets_its_request_done_all_the_same() -> Non
     assert requests.num_running == 1
     assert known._by_name["ann"].num_running == 0
     requests.close()
+
+
+async def test_a_stop_in_the_midst_of_it_leaves_every_request_in_the_journal(tmp_path: Path) -> None:
+    path = tmp_path / "journal.sqlite"
+    with closing(JournalStore(path)) as store:
+        store.check_model("f00d")
+        entries = [left("ann", f"r{number}", num_past=0) for number in range(5)]
+        store.apply([Begin(entry.key, entry.digest, entry.request) for entry in entries])
+    journal = Journal(path)
+    await journal.open()
+    engine: Any = FakeEngine()
+    requests = RequestRegistry(engine, max_linger_s=LINGER_S, log=journal)
+    recovering = asyncio.create_task(recover_requests(journal, requests, callers(), MODEL, LINGER_S))
+    async with asyncio.timeout(10):
+        while requests.num_running < 3:
+            await asyncio.sleep(0)
+    recovering.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await recovering
+    requests.close()  # as the router does when it stops: they fail
+    await journal.close()
+    with closing(JournalStore(path)) as store:
+        assert [entry.key[1] for entry in store.load()] == ["r0", "r1", "r2", "r3", "r4"]

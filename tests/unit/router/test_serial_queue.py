@@ -95,6 +95,20 @@ async def test_an_error_leaves_the_queue_as_it_was() -> None:
     assert queue.num_characters == 0
 
 
+async def test_work_that_cannot_be_started_leaves_it_as_it_was_too() -> None:
+    queue, work = SerialQueue(), Work()
+
+    def cannot_start() -> asyncio.Future[str]:
+        raise RuntimeError("cannot schedule new futures after shutdown")
+
+    with pytest.raises(RuntimeError):
+        await queue.run(10, cannot_start)
+    assert queue.num_characters == 0
+    work.may_end.set()
+    async with asyncio.timeout(10):
+        assert await queue.run(10, begin(work)) == "tokens"
+
+
 async def test_who_waits_too_long_for_a_turn_is_told_to_come_back() -> None:
     queue, work = SerialQueue("to be tokenized", max_wait_s=0.01), Work()
     first = asyncio.create_task(queue.run(10, begin(work)))

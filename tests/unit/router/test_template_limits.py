@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from stagecoach.errors import InvalidArgument
+from stagecoach.errors import InvalidArgument, Unavailable
 from stagecoach_router.text.chat_template import ChatTemplate
 from stagecoach_router.text.template_process import RenderLimits, TemplateProcess
 
@@ -162,6 +162,20 @@ async def test_a_worker_that_somebody_killed_is_replaced(started: tuple[Template
     os.kill(pid, signal.SIGKILL)
     await ended(pid)
     assert await ChatTemplate("hi", {}, process).render(USER) == "hi"
+
+
+async def test_what_is_rendered_while_the_router_stops_is_nobodys_mistake() -> None:
+    others, process = worker_pids(), TemplateProcess()
+    await ChatTemplate("hi", {}, process).render(USER)
+    waiting = [asyncio.create_task(ChatTemplate(ENDLESS[0], {}, process).render(USER)) for _ in range(3)]
+    await asyncio.sleep(0)
+    await process.close()
+    for each in waiting:
+        with pytest.raises(Unavailable):
+            await each
+    assert worker_pids() <= others
+    with pytest.raises(Unavailable, match="stopping"):
+        await ChatTemplate("hi", {}, process).render(USER)
 
 
 async def test_the_worker_has_no_files_and_variables_of_ours(started: tuple[TemplateProcess, int]) -> None:

@@ -73,3 +73,18 @@ def test_a_long_row_beside_short_ones_goes_in_groups_of_like_lengths(tmp_path: P
     for _ in range(3):
         chain.step(*((one, 1) for one in running))
     assert graphed.num_replays == before
+
+
+def test_what_the_device_has_no_memory_to_record_is_computed_without(
+    known: Known, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise torch.OutOfMemoryError("no memory left")
+
+    chain = known.chain([0, 4])
+    [graphed] = with_static_decodes(chain)
+    monkeypatch.setattr(graphed, "_record", refuse)
+    SCHEDULES[0](known, chain)
+    assert graphed.num_replays == 0
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == len(set(said)) >= 1, "once for each size"
