@@ -17,20 +17,20 @@ logger = logging.getLogger(__name__)
 async def recover_requests(
     journal: Journal,
     requests: RequestRegistry,
-    callers: Tenants,
+    tenants: Tenants,
     model: model_pb2.ModelDescription,
     linger_s: float,
 ) -> None:
     """Begins the journal's requests again, for as long as their callers may take to come back.
 
-    They count as running for their callers. A request that cannot go on is logged and forgotten. Raises ConfigError for
+    They count as running for their tenants. A request that cannot go on is logged and forgotten. Raises ConfigError for
     a journal of another model, or a damaged one.
 
     Where this is cut short, as by a signal to stop, the journal is closed: whoever then fails the requests that were
     begun again must not have the journal forget them.
     """
     try:
-        await _begin_again(journal, requests, callers, model, linger_s)
+        await _begin_again(journal, requests, tenants, model, linger_s)
     except BaseException:
         await journal.close()
         raise
@@ -39,7 +39,7 @@ async def recover_requests(
 async def _begin_again(
     journal: Journal,
     requests: RequestRegistry,
-    callers: Tenants,
+    tenants: Tenants,
     model: model_pb2.ModelDescription,
     linger_s: float,
 ) -> None:
@@ -48,7 +48,7 @@ async def _begin_again(
         await asyncio.sleep(0)  # long answers are spelt out anew, and shards wait for a word meanwhile
         try:
             entry.check(vocab_size=model.vocab_size, context_length=model.context_length)
-            tenant = callers.former(entry.key[0])
+            tenant = tenants.former(entry.key[0])
             state = requests.accept(entry.key, entry.digest, entry.request, entry.past, tenant=tenant)
         except StagecoachError as error:
             logger.warning("request %s of the journal cannot go on: %s", entry.request.request_id, error)

@@ -1,4 +1,4 @@
-"""What a former router left goes on, counts for its caller, and cannot harm the router that takes it over."""
+"""What a former router left goes on, counts for its tenant, and cannot harm the router that takes it over."""
 
 from __future__ import annotations
 
@@ -68,12 +68,12 @@ def accepted_requests() -> RequestRegistry:
     return RequestRegistry(engine, max_linger_s=LINGER_S)
 
 
-def callers(**limits: Any) -> Tenants:
+def known_tenants(**limits: Any) -> Tenants:
     return Tenants((new_entry(new_key(), "ann", Grant(**limits)),), 0.0)
 
 
-async def test_a_request_counts_for_its_caller_until_it_ends() -> None:
-    known, requests = callers(max_concurrent=1), accepted_requests()
+async def test_a_request_counts_for_its_tenant_until_it_ends() -> None:
+    known, requests = known_tenants(max_concurrent=1), accepted_requests()
     journal: Any = FakeJournal(left("ann", "r"))
     await recover_requests(journal, requests, known, MODEL, LINGER_S)
     ann = known._by_name["ann"]
@@ -87,7 +87,7 @@ async def test_a_request_counts_for_its_caller_until_it_ends() -> None:
 
 
 async def test_a_request_that_cannot_go_on_is_forgotten_and_counts_for_nobody(caplog: pytest.LogCaptureFixture) -> None:
-    known, requests = callers(), accepted_requests()
+    known, requests = known_tenants(), accepted_requests()
     bad = [
         left("ann", "full"),
         left("ann", "words", (1, 99)),
@@ -105,7 +105,7 @@ async def test_a_request_that_cannot_go_on_is_forgotten_and_counts_for_nobody(ca
 
 
 async def test_a_caller_that_is_gone_gets_its_request_done_all_the_same() -> None:
-    known, requests = callers(), accepted_requests()
+    known, requests = known_tenants(), accepted_requests()
     journal: Any = FakeJournal(left("bob", "r"))
     await recover_requests(journal, requests, known, MODEL, LINGER_S)
     assert requests.num_running == 1
@@ -123,7 +123,7 @@ async def test_a_stop_in_the_midst_of_it_leaves_every_request_in_the_journal(tmp
     await journal.open()
     engine: Any = FakeEngine()
     requests = RequestRegistry(engine, max_linger_s=LINGER_S, log=journal)
-    recovering = asyncio.create_task(recover_requests(journal, requests, callers(), MODEL, LINGER_S))
+    recovering = asyncio.create_task(recover_requests(journal, requests, known_tenants(), MODEL, LINGER_S))
     async with asyncio.timeout(10):
         while requests.num_running < 3:
             await asyncio.sleep(0)
