@@ -96,7 +96,7 @@ async def test_an_error_leaves_the_queue_as_it_was() -> None:
 
 
 async def test_work_that_cannot_be_started_leaves_it_as_it_was_too() -> None:
-    queue, work = SerialQueue(), Work()
+    queue, work = SerialQueue("to be tokenized"), Work()
 
     def cannot_start() -> asyncio.Future[str]:
         raise RuntimeError("cannot schedule new futures after shutdown")
