@@ -37,7 +37,11 @@ print("loaded", *sys.argv[1:], flush=True)
 time.sleep(100)
 """
 ROUTER = f"""
-import os, signal, sys
+import os, pathlib, signal, sys, time
+if "--after" in sys.argv:  # so many lines are in the file: the shard, which is no part of this router, has come up
+    file, count = pathlib.Path(sys.argv[sys.argv.index("--after") + 1]), int(sys.argv[sys.argv.index("--after") + 2])
+    while not file.exists() or len(file.read_text().split()) < count:
+        time.sleep(0.02)
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 sys.path.insert(0, {str(ROOT)!r})
 from tests.integration.fake_router import FakeRouter, saying, serving
@@ -100,7 +104,8 @@ def test_a_cluster_comes_up_answers_and_goes_away(model: Path) -> None:
 
 
 def test_a_process_that_dies_while_starting_is_named_with_its_words(model: Path) -> None:
-    commands = FakeCommands(shard="import sys; sys.exit('out of memory' if sys.argv[1] == '15:30' else 0)")
+    shard = "import sys; sys.exit('out of memory' if sys.argv[1] == '15:30' else 0)"
+    commands = FakeCommands(shard=shard, router_options=["--not-ready"])
     cluster = LocalCluster(model, "0:15,15:30", commands=commands)
     with pytest.raises(ProcessDied, match="shard"):
         cluster.start()
@@ -163,9 +168,10 @@ def losing_its_port(marker: Path, times: int) -> str:
 
 
 def test_a_port_that_somebody_else_took_is_replaced(model: Path, tmp_path: Path) -> None:
-    commands = FakeCommands(shard=losing_its_port(tmp_path / "log", 1))
+    log = tmp_path / "log"
+    commands = FakeCommands(shard=losing_its_port(log, 1), router_options=["--after", str(log), "2"])
     with LocalCluster(model, 1, commands=commands) as cluster:
-        first, second = (tmp_path / "log").read_text().split()
+        first, second = log.read_text().split()
         assert first != second == cluster.processes[0].address
         assert len(cluster.processes) == 2
         cluster.check()
@@ -173,7 +179,8 @@ def test_a_port_that_somebody_else_took_is_replaced(model: Path, tmp_path: Path)
 
 
 def test_ports_that_are_always_taken_end_the_start(model: Path, tmp_path: Path) -> None:
-    cluster = LocalCluster(model, 1, commands=FakeCommands(shard=losing_its_port(tmp_path / "log", 99)))
+    commands = FakeCommands(shard=losing_its_port(tmp_path / "log", 99), router_options=["--not-ready"])
+    cluster = LocalCluster(model, 1, commands=commands)
     with pytest.raises(ProcessDied, match="cannot listen on"):
         cluster.start()
     assert len((tmp_path / "log").read_text().split()) == NUM_START_ATTEMPTS

@@ -132,7 +132,7 @@ class StageSession:
         except grpc.RpcError as rpc_error:
             error = errors.from_rpc_error(rpc_error, self.address)
         except errors.StagecoachError as typed:
-            error = typed
+            error = typed.with_traceback(None)  # whose frames know the call; whoever keeps the error would keep that
         except Exception as unforeseen:  # a bug, here or there: without this the streams would wait for ever
             logger.exception("reading from %s", self.address)
             error = errors.ShardFault(f"{self}: {unforeseen!r}", addresses=[self.address])
