@@ -19,7 +19,8 @@ demo: model  ## two shards and a router answer real prompts
 
 # A file's tests stay in one process, as they share what their module has started.
 PYTEST := $(BIN)/python -m pytest
-WORKERS ?= 2
+# One more than two cores: those that start processes mostly wait for them.
+WORKERS ?= 3
 TOGETHER := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Where tests are that are marked quiet.
 WITH_QUIET := tests/e2e tests/integration tests/soak

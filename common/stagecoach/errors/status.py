@@ -33,6 +33,10 @@ MAX_MESSAGE_LENGTH = 300  # characters
 MAX_MESSAGE_BYTES = 600
 MAX_FACT_BYTES = 256
 MAX_ADDRESSES = 2  # both ends of a link
+# Of a status that we read. We send two.
+MAX_DETAILS = 4
+MAX_DETAIL_BYTES = 8192
+_FACTS = ("field", "limit", "value", "addresses")
 # The longest wait that a peer's hint can ask for.
 MAX_RETRY_AFTER_S = 86_400.0
 
@@ -86,30 +90,43 @@ def to_status(error: StagecoachError) -> Status:
 def from_status(status: Status) -> StagecoachError | None:
     """The error that a peer of ours described; None for a status from anyone else, such as a proxy, and a broken one.
 
-    A class that this version does not have becomes an InternalError that names it.
+    A class that this version does not have becomes an InternalError that names it. What a peer sends is bounded as what
+    we send is, and without control characters: it goes on into logs, statuses and terminals.
     """
     info, retry = ErrorInfo(), RetryInfo()
     try:
-        for detail in status.details:
+        for detail in status.details[:MAX_DETAILS]:
+            if len(detail.value) > MAX_DETAIL_BYTES:
+                return None
             detail.Unpack(info)  # only where it is one
             detail.Unpack(retry)
     except DecodeError:
         return None
     if info.domain != DOMAIN:
         return None
-    facts = dict(info.metadata)
-    addresses = facts["addresses"].split(",") if "addresses" in facts else ()
+    message = clean(status.message, MAX_MESSAGE_BYTES)
+    facts = {name: clean(info.metadata[name], MAX_FACT_BYTES) for name in _FACTS if name in info.metadata}
+    named = facts.get("addresses", "")
+    addresses = named.split(",")[:MAX_ADDRESSES] if named else ()
     kind = _KINDS.get(info.reason)
     if kind is None:
-        return InternalError(f"{info.reason}: {status.message}", field=facts.get("field", ""), addresses=addresses)
+        reason = clean(info.reason, MAX_FACT_BYTES)
+        return InternalError(f"{reason}: {message}", field=facts.get("field", ""), addresses=addresses)
     return kind(
-        status.message,
+        message,
         field=facts.get("field", ""),
         limit=facts.get("limit", ""),
         value=facts.get("value", ""),
         retry_after_s=_sane_wait(retry.retry_delay.seconds + 1e-9 * retry.retry_delay.nanos),
         addresses=addresses,
     )
+
+
+def clean(text: str, max_bytes: int) -> str:
+    """A peer's text on one line: cut, and with what moves a terminal's cursor or begins a line of a log replaced."""
+    # Cut first, so that the rest costs no more than what is kept; a character has a byte at least.
+    kept = (each if each.isprintable() else " " if each.isspace() else "\ufffd" for each in text[:max_bytes])
+    return _within("".join(kept), max_bytes)
 
 
 def _text(error: StagecoachError) -> str:

@@ -11,7 +11,7 @@ import grpc
 import grpc.aio
 
 from stagecoach import errors
-from stagecoach.errors.status import from_status, from_trailing_metadata
+from stagecoach.errors.status import MAX_MESSAGE_BYTES, clean, from_status, from_trailing_metadata
 from stagecoach.rpc.channel import Dial
 from stagecoach.rpc.framing import FrameCounter, read_frame
 from stagecoach.rpc.shard_rpc import ShardStub
@@ -154,7 +154,8 @@ class StageSession:
         code = await call.code()
         detailed = from_trailing_metadata(await call.trailing_metadata())
         if detailed is not None:
-            detailed.addresses = detailed.addresses or (self.address,)
+            # The one that says so is among them, whomever else it names.
+            detailed.addresses = tuple(dict.fromkeys((self.address, *detailed.addresses)))
             return detailed
         text = f"{self.address}: the session ended ({code.name}: {await call.details()})"
         return errors.Unavailable(text, addresses=[self.address])
@@ -164,4 +165,5 @@ def read_fault(fault: shard_pb2.Fault, stage: StageSession) -> errors.ShardFault
     """A fault is about the stage that reports it and whom that names: its next hop, where their link has broken."""
     cause = from_status(fault.status)
     named = () if cause is None else cause.addresses
-    return errors.ShardFault(f"{stage}: {fault.status.message}", addresses=[stage.address, *named])
+    message = clean(fault.status.message, MAX_MESSAGE_BYTES)
+    return errors.ShardFault(f"{stage}: {message}", addresses=[stage.address, *named])

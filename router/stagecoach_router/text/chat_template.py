@@ -62,7 +62,7 @@ class ChatTemplate:
             "tools": None,
             "documents": None,
         }
-        num_characters = sum(len(str(message.get("content"))) for message in messages)
+        num_characters = sum(len(str(text)) + 1 for message in messages for text in message.values())
         outcome, text = await self._process.render(self._source, variables, num_characters)
         if outcome is Outcome.UNUSABLE:
             raise FailedPrecondition(f"the checkpoint's chat template cannot be used: {text}", field="messages")

@@ -47,8 +47,9 @@ class Lease:
         self._context_length = context_length
         self._max_batch_tokens = max_batch_tokens
         self._next_step = 1
-        # Block ids in the shard's cache. A slot's table is as long as `_lengths` says; what is past that means nothing.
-        self._tables = np.full((max_slots, -(-context_length // block_size)), first_block, dtype=np.int32)
+        # The lease's own block ids. A slot's table is as long as `_lengths` says; what is past that means nothing.
+        # Zeros take no memory before they are written over, whatever number of slots was asked for.
+        self._tables = np.zeros((max_slots, -(-context_length // block_size)), dtype=np.int32)
         self._lengths = np.zeros(max_slots, dtype=np.int64)
         self._written = WrittenPositions(first_block, num_blocks, block_size, max_slots)
 
@@ -102,7 +103,7 @@ class Lease:
                 limit=self.num_blocks,
                 value=ids.max(),
             )
-        self._tables[slot, first : first + len(block_ids)] = ids + self.first_block
+        self._tables[slot, first : first + len(block_ids)] = ids
         self._lengths[slot] = first + len(block_ids)
         self._written.table_changed(slot, first)
 
@@ -139,7 +140,7 @@ class Lease:
         batch = Batch.build(
             starts=starts,
             num_tokens=num_tokens,
-            block_tables=self._tables[slots, : int(needed.max())],
+            block_tables=self._tables[slots, : int(needed.max())] + np.int32(self.first_block),
             block_size=self._block_size,
         )
         gap = self._written.write(slots, batch)

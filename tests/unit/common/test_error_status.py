@@ -100,3 +100,27 @@ def test_details_that_are_not_what_they_say_are_no_error_of_ours():
     status = to_status(errors.Overloaded("full"))
     status.details.add(type_url="type.googleapis.com/google.rpc.RetryInfo", value=b"\xff")
     assert errors.from_trailing_metadata([(STATUS_METADATA_KEY, status.SerializeToString())]) is None
+
+
+def test_what_a_peer_sends_is_bounded_and_on_one_line():
+    info = ErrorInfo(reason="ShardFault", domain="stagecoach")
+    info.metadata.update({"field": "f" * 5000, "addresses": ",".join(["1.2.3.4:5"] * 200), "other": "x"})
+    status = Status(message="\x1b[2Jgone\n2026-11-27 INFO forged " + "m" * 100_000)
+    status.details.add().Pack(info)
+    error = from_status(status)
+    assert isinstance(error, errors.ShardFault)
+    assert len(error.message.encode()) <= 600
+    assert error.message.startswith("\ufffd[2Jgone 2026-11-27 INFO forged m")
+    assert len(error.field) == 256
+    assert error.addresses == ("1.2.3.4:5",) * 2
+
+
+def test_of_a_million_details_only_the_first_are_looked_at():
+    status = Status(message="many")
+    for _ in range(10):
+        status.details.add(type_url="type.googleapis.com/google.rpc.ErrorInfo", value=b"")
+    status.details.add().Pack(ErrorInfo(reason="ShardFault", domain="stagecoach"))
+    assert from_status(status) is None
+    large = Status(message="large")
+    large.details.add().Pack(ErrorInfo(reason="x" * 10_000, domain="stagecoach"))
+    assert from_status(large) is None

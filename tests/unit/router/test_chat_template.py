@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from datetime import datetime
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from stagecoach.errors import FailedPrecondition, InvalidArgument
 from stagecoach_router.text.chat_template import MAX_TEMPLATE_LENGTH, ChatTemplate
 from stagecoach_router.text.model_files import ModelFiles
-from stagecoach_router.text.template_process import TemplateProcess
+from stagecoach_router.text.template_process import RenderLimits, TemplateProcess
 from stagecoach_router.text.template_sandbox import chat_environment
 from stagecoach_router.text.template_worker import Outcome, answer
 
@@ -162,3 +163,22 @@ async def test_the_file_comes_before_the_configuration_and_default_before_the_ot
     assert await ChatTemplate.from_files(ModelFiles(one), process).render(USER) == "one"
     with pytest.raises(FailedPrecondition):
         await ChatTemplate.from_files(ModelFiles({}), process).render(USER)
+
+
+async def test_all_that_a_caller_wrote_counts_as_text_that_waits() -> None:
+    counted: list[int] = []
+
+    class Counting:
+        limits = RenderLimits()
+
+        async def render(self, source: str, variables: Mapping[str, Any], num_characters: int) -> tuple[Outcome, str]:
+            counted.append(num_characters)
+            return Outcome.RENDERED, "text"
+
+    counting: Any = Counting()
+    template = ChatTemplate("{{ messages }}", {}, counting)
+    await template.render([{"role": "r" * 1000, "content": ""}])
+    await template.render([{"role": "", "content": "c" * 1000}])
+    await template.render([{"role": "", "content": ""}] * 1000)
+    assert len(counted) == 3
+    assert all(1000 <= each <= 2002 for each in counted)

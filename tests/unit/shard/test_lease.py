@@ -1,6 +1,7 @@
 """A lease lets a router touch its own blocks and nothing else, in order and in one epoch."""
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -126,3 +127,12 @@ def test_ranges_never_overlap_and_nothing_is_lost(steps):
         assert owners.max(initial=0) <= 1
         free_runs = "".join(map(str, owners)).split("1")
         assert ranges.num_free == max(map(len, free_runs))
+
+
+def test_slots_that_nobody_uses_take_no_memory():
+    """A small message may ask for thousands of them, and for as many leases as there are blocks."""
+    before = psutil.Process().memory_info().rss
+    leases = [make_lease(max_slots=4096, context_length=1 << 17, block_size=16) for _ in range(8)]
+    grown = psutil.Process().memory_info().rss - before
+    assert len(leases) == 8
+    assert grown < 64 << 20, "tables of 8 x 128 MiB"
