@@ -205,7 +205,7 @@ def test_one_that_the_system_cannot_start_just_now_is_tried_again(
 
 
 def test_a_death_during_the_start_is_an_error_all_the_same(model: Path, events: Events) -> None:
-    commands = FakeCommands(shard="import sys; sys.exit('out of memory')")
+    commands = FakeCommands(shard="import sys; sys.exit('out of memory')", router_options=["--not-ready"])
     with pytest.raises(ProcessDied, match="out of memory"):
         LocalCluster(model, 1, restart=True, on_event=events.put, commands=commands).start()
     assert events.empty()

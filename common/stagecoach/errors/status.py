@@ -123,18 +123,18 @@ def from_status(status: Status) -> StagecoachError | None:
 
 
 def clean(text: str, max_bytes: int) -> str:
-    """A peer's text on one line: cut, and with what moves a terminal's cursor or begins a line of a log replaced."""
+    """A text that may be somebody else's, cut and on one line, without what would move a terminal's cursor."""
     # Cut first, so that the rest costs no more than what is kept; a character has a byte at least.
     kept = (each if each.isprintable() else " " if each.isspace() else "\ufffd" for each in text[:max_bytes])
     return _within("".join(kept), max_bytes)
 
 
 def _text(error: StagecoachError) -> str:
-    """The error's text, cut so that it can travel."""
+    """The error's text, so that it can travel."""
     text, length = error.message, len(error.message)
     if length > MAX_MESSAGE_LENGTH:
         text = f"{text[:MAX_MESSAGE_LENGTH]}… ({length} characters)"
-    return _within(text, MAX_MESSAGE_BYTES)
+    return clean(text, MAX_MESSAGE_BYTES)
 
 
 def _within(text: str, max_bytes: int) -> str:
