@@ -80,8 +80,10 @@ def test_an_output_that_hangs_does_not_keep_the_process() -> None:
     output = Output()
     relay = relay_to(output)
     output.open.clear()
-    relay.put(lambda: output.write("never"))
+    relay.put(lambda: output.write("late"))
+    assert output.entered.wait(TIMEOUT_S)
     relay.close(timeout_s=0.05)
+    assert output.lines == [], "it has waited for the output"
     output.open.set()
 
 
