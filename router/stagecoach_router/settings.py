@@ -9,6 +9,7 @@ from pydantic import Field
 from pydantic_settings import CliImplicitFlag
 
 from stagecoach.process.link_settings import LinkSettings
+from stagecoach_router.pipelines.pipeline_manager import MAX_LEASED_BLOCKS
 
 
 class RouterSettings(LinkSettings):
@@ -39,7 +40,12 @@ class RouterSettings(LinkSettings):
         le=64,
         description="most micro-batches in flight, at least one a stage; 0: by what steps are measured to take",
     )
-    kv_blocks: int = Field(0, ge=0, description="K/V blocks to lease from every shard; 0: all that are free")
+    kv_blocks: int = Field(
+        0,
+        ge=0,
+        lt=MAX_LEASED_BLOCKS,
+        description=f"K/V blocks to lease from every shard; 0: all that are free, at most {MAX_LEASED_BLOCKS}",
+    )
     recovery_timeout_s: float = Field(
         60.0, gt=0, description="how long requests wait for a broken pipeline to come back"
     )

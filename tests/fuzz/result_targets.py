@@ -177,7 +177,7 @@ def description(scratch: Path) -> Target:
         if message.layers.end:
             order_stages([LayerRange(message.layers.start, message.layers.end)], message.model.num_layers)
         assert -(-message.model.context_length // message.block_size) >= 1
-        BlockManager(min(max(1, message.num_blocks), 1000), message.block_size)
+        BlockManager(max(1, message.num_free_blocks), message.block_size)
         model_pb2.DType.Name(message.dtype)
 
     return Target("description", [valid.SerializeToString()], check, PROTOBUF_WORDS, share=15)

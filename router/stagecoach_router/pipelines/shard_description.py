@@ -5,12 +5,35 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stagecoach.errors import ModelMismatch
+from stagecoach.errors.status import clean
 from stagecoach.topology import LayerRange
 from stagecoach.v1 import model_pb2, shard_pb2
 
-# Positions and vectors of models that exist have some millions at the most, blocks and tokens of a step likewise.
-MAX_SIZE = 2**31 - 1
+# Figures beyond these are no shard's. They are some ten times what exists, and far below what they would cost us: the
+# router keeps nothing that is as long as a shard says, but it multiplies these and shows them.
 MAX_LAYERS = 4096
+MAX_HIDDEN_SIZE = 1 << 20
+MAX_VOCAB_SIZE = 1 << 23
+MAX_CONTEXT_LENGTH = 1 << 27  # positions
+# What a shard's own settings allow.
+MAX_BLOCK_SIZE = 1024
+MAX_BATCH_TOKENS = 65_536
+MAX_QUEUED_STEPS = 1024
+MAX_BLOCKS = 2**31 - 1  # what can be named; how many are leased is limited where they are (pipeline_manager.py)
+MAX_BYTES = 1 << 50
+MAX_PID = 2**31 - 1
+
+# How many bytes of UTF-8 each of a shard's texts may have. They are logged, shown in every status, and compared.
+MAX_TEXT_BYTES = {
+    "software_version": 64,
+    "shard_id": 64,
+    "device": 64,
+    "kernels": 64,
+    "hostname": 255,
+    "model.name": 255,  # a folder's
+    "model.family": 64,
+    "model.fingerprint": 128,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +78,8 @@ def check_same(field: str, address: str, value: object, other: str, expected: ob
 
 
 def check_description(address: str, facts: shard_pb2.DescribeResponse) -> None:
-    """Raises ModelMismatch, naming the field, for numbers that no shard can have: zero, absurd, or in disorder.
+    """Raises ModelMismatch, naming the field, for numbers that no shard can have: zero, absurd, or in disorder; and for
+    texts that are too long or cannot be printed.
 
     Layers 0:0 are those of a shard that has none yet; it then need not have blocks either.
     """
@@ -63,13 +87,18 @@ def check_description(address: str, facts: shard_pb2.DescribeResponse) -> None:
     least = 1 if layers.end else 0
     limits = {
         "model.num_layers": (model.num_layers, 1, MAX_LAYERS),
-        "model.hidden_size": (model.hidden_size, 1, MAX_SIZE),
-        "model.vocab_size": (model.vocab_size, 1, MAX_SIZE),
-        "model.context_length": (model.context_length, 1, MAX_SIZE),
-        "layers": (layers.end, least, MAX_LAYERS),
-        "block_size": (facts.block_size, 1, MAX_SIZE),
-        "max_batch_tokens": (facts.max_batch_tokens, 1, MAX_SIZE),
-        "num_blocks": (facts.num_blocks, least, MAX_SIZE),
+        "model.hidden_size": (model.hidden_size, 1, MAX_HIDDEN_SIZE),
+        "model.vocab_size": (model.vocab_size, 1, MAX_VOCAB_SIZE),
+        "model.context_length": (model.context_length, 1, MAX_CONTEXT_LENGTH),
+        "layers": (layers.end, least, min(MAX_LAYERS, model.num_layers)),
+        "block_size": (facts.block_size, 1, MAX_BLOCK_SIZE),
+        "max_batch_tokens": (facts.max_batch_tokens, 1, MAX_BATCH_TOKENS),
+        "max_queued_steps": (facts.max_queued_steps, 0, MAX_QUEUED_STEPS),
+        "num_blocks": (facts.num_blocks, least, MAX_BLOCKS),
+        "num_free_blocks": (facts.num_free_blocks, 0, facts.num_blocks),
+        "kv_cache_bytes": (facts.kv_cache_bytes, 0, MAX_BYTES),
+        "weights_bytes": (facts.weights_bytes, 0, MAX_BYTES),
+        "pid": (facts.pid, 0, MAX_PID),
     }
     for field, (value, minimum, limit) in limits.items():
         if not minimum <= value <= limit:
@@ -81,3 +110,17 @@ def check_description(address: str, facts: shard_pb2.DescribeResponse) -> None:
     if facts.dtype not in model_pb2.DType.values():
         text = f"dtype: {address} has {facts.dtype}"
         raise ModelMismatch(text, field="dtype", limit="a DType", value=facts.dtype, addresses=[address])
+    for field, max_bytes in MAX_TEXT_BYTES.items():
+        message, name = (model, field.removeprefix("model.")) if field.startswith("model.") else (facts, field)
+        _check_text(address, field, getattr(message, name), max_bytes)
+
+
+def _check_text(address: str, field: str, text: str, max_bytes: int) -> None:
+    """Raises ModelMismatch for a text of a shard that is too long, or would not be one line of a log or a terminal."""
+    num_bytes = len(text.encode())
+    if num_bytes > max_bytes:
+        reason = f"{field}: {address} has a text of {num_bytes} bytes; at most {max_bytes}"
+        raise ModelMismatch(reason, field=field, limit=max_bytes, value=num_bytes, addresses=[address])
+    if clean(text, max_bytes) != text:
+        reason = f"{field}: {address} has characters in it that cannot be printed"
+        raise ModelMismatch(reason, field=field, limit="printable", value=clean(text, max_bytes), addresses=[address])

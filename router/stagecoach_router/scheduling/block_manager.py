@@ -40,16 +40,18 @@ class BlockManager:
         self._forget_everything()
 
     def _forget_everything(self) -> None:
-        self._num_holders = [0] * self.num_blocks
-        self._digest_of: list[bytes | None] = [None] * self.num_blocks
+        # These know the blocks up to the highest that was ever taken. So many blocks as there are cost nothing: how
+        # many that is, a shard says.
+        self._num_holders: list[int] = []
+        self._digest_of: list[bytes | None] = []
         self._block_of: dict[bytes, int] = {}
-        self._unused = list(range(self.num_blocks - 1, -1, -1))  # the last one is taken first
+        self._unused: list[int] = []  # those that came back without content; the last one is taken first
         self._idle: OrderedDict[int, None] = OrderedDict()  # the first one is evicted first
 
     @property
     def num_free(self) -> int:
-        """Blocks that no sequence holds: unused ones, and idle ones that can be evicted."""
-        return len(self._unused) + len(self._idle)
+        """Blocks that no sequence holds: those never taken, unused ones, and idle ones that can be evicted."""
+        return self.num_blocks - len(self._num_holders) + len(self._unused) + len(self._idle)
 
     @property
     def capacity_tokens(self) -> int:
@@ -181,6 +183,10 @@ class BlockManager:
     def _take(self) -> int:
         if self._unused:
             block = self._unused.pop()
+        elif len(self._num_holders) < self.num_blocks:
+            block = len(self._num_holders)
+            self._num_holders.append(0)
+            self._digest_of.append(None)
         else:
             block, _ = self._idle.popitem(last=False)
             digest = self._digest_of[block]

@@ -65,7 +65,7 @@ class Watched:
 
     def check(self):
         blocks = self.blocks
-        assert len(blocks._unused) + len(blocks._idle) + sum(map(bool, blocks._num_holders)) == blocks.num_blocks
+        assert blocks.num_free + sum(map(bool, blocks._num_holders)) == blocks.num_blocks
         assert {blocks._digest_of[block] for block in blocks._block_of.values()} == set(blocks._block_of)
         order = {blocks._digest_of[block]: place for place, block in enumerate(blocks._idle)}
         for digest, place in order.items():

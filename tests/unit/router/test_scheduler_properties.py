@@ -104,7 +104,7 @@ class World:
     def schedule(self):
         before = self.running()
         held = [(block, sequence, sequence.incarnation) for sequence in before for block in sequence.block_ids]
-        cached = list(self.blocks._digest_of)
+        cached = dict(enumerate(self.blocks._digest_of))
         plan = self.scheduler.schedule()
         if before:
             assert min(before, key=lambda sequence: sequence.order).slot is not None, "the first in order was preempted"
@@ -127,7 +127,7 @@ class World:
                 ], "another sequence's block is written"
                 # An idle one may have been evicted, written and cached again.
                 was_held = any(held_block == block for held_block, _, _ in held)
-                still_cached = cached[block] is not None and cached[block] == self.blocks._digest_of[block]
+                still_cached = cached.get(block) is not None and cached[block] == self.blocks._digest_of[block]
                 assert not (was_held and still_cached), "a block in the prefix cache is written"
         self.pipeline.send(plan)
         return plan
