@@ -2,12 +2,14 @@
 
 import asyncio
 
+import grpc
 import pytest
 
 from stagecoach import errors
 from stagecoach.v1 import inference_pb2 as pb
 from stagecoach_client import AsyncClient
-from tests.cluster import cluster, start_router, start_shard, wait_until_ready
+from stagecoach_router.requests import output_stream
+from tests.cluster import cluster, start_router, start_shard, status_becomes, wait_until_ready
 from tests.delay_proxy import DelayProxy
 from tests.held_stage import held_stages
 from tests.tiny_model import greedy, random_prompts, reference_tokens
@@ -53,16 +55,21 @@ async def test_the_id_of_another_request_is_refused(client):
         assert caught.value.field == "request_id"
 
 
-def call(client, **changes):
+def call(client, timeout_s=TIMEOUT_S, **changes):
     """A call as the wire has it."""
     request = pb.GenerateRequest(prompt="Hello", request_id="mine")
     request.sampling.max_tokens, request.sampling.temperature, request.sampling.ignore_eos = 30, 0.0, True
     request.MergeFrom(pb.GenerateRequest(**changes))
-    return client._connected().Generate(request, timeout=TIMEOUT_S)
+    return client._connected().Generate(request, timeout=timeout_s)
 
 
 async def token_ids(responses):
     return [token_id async for response in responses for token_id in response.token_ids]
+
+
+async def token_ids_until_error(responses):
+    with pytest.raises(grpc.aio.AioRpcError):
+        await token_ids(responses)
 
 
 async def test_a_call_reads_from_the_token_it_asks_for(client):
@@ -126,6 +133,34 @@ async def test_a_request_that_lingers_is_there_for_the_next_call_and_not_for_eve
     assert len(head) >= 1
     assert len(rest) >= 1
     assert await until_idle(client) < 400
+
+
+async def test_a_call_with_a_short_deadline_ends_itself_and_not_the_request_of_another(client, monkeypatch):
+    with held_stages(monkeypatch) as goes_on:
+        first = aiter(call(client))
+        head = list((await anext(first)).token_ids)
+        goes_on.clear()
+        second = call(client, timeout_s=0.05)
+        await token_ids_until_error(second)
+        assert await second.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        goes_on.set()
+        assert len(head) + len(await token_ids(first)) == 30
+
+
+async def test_a_caller_comes_back_however_much_has_come_meanwhile(client, monkeypatch):
+    monkeypatch.setattr(output_stream, "MAX_UNREAD_DELTAS", 8)
+    sampling = pb.SamplingParams(max_tokens=200)
+    with held_stages(monkeypatch) as goes_on:
+        first = call(client, sampling=sampling, linger_s=60.0)
+        head = list((await first.read()).token_ids)
+        first.cancel()
+        await status_becomes(client, lambda status: status.completion_tokens > len(head) + 20)
+        goes_on.clear()
+        second = aiter(call(client, sampling=sampling, from_tokens=[len(head)]))
+        rest = list((await anext(second)).token_ids)
+        goes_on.set()
+        rest += await token_ids(second)
+    assert len(head) + len(rest) == 200
 
 
 async def test_closing_a_lingering_stream_ends_its_request_at_once(client, monkeypatch):

@@ -232,13 +232,13 @@ async def test_a_stage_that_answers_twice_loses_the_pipeline_and_does_not_hang_i
 
 
 async def test_a_caller_that_does_not_read_is_cut_off(tiny_model, monkeypatch):
-    from stagecoach_router.engine import step_loop
+    from stagecoach_router.requests import output_stream
 
     shard = start_shard(tiny_model, "0:4")
     router = start_router([shard.address])
     async with AsyncClient(router.address, max_retries=0) as client:
         await wait_until_ready(client, router, shard)
-        monkeypatch.setattr(step_loop, "MAX_UNREAD_DELTAS", 0)
+        monkeypatch.setattr(output_stream, "MAX_UNREAD_DELTAS", -1)
         with pytest.raises(errors.Overloaded, match="not being read"):
             await client.generate(token_ids=[1, 2, 3], **greedy(6))
         monkeypatch.undo()

@@ -67,7 +67,7 @@ class InferenceServicer(object):
     def Generate(self, request, context):
         """Streams text and tokens as they are generated. When the call ends early, so does the request, unless it is to
         linger. A second call with the same request_id and content attaches to the first one's request, as long as that
-        runs or is remembered.
+        runs or is remembered. A call's deadline ends that call; the request ends with the latest deadline of all its calls.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,13 +1,14 @@
 """Requests by the id that their callers gave them: a request that is sent twice is computed once.
 
 A request is known from the moment it is accepted until it fails, is cancelled, or has been finished for a while. A call
-with the id of a known one attaches to it, and reads from the token it asks for. A request runs on for `linger_s` after
-the last of its calls broke.
+with the id of a known one attaches to it, and reads from the token it asks for. A request runs for as long as a call
+reads it, and for the `linger_s` of calls that broke (`requests/demand.py`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -106,32 +107,35 @@ class RequestRegistry:
 
     @contextmanager
     def reading(
-        self, state: RequestState, *, from_tokens: Iterable[int], linger_s: float, remaining_s: float | None
+        self, state: RequestState, *, from_tokens: Sequence[int], linger_s: float, remaining_s: float | None
     ) -> Iterator[OutputReader]:
         """For the time of a call: reads from so many tokens of each completion on.
 
         The call wants the request to go on for `linger_s` after it breaks, and has `remaining_s` to its deadline.
         """
-        self._stop_lapse(state)
-        state.linger_s = min(linger_s, self._max_linger_s)
-        deadline_s = None if remaining_s is None else time.monotonic() + remaining_s
-        self._engine.set_deadline(state, deadline_s)
-        reader = OutputReader(state, from_tokens)
+        deadline_s = math.inf if remaining_s is None else time.monotonic() + remaining_s
+        state.demand.begin_call(deadline_s)
+        self._keep_while_wanted(state)
         try:
-            yield reader
+            yield OutputReader(state, from_tokens)
         finally:
-            reader.close()
-            if not state.num_readers:
-                self.linger(state, state.linger_s)
+            state.demand.end_call(deadline_s, time.monotonic() + min(linger_s, self._max_linger_s))
+            self._keep_while_wanted(state)
 
     def linger(self, state: RequestState, linger_s: float) -> None:
-        """Nobody reads a request any more: cancels it, if nobody comes for so long."""
+        """Nobody reads a request yet: ends it, if nobody comes for so long."""
+        state.demand.await_caller(time.monotonic() + linger_s)
+        self._keep_while_wanted(state)
+
+    def _keep_while_wanted(self, state: RequestState) -> None:
+        """Has the request end when nobody wants it any more: at once, where that is so already."""
         if state.ended:
             return
-        if linger_s > 0:
-            state.lapse = asyncio.get_running_loop().call_later(linger_s, self._cancel, state)
-        else:
+        demand = state.demand
+        if not demand.is_read and demand.until_s <= time.monotonic():
             self._cancel(state)
+        else:
+            self._engine.set_deadline(state, None if demand.until_s == math.inf else demand.until_s)
 
     def cancel(self, key: RequestKey) -> None:
         """Ends a request, whoever reads it; harmless for one that is not known or has ended."""
@@ -148,13 +152,7 @@ class RequestRegistry:
         self._engine.cancel(state)
         state.fail(errors.Cancelled("the request was cancelled"))
 
-    def _stop_lapse(self, state: RequestState) -> None:
-        if state.lapse is not None:
-            state.lapse.cancel()
-            state.lapse = None
-
     def _end(self, state: RequestState, error: errors.StagecoachError | None) -> None:
-        self._stop_lapse(state)
         if state.tenant is not None:
             state.charge(time.monotonic())
             state.tenant.end()

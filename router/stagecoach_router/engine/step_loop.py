@@ -24,9 +24,6 @@ from stagecoach_router.scheduling.plan import Plan
 from stagecoach_router.scheduling.scheduler import Scheduler
 from stagecoach_router.scheduling.sequence import Sequence
 
-# A caller that reads so much slower than its answer is generated is cut off.
-MAX_UNREAD_DELTAS = 4096
-
 
 @dataclass(frozen=True, slots=True)
 class _Step:
@@ -169,9 +166,6 @@ class StepLoop:
     def _advance(self, request: RequestState, sequence: Sequence, sampled: Choice) -> OutputDelta | None:
         """Takes a sequence's next token; returns what it adds, None where there is no token."""
         counters = self._counters
-        if request.num_unread >= MAX_UNREAD_DELTAS:
-            self._owner.fail(request, errors.Overloaded("the answer is not being read", limit=MAX_UNREAD_DELTAS))
-            return None
         if isinstance(sampled, errors.ShardFault):  # no number among this row's logits: nobody else's fault
             self._owner.fail(request, sampled)
             return None

@@ -7,6 +7,7 @@ These objects carry it, and no others:
     SamplingParams   the part of it that the SDK shares: how tokens are chosen
     RequestState     everything that changes about the request, and the stream of its output
     OutputReader     one call's place in that stream: a request may be read again, or by two calls
+    Demand           who wants the request, and until when
     Sequence         one completion's token log, with what scheduling and sampling know of it; knows no text
     Completion       one completion's text: detokenizing and stop conditions; knows no scheduling
 

@@ -2,47 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import asyncio
+from collections.abc import Sequence
 
+from stagecoach.errors import Overloaded
 from stagecoach_router.requests.completion import OutputDelta
 from stagecoach_router.requests.request_state import RequestState
 
+# A caller that reads so much slower than its answer is generated is cut off.
+MAX_UNREAD_DELTAS = 4096
+
 
 class OutputReader:
-    """One call's place in a request's output. To be closed.
+    """One call's place in a request's output.
 
-    `from_tokens` says how many tokens of each completion the caller has; those are left out.
+    `from_tokens` says how many tokens of each completion the caller has; those are left out. What is there already can
+    be read at any pace. Of what comes while it is being read, no more than MAX_UNREAD_DELTAS may wait in addition.
     """
 
-    __slots__ = ("_closed", "_position", "_skipped", "_state")
+    __slots__ = ("_max_unread", "_position", "_skipped", "_state")
 
-    def __init__(self, state: RequestState, from_tokens: Iterable[int] = ()) -> None:
+    def __init__(self, state: RequestState, from_tokens: Sequence[int] = ()) -> None:
         self._state = state
         self._position = 0
-        self._skipped = {index: skipped for index, skipped in enumerate(from_tokens) if skipped}  # still to be left out
-        self._closed = False
-        state.num_readers += 1
+        self._skipped: dict[int, int] = {}  # still to be left out, by completion
+        if state.request.params.n == 1:  # then the caller's tokens are the first deltas
+            self._position = from_tokens[0] if from_tokens else 0
+        else:
+            self._skipped = {index: skipped for index, skipped in enumerate(from_tokens) if skipped}
+        self._max_unread = max(0, self._num_unread) + MAX_UNREAD_DELTAS
 
     async def read(self) -> list[OutputDelta]:
-        """The deltas that have come since the last time; an empty list at the end. Raises the error of the request."""
+        """The deltas that have come since the last time; an empty list at the end.
+
+        Raises the error of the request, and Overloaded where too much waits, which concerns this call only.
+        """
         state = self._state
         while True:
+            if self._num_unread > self._max_unread:
+                text = f"the answer is not being read: {self._num_unread} tokens wait"
+                raise Overloaded(text, limit=self._max_unread, value=self._num_unread)
             read = state.read_from(self._position)
             self._position += len(read)
             deltas = [delta for delta in read if not self._skips(delta)] if self._skipped else read
             if deltas:
                 return deltas
             if read:  # the caller has all of them
+                await asyncio.sleep(0)  # there may be many more
                 continue
             if state.ended:
                 return []
             await state.wait()
 
-    def close(self) -> None:
-        """Reads no more. Closing it again is harmless."""
-        if not self._closed:
-            self._closed = True
-            self._state.num_readers -= 1
+    @property
+    def _num_unread(self) -> int:
+        """Less than 0 where the caller has more tokens than there are: then it waits for the one after those."""
+        return self._state.num_shown - self._position
 
     def _skips(self, delta: OutputDelta) -> bool:
         left = self._skipped.get(delta.index, 0)

@@ -13,6 +13,7 @@ from collections.abc import Sequence as Many
 
 from stagecoach.errors import StagecoachError
 from stagecoach_router.requests.completion import Completion, OutputDelta
+from stagecoach_router.requests.demand import Demand
 from stagecoach_router.requests.request import Request, RequestKey
 from stagecoach_router.sampling.outputs import Sampled
 from stagecoach_router.scheduling.sequence import Sequence
@@ -40,17 +41,14 @@ class RequestState:
         self.tenant = tenant
         self.sequences: list[Sequence] = []
         self.completions: list[Completion] = []
-        self.linger_s = 0.0  # how long it goes on after the last of its calls broke
-        self.lapse: asyncio.TimerHandle | None = None  # cancels it then
+        self.demand = Demand()
         # ---- the output stream
         self.tap: Callable[[OutputDelta], None] | None = None
         self.on_end: Callable[[StagecoachError | None], None] | None = None
         self.error: StagecoachError | None = None
-        self.num_readers = 0
         self._log: list[OutputDelta] = []
         self._num_shown = 0
         self._num_unfinished = request.params.n
-        self._furthest = 0  # position of the reader that has read most
         self._waiting: list[asyncio.Future[None]] = []  # of readers that have read everything
         self._num_charged = len(request.prompt_tokens)  # by whoever let the request in
 
@@ -95,9 +93,9 @@ class RequestState:
         return self._num_unfinished == 0 or self.error is not None
 
     @property
-    def num_unread(self) -> int:
-        """How many deltas the reader that is furthest ahead has not read yet; 0 where nobody reads."""
-        return self._num_shown - self._furthest if self.num_readers else 0
+    def num_shown(self) -> int:
+        """How many deltas can be read, from the first one on."""
+        return self._num_shown
 
     def put(self, delta: OutputDelta) -> None:
         """Adds a delta, and wakes the readers."""
@@ -134,7 +132,6 @@ class RequestState:
         deltas = self._log[position : min(self._num_shown, position + MAX_DELTAS_READ)]
         if not deltas and self.error is not None:
             raise self.error
-        self._furthest = max(self._furthest, position + len(deltas))
         return deltas
 
     async def wait(self) -> None:

@@ -6,10 +6,10 @@ import asyncio
 
 import pytest
 
-from stagecoach.errors import StagecoachError, Unavailable
+from stagecoach.errors import Overloaded, StagecoachError, Unavailable
 from stagecoach.sampling_params import SamplingParams
 from stagecoach_router.requests.completion import FinishReason, OutputDelta
-from stagecoach_router.requests.output_stream import OutputReader
+from stagecoach_router.requests.output_stream import MAX_UNREAD_DELTAS, OutputReader
 from stagecoach_router.requests.request import Request
 from stagecoach_router.requests.request_state import MAX_DELTAS_READ, RequestState
 from stagecoach_router.sampling.outputs import Sampled
@@ -32,9 +32,7 @@ async def test_what_waits_is_read_at_once_and_in_order() -> None:
     reader = OutputReader(state)
     for token_id in range(3):
         state.put(delta(token_id))
-    assert state.num_unread == 3
     assert await read(reader) == [0, 1, 2]
-    assert state.num_unread == 0
 
 
 async def test_a_reader_that_waits_is_woken_by_each_piece() -> None:
@@ -126,17 +124,45 @@ async def test_a_reader_that_has_everything_gets_the_end_or_the_error() -> None:
         await read(OutputReader(failed, [1]))
 
 
-async def test_nothing_waits_where_nobody_reads_or_one_of_two_keeps_up() -> None:
+async def read_all(reader: OutputReader) -> list[int]:
+    taken: list[int] = []
+    while batch := await read(reader):
+        taken += batch
+    return taken
+
+
+@pytest.mark.parametrize(("n", "from_tokens"), [(1, []), (1, [3000]), (2, []), (2, [3000, 1000])])
+async def test_a_caller_that_comes_back_late_reads_all_that_has_come_meanwhile(n: int, from_tokens: list[int]) -> None:
+    """However much that is: it is there anyway, so nothing is gained by refusing it."""
+    total = 2 * MAX_UNREAD_DELTAS + 1000
+    state = request_state(n)
+    for number in range(total):
+        state.put(delta(number, number % n))
+    reader = OutputReader(state, from_tokens)
+    for index in range(n):
+        state.put(delta(total + index, index, last=True))
+    skipped = {n * token + index for index, skip in enumerate(from_tokens) for token in range(skip)}
+    assert await read_all(reader) == [number for number in range(total + n) if number not in skipped]
+
+
+async def test_a_reader_that_falls_further_behind_than_it_began_is_cut_off_alone() -> None:
     state = request_state()
-    state.put(delta(0))
-    assert state.num_unread == 0
+    for number in range(10):
+        state.put(delta(number))
     slow, quick = OutputReader(state), OutputReader(state)
-    assert state.num_unread == 1
-    await quick.read()
-    assert state.num_unread == 0
-    for reader in (slow, quick):
-        reader.close()
-    assert state.num_readers == 0
+    for number in range(10, 10 + MAX_UNREAD_DELTAS):
+        state.put(delta(number))
+        await quick.read()
+    assert len(await slow.read()) == MAX_DELTAS_READ
+    for number in range(MAX_DELTAS_READ + 1):
+        state.put(delta(number))
+        await quick.read()
+    with pytest.raises(Overloaded, match="not being read") as caught:
+        await slow.read()
+    assert caught.value.value == str(10 + MAX_UNREAD_DELTAS + 1)
+    assert not state.ended
+    state.put(delta(7, last=True))
+    assert await read_all(quick) == [7]
 
 
 async def test_what_is_tapped_is_read_when_it_is_shown_and_not_before() -> None:
@@ -182,4 +208,3 @@ async def test_a_late_reader_gets_no_more_at_a_time_than_fits_a_message() -> Non
             assert len(batch) <= MAX_DELTAS_READ
             taken += batch
         assert [one.token_id for one in taken] == list(range(skipped, total))
-        reader.close()

@@ -62,6 +62,9 @@ class FakeEngine:
     def cancel(self, state: RequestState) -> None:
         pass
 
+    def set_deadline(self, state: RequestState, deadline_s: float | None) -> None:
+        pass
+
 
 def accepted_requests() -> RequestRegistry:
     engine: Any = FakeEngine()
