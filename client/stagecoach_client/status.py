@@ -69,6 +69,7 @@ class SpareStatus:
     end_layer: int  # the first layer after those that it holds
     assignable: bool  # whether a router may give it other layers
     reason: str  # why it cannot take part; empty where it can
+    pid: int = 0  # 0 where it has not answered yet
 
     @property
     def has_layers(self) -> bool:
@@ -117,10 +118,7 @@ def read_status(response: inference_pb2.GetClusterStatusResponse) -> ClusterStat
     return ClusterStatus(
         **_same_named(ClusterStatus, response, but=("pipelines", "spares")),
         pipelines=tuple(_read_pipeline(pipeline) for pipeline in response.pipelines),
-        spares=tuple(
-            SpareStatus(spare.address, spare.layers.start, spare.layers.end, spare.assignable, spare.reason)
-            for spare in response.spares
-        ),
+        spares=tuple(_read_spare(spare) for spare in response.spares),
     )
 
 
@@ -129,6 +127,12 @@ def _read_pipeline(pipeline: inference_pb2.PipelineStatus) -> PipelineStatus:
         **_same_named(PipelineStatus, pipeline, but=("model", "stages")),
         model=Model(**_same_named(Model, pipeline.model)),
         stages=tuple(_read_stage(stage) for stage in pipeline.stages),
+    )
+
+
+def _read_spare(spare: inference_pb2.SpareStatus) -> SpareStatus:
+    return SpareStatus(
+        spare.address, spare.layers.start, spare.layers.end, spare.assignable, spare.reason, pid=spare.pid
     )
 
 

@@ -53,7 +53,7 @@ class Process:
             return status.ready
         if any(self.child.pid == stage.pid for pipeline in status.pipelines for stage in pipeline.stages):
             return True
-        return any(self.address == spare.address and not spare.reason for spare in status.spares)
+        return any(self.child.pid == spare.pid and not spare.reason for spare in status.spares)
 
 
 def can_serve(processes: Sequence[Process]) -> bool:

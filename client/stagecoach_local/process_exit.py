@@ -14,6 +14,9 @@ _ERROR = 1
 _ERROR_MARK = ": error: "
 # Such an error, but one that passes: whoever has the port lets it go, perhaps soon.
 _PORT_IS_TAKEN = "cannot listen on"
+# Signals that come from outside. Others, such as SIGSEGV, are what a crash looks like. A server that is told
+# to stop ends with status 0.
+_SIGNALS_FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class ProcessDied(StagecoachError):
@@ -37,6 +40,11 @@ class Ended:
     def port_was_taken(self) -> bool:
         """Whether it ended because somebody else had the port that it was to listen on."""
         return any(_PORT_IS_TAKEN in line for line in self.last_lines)
+
+    @property
+    def was_killed(self) -> bool:
+        """Whether somebody else ended it: by a signal, or because it was told to stop and did."""
+        return self.status == 0 or -self.status in _SIGNALS_FROM_OUTSIDE
 
     @property
     def was_mistaken(self) -> bool:

@@ -3,6 +3,10 @@
 A process has come up when it does its job: a router answers, a shard has its layers. If it ends after that, it is
 started again however often that happens, since the cause may lie outside of it. If it ends again and again before it
 came up, it never will.
+
+To wait before a start is for what would go wrong again at once: a process that fails while it starts, or that crashes.
+One that did its job until somebody killed it is not at fault, so it is started again at once. Only when that happens
+dozens of times in a row is it a loop, too, as on a machine that has run out of memory, and is slowed down.
 """
 
 from __future__ import annotations
@@ -11,8 +15,12 @@ from dataclasses import dataclass
 
 from stagecoach_local.process_exit import Ended
 
-# How often in a row a process may end before it came up.
+# How often in a row a process may end before it came up; and how often if the last time it was killed, since whoever
+# kills it may well stop doing that.
 MAX_FAILED_STARTS = 5
+MAX_KILLED_STARTS = 10
+# How often in a row one that came up is started again at once after it was killed.
+MAX_KILLS_AT_ONCE = 32
 # The first restart is immediate. While the process goes on dying young, each further one comes later.
 FIRST_DELAY_S = 0.5
 MAX_DELAY_S = 10.0
@@ -39,26 +47,35 @@ class Restarts:
 
     def __init__(self) -> None:
         self._num_failed_starts = 0  # in a row
-        self._num_young_deaths = 0  # since it last lived for SETTLED_S
+        # Since it last lived for SETTLED_S: how often it ended by itself after it came up, and how often it was killed.
+        self._num_crashes = 0
+        self._num_kills = 0
 
     def after(self, ended: Ended, *, lived_s: float, came_up: bool) -> StartAgain | GiveUp:
         """What to do about a process that has ended after `lived_s`."""
-        self._num_failed_starts = 0 if came_up else self._num_failed_starts + 1
-        if not came_up and ended.was_mistaken:
-            return GiveUp("which a new start does not mend")
-        if came_up and lived_s >= SETTLED_S:
-            self._num_young_deaths = 0
-        return self._next()
+        if not came_up:
+            self._num_failed_starts += 1
+            if ended.was_mistaken:
+                return GiveUp("which a new start does not mend")
+            return self._next(MAX_KILLED_STARTS if ended.was_killed else MAX_FAILED_STARTS)
+        self._num_failed_starts = 0
+        if lived_s >= SETTLED_S:
+            self._num_crashes = self._num_kills = 0
+        if ended.was_killed:
+            self._num_kills += 1
+        else:
+            self._num_crashes += 1
+        return self._next(MAX_FAILED_STARTS)
 
     def after_no_start(self) -> StartAgain | GiveUp:
         """What to do about a process that the system could not start again just now."""
         self._num_failed_starts += 1
-        return self._next()
+        return self._next(MAX_FAILED_STARTS, least_s=FIRST_DELAY_S)
 
-    def _next(self) -> StartAgain | GiveUp:
-        if self._num_failed_starts >= MAX_FAILED_STARTS:
+    def _next(self, max_failed_starts: int, least_s: float = 0.0) -> StartAgain | GiveUp:
+        if self._num_failed_starts >= max_failed_starts:
             return GiveUp(f"and did not come up {self._num_failed_starts} times in a row")
-        self._num_young_deaths += 1
-        if self._num_young_deaths == 1:
-            return StartAgain(0.0)
-        return StartAgain(min(MAX_DELAY_S, FIRST_DELAY_S * 2.0 ** min(self._num_young_deaths - 2, 30)))
+        num_deaths = self._num_failed_starts + self._num_crashes + max(0, self._num_kills - MAX_KILLS_AT_ONCE)
+        if num_deaths <= 1:
+            return StartAgain(least_s)
+        return StartAgain(min(MAX_DELAY_S, FIRST_DELAY_S * 2.0 ** min(num_deaths - 2, 30)))

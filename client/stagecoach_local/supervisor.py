@@ -13,8 +13,9 @@ from stagecoach_local.process_exit import Ended, describe_exit
 from stagecoach_local.restarts import GiveUp, StartAgain
 
 _POLL_INTERVAL_S = 0.1
-# Between two looks at the cluster. They are taken only while a process that was started again has not come up.
-_LOOK_INTERVAL_S = 1.0
+# Between two looks at the cluster. They are taken only while a process that was started again has not come up; often,
+# since one that is killed before it was seen to have come up counts as one that failed to.
+_LOOK_INTERVAL_S = 0.25
 
 
 class Supervisor:

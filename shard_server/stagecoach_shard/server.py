@@ -116,7 +116,7 @@ def _service(loader: Loader, settings: ShardSettings, dial: Dial, health: Health
         device=loader.device,
         dtype=loader.dtype,
         limits=limits,
-        unassigned_id=secrets.token_hex(8),
+        process_id=secrets.token_hex(8),
         dial=dial,
     )
     return assignment, service

@@ -171,7 +171,7 @@ def make_shard(layers: LayerRange | None, num_layers: int, *, assignable: bool =
         device=torch.device("cpu"),
         dtype=torch.float32,
         limits=limits,
-        unassigned_id="u",
+        process_id="u",
         dial=_no_dial,
     )
     return FakeShard(service, assignment, loaded)

@@ -237,16 +237,18 @@ class GetClusterStatusResponse(_message.Message):
     def __init__(self, pipelines: _Optional[_Iterable[_Union[PipelineStatus, _Mapping]]] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_finished: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., uptime_s: _Optional[float] = ..., looked_up_prompt_tokens: _Optional[int] = ..., num_repeats: _Optional[int] = ..., active_s: _Optional[float] = ..., num_results: _Optional[int] = ..., result_payload_bytes: _Optional[int] = ..., result_bytes: _Optional[int] = ..., num_frames: _Optional[int] = ..., num_fast_frames: _Optional[int] = ..., spares: _Optional[_Iterable[_Union[SpareStatus, _Mapping]]] = ...) -> None: ...
 
 class SpareStatus(_message.Message):
-    __slots__ = ("address", "layers", "assignable", "reason")
+    __slots__ = ("address", "layers", "assignable", "reason", "pid")
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     ASSIGNABLE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
     address: str
     layers: _model_pb2.LayerRange
     assignable: bool
     reason: str
-    def __init__(self, address: _Optional[str] = ..., layers: _Optional[_Union[_model_pb2.LayerRange, _Mapping]] = ..., assignable: bool = ..., reason: _Optional[str] = ...) -> None: ...
+    pid: int
+    def __init__(self, address: _Optional[str] = ..., layers: _Optional[_Union[_model_pb2.LayerRange, _Mapping]] = ..., assignable: bool = ..., reason: _Optional[str] = ..., pid: _Optional[int] = ...) -> None: ...
 
 class PipelineStatus(_message.Message):
     __slots__ = ("model", "epoch", "ready", "reason", "stages", "num_running", "num_waiting")

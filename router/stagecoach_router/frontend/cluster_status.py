@@ -78,6 +78,8 @@ def _stage_status(stage: StageSession, totals: StageTotals) -> pb.StageStatus:
 
 def _spare_status(shard: Shard) -> pb.SpareStatus:
     status = pb.SpareStatus(address=shard.address, assignable=shard.assignable, reason=shard.reason)
+    if shard.description is not None:
+        status.pid = shard.description.facts.pid
     if shard.layers is not None:
         status.layers.start, status.layers.end = shard.layers.start, shard.layers.end
     return status

@@ -30,7 +30,10 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class ShardService:
-    """Serves the stage that `assignment` has. While it has none, the shard goes by the id `unassigned_id`."""
+    """Serves the stage that `assignment` has.
+
+    `process_id` is this process's, whatever it serves; while it has no layers, the shard goes by it, too.
+    """
 
     def __init__(
         self,
@@ -40,7 +43,7 @@ class ShardService:
         device: torch.device,
         dtype: torch.dtype,
         limits: StepLimits,
-        unassigned_id: str,
+        process_id: str,
         dial: Dial = dial_plainly,
     ) -> None:
         self._checkpoint = checkpoint
@@ -48,7 +51,7 @@ class ShardService:
         self._device = device
         self._dtype = dtype
         self._limits = limits
-        self._unassigned_id = unassigned_id
+        self._process_id = process_id
         self._dial = dial
 
     async def describe(self, request: shard_pb2.DescribeRequest, context: Context) -> shard_pb2.DescribeResponse:
@@ -92,7 +95,8 @@ class ShardService:
         description = shard_pb2.DescribeResponse(
             protocol_version=PROTOCOL_VERSION,
             software_version=__version__,
-            shard_id=self._unassigned_id,
+            shard_id=self._process_id,
+            process_id=self._process_id,
             model=model_pb2.ModelDescription(
                 name=self._checkpoint.name,
                 family=config.family,

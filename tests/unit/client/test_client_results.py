@@ -108,7 +108,7 @@ def test_status_of_several_pipelines_and_spares() -> None:
     response = pb.GetClusterStatusResponse(
         pipelines=[pb.PipelineStatus(reason="lost", num_waiting=2), pb.PipelineStatus(ready=True, num_running=3)],
         spares=[
-            pb.SpareStatus(address="a:1", assignable=True),
+            pb.SpareStatus(address="a:1", assignable=True, pid=7),
             pb.SpareStatus(address="a:2", layers=model_pb2.LayerRange(start=4, end=9), reason="other dtype"),
         ],
     )
@@ -116,7 +116,7 @@ def test_status_of_several_pipelines_and_spares() -> None:
     assert status.ready
     assert status.num_ready == 1
     assert [(each.num_running, each.num_waiting) for each in status.pipelines] == [(0, 2), (3, 0)]
-    assert status.spares == (SpareStatus("a:1", 0, 0, True, ""), SpareStatus("a:2", 4, 9, False, "other dtype"))
+    assert status.spares == (SpareStatus("a:1", 0, 0, True, "", pid=7), SpareStatus("a:2", 4, 9, False, "other dtype"))
     assert [spare.has_layers for spare in status.spares] == [False, True]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from stagecoach.topology import LayerRange
+from stagecoach.v1 import inference_pb2 as pb
+from stagecoach_client.status import read_status
 from stagecoach_local.process import Process, can_serve
 
 FIRST, SECOND = LayerRange(0, 15), LayerRange(15, 30)
@@ -41,3 +43,14 @@ def test_it_takes_a_router_and_for_each_layer_range_a_shard_or_a_spare(
     for index in given_up:
         cluster[index].given_up = True
     assert can_serve(cluster) == serves
+
+
+def test_what_the_router_knows_of_the_process_before_it_does_not_count_for_the_one_that_was_started_again() -> None:
+    class Child:
+        pid = 7
+
+    spare = Process("", "spare", [], "127.0.0.1:1")
+    spare.child = Child()  # type: ignore[assignment]
+    for pid, reason, does in ((6, "", False), (7, "loading layers 0:15", False), (7, "", True)):
+        answer = pb.GetClusterStatusResponse(spares=[pb.SpareStatus(address=spare.address, pid=pid, reason=reason)])
+        assert spare.does_its_job(read_status(answer)) == does
