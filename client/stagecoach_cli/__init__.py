@@ -10,10 +10,12 @@ import sys
 from collections.abc import Sequence
 
 from stagecoach.errors import StagecoachError
+from stagecoach.process.standard_streams import open_closed_streams
 
 
 def main() -> None:
     """The entry point of the `stagecoach` command."""
+    open_closed_streams()
     try:
         import rich  # noqa: F401
         import typer  # noqa: F401

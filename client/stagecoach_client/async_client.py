@@ -53,6 +53,7 @@ class AsyncClient:
         self._channel = channel
         self._own_channel: grpc.aio.Channel | None = None
         self._stub: Any = None
+        self._connecting = asyncio.Lock()
         self._peer = peer_name(target, channel)
         self._closed = asyncio.Event()
         self._streams: weakref.WeakSet[AsyncGenerationStream] = weakref.WeakSet()  # so that they can be closed with it
@@ -78,7 +79,7 @@ class AsyncClient:
         Cancelling the task that waits for the answer cancels the request on the server.
         """
         call = generate_call(prompt, options)
-        stub = self._connected()
+        stub = await self._connected()
         chunks = AsyncGenerationStream(
             lambda timeout_s: stub.Generate(call.request, **self._settings.call_options(timeout_s)),
             lambda: stub.Cancel(
@@ -130,19 +131,25 @@ class AsyncClient:
     ) -> None:
         await self.aclose()
 
-    def _connected(self) -> Any:
+    async def _connected(self) -> Any:
         """The stub, made with the first call: a channel of grpc.aio belongs to the loop that it is made in."""
+        self._check_open()
+        if self._stub is None:
+            async with self._connecting:
+                if self._channel is None:
+                    channel = await self._settings.async_channel()
+                    self._check_open()
+                    self._own_channel = self._channel = channel
+                self._stub = self._stub or InferenceStub(self._channel)  # type: ignore[no-untyped-call]
+        return self._stub
+
+    def _check_open(self) -> None:
         if self._closed.is_set():
             raise RuntimeError("this client has been closed")
-        if self._stub is None:
-            if self._channel is None:
-                self._own_channel = self._channel = self._settings.async_channel()
-            self._stub = InferenceStub(self._channel)  # type: ignore[no-untyped-call]
-        return self._stub
 
     async def _read(self, method: str, request: Any, timeout_s: float | None) -> Any:
         attempts = self._settings.read_attempts(timeout_s)
-        stub = self._connected()
+        stub = await self._connected()
         while True:
             try:
                 return await getattr(stub, method)(request, **self._settings.call_options(attempts.remaining_s()))

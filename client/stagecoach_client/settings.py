@@ -80,12 +80,13 @@ class Settings:
             return grpc.insecure_channel(self.target, options)
         return grpc.secure_channel(self.target, self.tls.credentials(), [*options, *self.tls.channel_options()])
 
-    def async_channel(self) -> grpc.aio.Channel:
-        """As `channel`, for the event loop that runs now."""
+    async def async_channel(self) -> grpc.aio.Channel:
+        """As `channel`, for the event loop that runs now, which waits for no file."""
         options = channel_options(MAX_PUBLIC_MESSAGE_BYTES, connect_timeout_s=self.connect_timeout_s)
         if self.tls is None:
             return grpc.aio.insecure_channel(self.target, options)
-        return grpc.aio.secure_channel(self.target, self.tls.credentials(), [*options, *self.tls.channel_options()])
+        credentials = await self.tls.load_credentials()
+        return grpc.aio.secure_channel(self.target, credentials, [*options, *self.tls.channel_options()])
 
     def call_options(self, timeout_s: float) -> dict[str, Any]:
         """What every call on a stub is made with: its deadline, and the API key if there is one.

@@ -12,6 +12,7 @@ import grpc
 from stagecoach.errors import ConfigError
 from stagecoach.security.pem_files import check_ca, check_key_pair, read_file
 from stagecoach.security.tls import name_override
+from stagecoach.security.watched_files import read_at_start
 
 FilePath = str | os.PathLike[str]
 
@@ -47,6 +48,11 @@ class Tls:
         pair = read_file(key, "tls_key"), read_file(cert, "tls_cert")
         check_key_pair(cert, key)
         return grpc.ssl_channel_credentials(ca, *pair)
+
+    async def load_credentials(self) -> grpc.ChannelCredentials:
+        """As `credentials`, beside the event loop. Raises ConfigError, too, where files cannot be read in time."""
+        files = (Path(path) for path in (self.ca, self.cert, self.key) if path is not None)
+        return await read_at_start(self.credentials, "tls_ca", *files)
 
     def channel_options(self) -> list[tuple[str, Any]]:
         """The options that such a channel needs besides."""

@@ -14,7 +14,9 @@ def main() -> None:
     with _the_extra():
         from stagecoach.process.logs import configure_logging
         from stagecoach.process.settings import read_settings
+        from stagecoach.process.standard_streams import open_closed_streams
         from stagecoach_router.settings import RouterSettings
+    open_closed_streams()
     settings = read_settings(RouterSettings, PROGRAM, sys.argv[1:], "STAGECOACH_ROUTER_")
     configure_logging(settings.log_level)
     with _the_extra():

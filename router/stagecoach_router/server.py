@@ -10,8 +10,9 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
 
 import grpc.aio
 from grpc_reflection.v1alpha import reflection
@@ -22,6 +23,7 @@ from stagecoach.rpc.addresses import read_addresses
 from stagecoach.rpc.channel import MAX_PUBLIC_MESSAGE_BYTES, MAX_SHARD_MESSAGE_BYTES
 from stagecoach.rpc.health import Health
 from stagecoach.security import tls
+from stagecoach.security.watched_files import read_at_start
 from stagecoach.v1 import inference_pb2, inference_pb2_grpc, model_pb2
 from stagecoach_router.durability.journal import Journal
 from stagecoach_router.durability.recovery import recover_requests
@@ -64,24 +66,39 @@ logger = logging.getLogger(__name__)
 
 async def serve(settings: RouterSettings, stop: asyncio.Event) -> None:
     """Takes the port, opens a pipeline as soon as its shards are there, serves until `stop`."""
-    keys = None if settings.api_keys is None else await asyncio.to_thread(KeyFile, settings.api_keys)
-    await Router(settings, keys).run(stop)
+    await Router(settings, await _load_operators_files(settings)).run(stop)
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorsFiles:
+    """What is read at the start, and watched from then on.
+
+    `keys`: who may call, where not everybody may. `identity`: who we are to shards; `edge_identity`: to callers.
+    """
+
+    keys: KeyFile | None
+    identity: tls.Identity | None
+    edge_identity: tls.Identity | None
+
+    def watches(self) -> list[Coroutine[Any, Any, NoReturn]]:
+        """What is to run as long as the router does."""
+        watched = (self.keys, self.identity, self.edge_identity)
+        return [each.watch() for each in watched if each is not None]
 
 
 class Router:
-    """A router with the parts that need no shard. `keys`: who may call, where not everybody may."""
+    """A router with the parts that need no shard."""
 
-    def __init__(self, settings: RouterSettings, keys: KeyFile | None) -> None:
+    def __init__(self, settings: RouterSettings, files: OperatorsFiles) -> None:
         addresses = read_addresses(settings.shards, "shards")
-        identity = tls.read_identity(settings.tls_cert, settings.tls_key, settings.tls_ca)
         self._settings = settings
-        self._keys = keys
-        self._tenants = Tenants(None, time.monotonic()) if keys is None else keys.tenants
+        self._files = files
+        self._tenants = Tenants(None, time.monotonic()) if files.keys is None else files.keys.tenants
         self._journal = None if settings.journal is None else Journal(settings.journal)
         self._service = InferenceService(max_stall_s=settings.max_stall_s)
         self._server, self._port = self._listen()
         self._health = Health(self._server, SERVICE_NAME)
-        self._dial = tls.shard_dial(identity, settings.tls_shard_name)
+        self._dial = tls.shard_dial(files.identity, settings.tls_shard_name)
         context = PipelineContext(
             lease_id=secrets.randbits(64),
             dial=self._dial,
@@ -108,7 +125,7 @@ class Router:
             MAX_PUBLIC_MESSAGE_BYTES,
             settings.listen,
             max_calls + UNCOUNTED_CALLS,
-            identity=_edge_identity(settings),
+            identity=self._files.edge_identity,
             insecure=settings.insecure_listen,
             interceptors=[AuthInterceptor(self._tenants), limits],
         )
@@ -121,9 +138,7 @@ class Router:
         await self._server.start()
         logger.info("listening on port %d", self._port)
         stopped = asyncio.create_task(stop.wait())
-        working = [asyncio.create_task(self._work())]
-        if self._keys is not None:
-            working.append(asyncio.create_task(self._keys.watch()))
+        working = [asyncio.create_task(each) for each in (self._work(), *self._files.watches())]
         try:
             await asyncio.wait([stopped, *working], return_when=asyncio.FIRST_COMPLETED)
             _raise_errors(working)
@@ -214,8 +229,9 @@ class Router:
                 await asyncio.sleep(RETRY_PAUSE_S)
 
     async def _model_files(self, address: str) -> ModelFiles:
-        if self._settings.model is not None:
-            return await asyncio.to_thread(ModelFiles.from_folder, self._settings.model)
+        folder = self._settings.model
+        if folder is not None:
+            return await read_at_start(lambda: ModelFiles.from_folder(folder), "model", folder)
         return ModelFiles(await fetch_files(address, self._dial))
 
     def _make_engine(self, tokenizer: Tokenizer, model: model_pb2.ModelDescription, block_size: int) -> Engine:
@@ -257,10 +273,17 @@ async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _edge_identity(settings: RouterSettings) -> tls.Identity | None:
-    """Who we are to callers: the same as to shards, but they need no certificate unless there is a CA for theirs."""
-    if settings.tls_cert is None or settings.tls_key is None or not settings.edge_tls:
-        if settings.tls_client_ca is not None:
-            raise ConfigError("tls_client_ca: callers show no certificates without TLS", field="tls_client_ca")
-        return None
-    return tls.Identity(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+async def _load_operators_files(settings: RouterSettings) -> OperatorsFiles:
+    """Raises ConfigError."""
+    cert, key, client_ca = settings.tls_cert, settings.tls_key, settings.tls_client_ca
+    identity = await tls.load_identity(cert, key, settings.tls_ca)
+    edge_identity = None
+    if cert is not None and key is not None and settings.edge_tls:
+        # The same as to shards, but callers need no certificate unless there is a CA for theirs.
+        edge_identity = await read_at_start(
+            lambda: tls.Identity(cert, key, client_ca), "tls_cert", cert, key, client_ca
+        )
+    elif client_ca is not None:
+        raise ConfigError("tls_client_ca: callers show no certificates without TLS", field="tls_client_ca")
+    keys = None if settings.api_keys is None else await KeyFile.load(settings.api_keys)
+    return OperatorsFiles(keys, identity, edge_identity)

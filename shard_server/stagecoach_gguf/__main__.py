@@ -10,11 +10,13 @@ from pathlib import Path
 from types import FrameType
 
 from stagecoach.errors import StagecoachError
+from stagecoach.process.standard_streams import open_closed_streams
 from stagecoach_gguf.importer import import_gguf
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one import and returns the exit status. Why an import failed is written to standard error."""
+    open_closed_streams()
     parser = argparse.ArgumentParser(
         prog="stagecoach import",
         description="Turn a GGUF file into a checkpoint folder (safetensors in bfloat16, config, tokenizer).",

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 async def serve(settings: ShardSettings, stop: asyncio.Event) -> None:
     """Takes the port, loads its layers if it has a range of its own, and serves until `stop` is set."""
     layers = settings.layer_range()
-    identity = tls.read_identity(settings.tls_cert, settings.tls_key, settings.tls_ca)
+    identity = await tls.load_identity(settings.tls_cert, settings.tls_key, settings.tls_ca)
     allowed = None if identity is None else AllowedNames.read(settings.allow_peer, settings.allow_assign)
     server, port = listen(
         MAX_SHARD_MESSAGE_BYTES, settings.listen, identity=identity, insecure=settings.insecure_listen
@@ -57,6 +57,7 @@ async def serve(settings: ShardSettings, stop: asyncio.Event) -> None:
     abandoned = threading.Event()
     opening = asyncio.create_task(asyncio.to_thread(_open_loader, settings, abandoned))
     stopped = asyncio.create_task(stop.wait())
+    watching = None if identity is None else asyncio.create_task(identity.watch())
     assignment: Assignment | None = None
     try:
         await asyncio.wait([opening, stopped], return_when=asyncio.FIRST_COMPLETED)
@@ -67,6 +68,8 @@ async def serve(settings: ShardSettings, stop: asyncio.Event) -> None:
         logger.info("stopping")
         health.drain()
         stopped.cancel()
+        if watching is not None:
+            watching.cancel()
         abandoned.set()
         await _end_loading(opening, assignment)
         if assignment is not None:

@@ -154,7 +154,7 @@ def pem(scratch: Path) -> Target:
         for kind, text in good.items():
             paths[kind].write_bytes(data[1:] if data[:1] == bytes([kind]) else text)
         identity = tls.Identity(paths[b"c"[0]], paths[b"k"[0]], paths[b"a"[0]])
-        assert identity.current().ca
+        assert identity.current.ca
 
     corpus = [bytes([kind]) + text for kind, text in good.items()]
     corpus.append(b"a" + good[b"a"[0]] + b"a comment between\n" + good[b"c"[0]])

@@ -55,12 +55,12 @@ async def test_the_id_of_another_request_is_refused(client):
         assert caught.value.field == "request_id"
 
 
-def call(client, timeout_s=TIMEOUT_S, **changes):
+async def call(client, timeout_s=TIMEOUT_S, **changes):
     """A call as the wire has it."""
     request = pb.GenerateRequest(prompt="Hello", request_id="mine")
     request.sampling.max_tokens, request.sampling.temperature, request.sampling.ignore_eos = 30, 0.0, True
     request.MergeFrom(pb.GenerateRequest(**changes))
-    return client._connected().Generate(request, timeout=timeout_s)
+    return (await client._connected()).Generate(request, timeout=timeout_s)
 
 
 async def token_ids(responses):
@@ -73,54 +73,54 @@ async def token_ids_until_error(responses):
 
 
 async def test_a_call_reads_from_the_token_it_asks_for(client):
-    everything = await token_ids(call(client))
+    everything = await token_ids(await call(client))
     assert len(everything) == 30
     for start in (0, 1, 17, 29, 30, 31):
-        assert await token_ids(call(client, from_tokens=[start])) == everything[start:]
+        assert await token_ids(await call(client, from_tokens=[start])) == everything[start:]
 
 
 async def test_a_call_without_a_deadline_is_as_good(client):
     request = pb.GenerateRequest(prompt="Hello")
     request.sampling.max_tokens, request.sampling.ignore_eos = 5, True
-    assert len(await token_ids(client._connected().Generate(request))) == 5
+    assert len(await token_ids((await client._connected()).Generate(request))) == 5
 
 
 async def test_the_text_from_a_token_on_is_the_rest_of_the_text(client):
-    whole = "".join([response.text async for response in call(client)])
+    whole = "".join([response.text async for response in await call(client)])
     for start in range(0, 30, 7):
         head, num_tokens = "", 0
-        responses = call(client)
+        responses = await call(client)
         async for response in responses:
             head += response.text
             num_tokens += len(response.token_ids)
             if num_tokens > start:
                 break
         responses.cancel()
-        rest = "".join([response.text async for response in call(client, from_tokens=[num_tokens])])
+        rest = "".join([response.text async for response in await call(client, from_tokens=[num_tokens])])
         assert head + rest == whole
 
 
 async def test_what_is_not_known_cannot_be_gone_on_with(client):
     with pytest.raises(Exception, match="not known here") as caught:
-        await token_ids(call(client, request_id="unheard of", from_tokens=[3]))
+        await token_ids(await call(client, request_id="unheard of", from_tokens=[3]))
     assert errors.from_rpc_error(caught.value, "router").field == "from_tokens"
 
 
 @pytest.mark.parametrize("changes", [{"linger_s": -1.0}, {"linger_s": float("nan")}, {"from_tokens": [0] * 65}])
 async def test_what_cannot_be_is_refused(client, changes):
     with pytest.raises(Exception, match=next(iter(changes))) as caught:
-        await token_ids(call(client, **changes))
+        await token_ids(await call(client, **changes))
     assert isinstance(errors.from_rpc_error(caught.value, "router"), errors.InvalidArgument)
 
 
 async def test_a_request_that_lingers_is_there_for_the_next_call_and_not_for_ever(client, monkeypatch):
     sampling = pb.SamplingParams(max_tokens=400)
     with held_stages(monkeypatch) as goes_on:
-        first = call(client, sampling=sampling, linger_s=30.0)
+        first = await call(client, sampling=sampling, linger_s=30.0)
         head = list((await first.read()).token_ids)
         goes_on.clear()
         first.cancel()
-        second = call(client, sampling=sampling, from_tokens=[len(head)], linger_s=0.05)
+        second = await call(client, sampling=sampling, from_tokens=[len(head)], linger_s=0.05)
         goes_on.set()
         rest = list((await second.read()).token_ids)
         goes_on.clear()
@@ -137,10 +137,10 @@ async def test_a_request_that_lingers_is_there_for_the_next_call_and_not_for_eve
 
 async def test_a_call_with_a_short_deadline_ends_itself_and_not_the_request_of_another(client, monkeypatch):
     with held_stages(monkeypatch) as goes_on:
-        first = aiter(call(client))
+        first = aiter(await call(client))
         head = list((await anext(first)).token_ids)
         goes_on.clear()
-        second = call(client, timeout_s=0.05)
+        second = await call(client, timeout_s=0.05)
         await token_ids_until_error(second)
         assert await second.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         goes_on.set()
@@ -151,12 +151,12 @@ async def test_a_caller_comes_back_however_much_has_come_meanwhile(client, monke
     monkeypatch.setattr(output_stream, "MAX_UNREAD_DELTAS", 8)
     sampling = pb.SamplingParams(max_tokens=200)
     with held_stages(monkeypatch) as goes_on:
-        first = call(client, sampling=sampling, linger_s=60.0)
+        first = await call(client, sampling=sampling, linger_s=60.0)
         head = list((await first.read()).token_ids)
         first.cancel()
         await status_becomes(client, lambda status: status.completion_tokens > len(head) + 20)
         goes_on.clear()
-        second = aiter(call(client, sampling=sampling, from_tokens=[len(head)]))
+        second = aiter(await call(client, sampling=sampling, from_tokens=[len(head)]))
         rest = list((await anext(second)).token_ids)
         goes_on.set()
         rest += await token_ids(second)

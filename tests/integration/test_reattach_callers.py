@@ -29,7 +29,7 @@ async def test_one_caller_cannot_read_on_or_cancel_what_another_asked(tiny_model
             stream = await generate(ann, 40, token_ids=[1, 2, 3], request_id="anns", stream=True)
             await anext(stream)
             goes_on.clear()
-            stub, options = ben._connected(), ben._settings.call_options(TIMEOUT_S)
+            stub, options = await ben._connected(), ben._settings.call_options(TIMEOUT_S)
             await stub.Cancel(pb.CancelRequest(request_id="anns"), **options)
             request = pb.GenerateRequest(request_id="anns", token_ids=pb.TokenIds(ids=[1, 2, 3]), from_tokens=[1])
             with pytest.raises(Exception, match="not known here"):

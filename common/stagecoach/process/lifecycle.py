@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Awaitable, Callable
 
 import uvloop
 
 from stagecoach.errors import StagecoachError
+
+# For what is left to do when all work has ended: closing the event loop, removing temporary files.
+EXIT_TIMEOUT_S = 5.0
 
 logger = logging.getLogger(__name__)
 
@@ -19,10 +26,10 @@ def run(program: str, main: Callable[[asyncio.Event], Awaitable[None]]) -> int:
     """Runs `main(stop)` until it returns. Returns the exit status.
 
     The first signal sets `stop`, and `main` is to end in its own time; a second one cancels it. A typed error ends the
-    process with status 1 and one line on stderr.
+    process with status 1 and one line on stderr. Once `main` has ended, the process ends soon, whatever its threads do.
     """
 
-    async def supervised() -> None:
+    async def supervised() -> int:
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         running = asyncio.ensure_future(main(stop))
@@ -34,16 +41,37 @@ def run(program: str, main: Callable[[asyncio.Event], Awaitable[None]]) -> int:
 
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, on_signal)
+        status = 1
         try:
             await running
+            status = 0
         except asyncio.CancelledError:
             if not stop.is_set():
                 raise
             logger.warning("stopped at once, as a second signal asked")
+            status = 0
+        except StagecoachError as error:
+            _say(f"{program}: error: {error}")
+        finally:
+            _end_in_time(status)
+        return status
 
-    try:
-        uvloop.run(supervised())
-    except StagecoachError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)  # noqa: T201
-        return 1
-    return 0
+    return uvloop.run(supervised())
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # nobody reads it, or there is no room for it
+        print(line, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _end_in_time(status: int) -> None:
+    """Ends this process if it has not ended by itself in EXIT_TIMEOUT_S.
+
+    Python waits for the threads of executors, for as long as it takes, and a thread may hang on a disk for good.
+    """
+
+    def end() -> None:
+        time.sleep(EXIT_TIMEOUT_S)
+        os._exit(status)
+
+    threading.Thread(target=end, name="end", daemon=True).start()

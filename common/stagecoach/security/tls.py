@@ -1,18 +1,18 @@
 """Who a process is to its peers, and whom it trusts: its certificate and key, and the CA of its peers' certificates.
 
-When the files change, they are read again at the next connection. A new set that cannot be used is reported once, and
-the old one stays in use. Connections keep what they began with.
+The files are looked at every second, and read again when they have changed. A new set that cannot be used is reported
+once, and the old one stays in use. Connections keep what they began with. Who connects waits for no file.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
-import threading
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
@@ -20,7 +20,7 @@ import grpc.aio
 from stagecoach.errors import ConfigError, PermissionDenied
 from stagecoach.rpc.channel import MAX_SHARD_MESSAGE_BYTES, Dial, channel_options, dial_plainly
 from stagecoach.security.pem_files import check_ca, check_key_pair, read_dates, read_file
-from stagecoach.security.watched_files import Signature, signature
+from stagecoach.security.watched_files import CHECK_INTERVAL_S, WatchedFiles, read_at_start, signature
 
 logger = logging.getLogger(__name__)
 
@@ -46,12 +46,22 @@ class Pem:
     not_after: datetime
 
 
+class _NotValidNow(ConfigError):
+    """A certificate that is valid from `begins` to `ends`, and not at `now`."""
+
+    def __init__(self, cert: Path, begins: datetime, ends: datetime, now: datetime) -> None:
+        dates = f"{begins.isoformat()} to {ends.isoformat()}"
+        text = f"tls_cert: {cert} is valid from {dates}; it is {now.isoformat()}"
+        super().__init__(text, field="tls_cert", limit=dates, value=now.isoformat(timespec="seconds"))
+        self.begins = begins if now < begins else None  # None: it has ended
+
+
 class Identity:
     """A certificate with its key, and the CA of the peers' certificates. With None for `ca`, peers need none.
 
-    A certificate that ends within 30 days is warned of once a day while it is used. `now` is the clock that its dates
-    are compared with. Raises ConfigError for files that cannot be read, are no PEM, do not belong together, or hold a
-    certificate that is not valid now: every peer would refuse it, and say so in its own log only.
+    A certificate that ends within 30 days is warned of once a day. `now` is the clock that its dates are compared with.
+    Raises ConfigError for files that cannot be read, are no PEM, do not belong together, or hold a certificate that is
+    not valid now: every peer would refuse it, and say so in its own log only.
     """
 
     def __init__(self, cert: Path, key: Path, ca: Path | None, *, now: Callable[[], datetime] = _utc_now) -> None:
@@ -59,33 +69,42 @@ class Identity:
         self._now = now
         self._warned_on: date | None = None
         self._begins: datetime | None = None  # of a certificate that was refused as it is not valid yet
-        self._lock = threading.Lock()  # gRPC asks from threads of its own
-        self._seen = self._signatures()
-        self._pem = self._read()
+        paths = [path for path in (cert, key, ca) if path is not None]
+        self._files = WatchedFiles(paths, self._read, "tls_cert")
 
+    @property
     def current(self) -> Pem:
-        """What the files hold now, or held when they could last be used."""
-        with self._lock:
-            seen = self._signatures()
-            has_begun = self._begins is not None and self._begins <= self._now()
-            if seen != self._seen or has_begun:
-                self._seen, self._begins = seen, None  # a mistake is reported once, not at every connection
-                try:
-                    self._pem = self._read()
-                    logger.info("tls: %s and what goes with it have changed, and are used from now on", self._cert)
-                except ConfigError as error:
-                    logger.error("%s; what was there before stays in use", error)
-            self._warn_of_end(self._pem)
-            return self._pem
+        """What the files hold, or held when they could last be used. For any thread: gRPC asks from its own."""
+        return self._files.content
+
+    async def watch(self) -> NoReturn:
+        """Looks at the files every second, until cancelled."""
+        while True:
+            await self.check()
+            await asyncio.sleep(CHECK_INTERVAL_S)
+
+    async def check(self) -> None:
+        """Takes over what has changed."""
+        has_begun = self._begins is not None and self._begins <= self._now()
+        if has_begun:
+            self._begins = None
+        try:
+            if await self._files.look(again=has_begun):
+                logger.info("tls: %s and what goes with it have changed, and are used from now on", self._cert)
+        except ConfigError as error:
+            if isinstance(error, _NotValidNow):
+                self._begins = error.begins
+            logger.error("%s; what was there before stays in use", error)
+        self._warn_of_end(self.current)
 
     def server_credentials(self) -> grpc.ServerCredentials:
         """The credentials of a listener. Where there is a CA, callers must show a certificate of it."""
-        given = self.current()
+        given = self.current
 
         def fetch() -> grpc.ServerCertificateConfiguration | None:
             """gRPC calls it before each handshake. None tells that nothing has changed."""
             nonlocal given
-            pem = self.current()
+            pem = self.current
             if pem is given:
                 return None
             given = pem
@@ -99,7 +118,7 @@ class Identity:
 
     def channel_credentials(self) -> grpc.ChannelCredentials:
         """The credentials of a channel to a peer, whose certificate must be of the CA. It gets ours if it asks."""
-        pem = self.current()
+        pem = self.current
         return grpc.ssl_channel_credentials(pem.ca, pem.key, pem.cert)
 
     def _warn_of_end(self, pem: Pem) -> None:
@@ -109,18 +128,16 @@ class Identity:
             ends = "has ended" if pem.not_after <= now else "ends"
             logger.warning("tls: the certificate %s %s at %s", self._cert, ends, pem.not_after.isoformat())
 
-    def _signatures(self) -> tuple[Signature | None, ...]:
-        return tuple(signature(path) for path in (self._cert, self._key, self._ca) if path is not None)
-
     def _read(self) -> Pem:
-        before = self._signatures()
+        paths = [path for path in (self._cert, self._key, self._ca) if path is not None]
+        before = [signature(path) for path in paths]
         cert, key = read_file(self._cert, "tls_cert"), read_file(self._key, "tls_key")
         ca = None if self._ca is None else read_file(self._ca, "tls_ca")
         check_key_pair(self._cert, self._key)
         pem = Pem(cert, key, ca, self._check_dates(cert))
         if pem.ca is not None:
             check_ca(pem.ca, str(self._ca))
-        if self._signatures() != before:  # what was checked may not be what was read
+        if [signature(path) for path in paths] != before:  # what was checked may not be what was read
             raise ConfigError(f"tls_cert: {self._cert} changed while it was read", field="tls_cert", value=self._cert)
         return pem
 
@@ -129,15 +146,7 @@ class Identity:
         (begins, ends), now = read_dates(cert, self._cert), self._now()
         if begins <= now < ends:
             return ends
-        if now < begins:
-            self._begins = begins
-        dates = f"{begins.isoformat()} to {ends.isoformat()}"
-        raise ConfigError(
-            f"tls_cert: {self._cert} is valid from {dates}; it is {now.isoformat()}",
-            field="tls_cert",
-            limit=dates,
-            value=now.isoformat(timespec="seconds"),
-        )
+        raise _NotValidNow(self._cert, begins, ends, now)
 
 
 def read_identity(cert: Path | None, key: Path | None, ca: Path | None) -> Identity | None:
@@ -152,6 +161,11 @@ def read_identity(cert: Path | None, key: Path | None, ca: Path | None) -> Ident
             return None
         raise ConfigError(f"{missing[0]}: give all of tls-cert, tls-key and tls-ca, or none", field=missing[0])
     return Identity(cert, key, ca)
+
+
+async def load_identity(cert: Path | None, key: Path | None, ca: Path | None) -> Identity | None:
+    """As `read_identity`, beside the event loop. Raises ConfigError, too, where the files cannot be read in time."""
+    return await read_at_start(lambda: read_identity(cert, key, ca), "tls_cert", cert, key, ca)
 
 
 def shard_dial(identity: Identity | None, name: str) -> Dial:

@@ -10,10 +10,9 @@ from typing import NoReturn
 
 from stagecoach.errors import ConfigError
 from stagecoach.security.api_keys import KeyEntry, read_entries
-from stagecoach.security.watched_files import read_bounded, signature
+from stagecoach.security.watched_files import CHECK_INTERVAL_S, WatchedFiles, read_at_start, read_bounded
 from stagecoach_router.tenants.tenants import Tenants
 
-CHECK_INTERVAL_S = 1.0
 # An entry has some 300 of them.
 MAX_FILE_BYTES = 4 << 20
 
@@ -29,36 +28,33 @@ class KeyFile:
     Raises ConfigError where it cannot be used at the start.
     """
 
-    def __init__(self, path: Path, interval_s: float = CHECK_INTERVAL_S) -> None:
+    def __init__(self, path: Path) -> None:
         self._path = path
-        self._interval_s = interval_s
-        # Before the file is read: if it changes in between, the next look finds it changed once more.
-        self._signature = signature(path)
-        self.tenants = Tenants(_read(path), time.monotonic())
+        self._files = WatchedFiles([path], lambda: _read(path), "api_keys")
+        self.tenants = Tenants(self._files.content, time.monotonic())
+
+    @classmethod
+    async def load(cls, path: Path) -> KeyFile:
+        """Reads it beside the event loop. Raises ConfigError, too, where it cannot be read in time."""
+        return await read_at_start(lambda: cls(path), "api_keys", path)
 
     async def watch(self) -> NoReturn:
-        """Looks every `interval_s`, until cancelled."""
+        """Looks every second, until cancelled."""
         while True:
-            await asyncio.sleep(self._interval_s)
+            await asyncio.sleep(CHECK_INTERVAL_S)
             await self.check()
 
     async def check(self) -> None:
         """Takes the file over if it has changed."""
         try:
-            entries = await asyncio.to_thread(self._read_if_changed)
+            has_changed = await self._files.look()
         except ConfigError as error:
             logger.error("API keys stay as they were: %s", error)
             return
-        if entries is not None:
+        if has_changed:
+            entries = self._files.content
             self.tenants.replace(entries, time.monotonic())
             logger.info("%d API keys read from %s", len(entries), self._path)
-
-    def _read_if_changed(self) -> tuple[KeyEntry, ...] | None:
-        found = signature(self._path)
-        if found == self._signature:
-            return None
-        self._signature = found
-        return _read(self._path)
 
 
 def _read(path: Path) -> tuple[KeyEntry, ...]:

@@ -6,17 +6,17 @@ import json
 from pathlib import Path
 
 from stagecoach.errors import CheckpointError
+from stagecoach.security.watched_files import read_bounded
 
 
 def read_json_object(path: Path, max_bytes: int) -> dict[str, object]:
     """The JSON object in `path`. Raises CheckpointError, with the file's name, for anything else."""
     try:
-        num_bytes = path.stat().st_size
-        if num_bytes > max_bytes:
-            raise CheckpointError(
-                f"{path.name} has {num_bytes} bytes", field=path.name, limit=max_bytes, value=num_bytes
-            )
-        value = json.loads(path.read_text(encoding="utf-8"))
+        data = read_bounded(path, max_bytes)
+        if len(data) > max_bytes:
+            text = f"{path.name} has more than {max_bytes} bytes"
+            raise CheckpointError(text, field=path.name, limit=max_bytes)
+        value = json.loads(data.decode())
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing", field=path.name) from None
     except (OSError, ValueError, RecursionError) as error:

@@ -54,6 +54,8 @@ def read_tensor_table(folder: Path) -> dict[str, TensorEntry]:
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """The tensors of one file by name. Raises CheckpointError for a file that is missing, truncated or malformed."""
     table = {}
+    if path.exists() and not path.is_file():  # opening a named pipe would wait for a writer
+        raise CheckpointError(f"{path} is not a regular file", field=path.name)
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  # it is no mapping

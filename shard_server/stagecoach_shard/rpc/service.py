@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import socket
 from collections.abc import AsyncIterator
@@ -13,6 +12,7 @@ import torch
 
 from stagecoach import PROTOCOL_VERSION, __version__, errors
 from stagecoach.errors.status import abort
+from stagecoach.file_access import read_in_time
 from stagecoach.rpc.channel import Dial, dial_plainly
 from stagecoach.topology import LayerRange
 from stagecoach.v1 import model_pb2, shard_pb2
@@ -79,10 +79,14 @@ class ShardService:
     async def fetch_files(
         self, request: shard_pb2.FetchFilesRequest, context: Context
     ) -> AsyncIterator[shard_pb2.FileChunk]:
-        for name, path in self._checkpoint.tokenizer_files().items():
-            data = await asyncio.to_thread(path.read_bytes)
-            for start in range(0, max(len(data), 1), FILE_CHUNK_BYTES):
-                yield shard_pb2.FileChunk(name=name, data=data[start : start + FILE_CHUNK_BYTES])
+        try:
+            paths = await read_in_time(self._checkpoint.tokenizer_files, str(self._checkpoint.path))
+            for name, path in paths.items():
+                data = await read_in_time(path.read_bytes, str(path))
+                for start in range(0, max(len(data), 1), FILE_CHUNK_BYTES):
+                    yield shard_pb2.FileChunk(name=name, data=data[start : start + FILE_CHUNK_BYTES])
+        except OSError as error:  # TimeoutError is one
+            await abort(context, errors.Unavailable(str(error)))
 
     async def session(self, _: object, context: Context) -> None:
         await serve_session(self._assignment, self._dial, context)

@@ -106,35 +106,39 @@ def test_a_missing_file_is_named(issued: ClusterCertificates) -> None:
 
 
 def test_a_key_is_in_no_repr(issued: ClusterCertificates) -> None:
-    pem = Identity(*issued.shard, issued.ca).current()
+    pem = Identity(*issued.shard, issued.ca).current
     assert b"PRIVATE KEY" in pem.key
     assert "PRIVATE KEY" not in repr(pem)
 
 
-def test_changed_files_are_used_from_then_on(issued: ClusterCertificates, tmp_path: Path) -> None:
+async def test_changed_files_are_used_from_then_on(issued: ClusterCertificates, tmp_path: Path) -> None:
     identity = Identity(*issued.shard, issued.ca)
-    before = identity.current()
-    assert identity.current() is before
+    before = identity.current
+    await identity.check()
+    assert identity.current is before
     new = issue_cluster(tmp_path / "second")
     replace(issued, new)
-    assert identity.current().cert == new.shard.cert.read_bytes() != before.cert
-    assert identity.current().key == new.shard.key.read_bytes()
-    assert identity.current().ca == new.ca.read_bytes()
+    await identity.check()
+    assert identity.current.cert == new.shard.cert.read_bytes() != before.cert
+    assert identity.current.key == new.shard.key.read_bytes()
+    assert identity.current.ca == new.ca.read_bytes()
 
 
-def test_a_broken_new_file_is_reported_once_and_the_old_one_stays(
+async def test_a_broken_new_file_is_reported_once_and_the_old_one_stays(
     issued: ClusterCertificates, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     identity = Identity(*issued.shard, issued.ca)
-    before = identity.current()
+    before = identity.current
     issued.shard.cert.write_bytes(issue_cluster(tmp_path / "second").shard.cert.read_bytes())  # not its key
     with caplog.at_level(logging.ERROR):
-        assert identity.current() is before
-        assert identity.current() is before
+        await identity.check()
+        await identity.check()
+    assert identity.current is before
     (record,) = caplog.records
     assert "what was there before stays in use" in record.getMessage()
     issued.shard.cert.write_bytes(before.cert)
-    assert identity.current() == before
+    await identity.check()
+    assert identity.current == before
 
 
 class Tenant:
@@ -283,61 +287,65 @@ def test_a_certificate_that_is_not_valid_now_is_refused_with_its_dates(issued: C
         assert caught.value.field == "tls_cert"
 
 
-def test_a_new_certificate_that_has_ended_is_reported_and_the_old_one_stays(
+async def test_a_new_certificate_that_has_ended_is_reported_and_the_old_one_stays(
     issued: ClusterCertificates, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     identity = Identity(*issued.shard, issued.ca)
-    before = identity.current()
+    before = identity.current
     ended = issue_cluster(tmp_path / "second", lifetime=timedelta(minutes=-1))
     replace(issued, ended)
-    assert identity.current() is before
+    await identity.check()
+    assert identity.current is before
     assert "is valid from" in caplog.text
     assert "what was there before stays in use" in caplog.text
 
 
-def test_a_certificate_that_came_too_early_is_used_from_its_first_day_on(
+async def test_a_certificate_that_came_too_early_is_used_from_its_first_day_on(
     issued: ClusterCertificates, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     now = datetime.now(UTC)
     identity = Identity(*issued.shard, issued.ca, now=lambda: now)
-    before = identity.current()
+    before = identity.current
     now -= timedelta(hours=2)  # this process's clock is behind the authority's
     new = issue_cluster(tmp_path / "second")
     replace(issued, new)
     for _ in range(2):
-        assert identity.current() is before
+        await identity.check()
+        assert identity.current is before
     assert [record.levelname for record in caplog.records] == ["ERROR"]
     now += timedelta(hours=2)
-    assert identity.current().cert == new.shard.cert.read_bytes() != before.cert
+    await identity.check()
+    assert identity.current.cert == new.shard.cert.read_bytes() != before.cert
 
 
-def test_a_certificate_that_ends_soon_is_warned_of_once_a_day(
+async def test_a_certificate_that_ends_soon_is_warned_of_once_a_day(
     issued: ClusterCertificates, caplog: pytest.LogCaptureFixture
 ) -> None:
     now = datetime.now(UTC)
     identity = Identity(*issued.shard, issued.ca, now=lambda: now)
-    identity.current()
+    await identity.check()
     assert caplog.text == ""
     now += timedelta(days=340)
     for _ in range(3):
-        identity.current()
+        await identity.check()
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "ends at 20" in caplog.text
     now += timedelta(days=30)  # it has ended, and what was opened with it goes on
-    identity.current()
+    await identity.check()
     assert len(caplog.records) == 2
     assert "has ended at 20" in caplog.text
 
 
 @pytest.mark.parametrize("put", [os.mkfifo, os.mkdir], ids=["a pipe that nobody writes to", "a folder"])
-def test_what_is_no_regular_file_stops_nobody(
+async def test_what_is_no_regular_file_stops_nobody(
     issued: ClusterCertificates, caplog: pytest.LogCaptureFixture, put: Callable[[Path], None]
 ) -> None:
     identity = Identity(*issued.shard, issued.ca)
-    before = identity.current()
+    before = identity.current
     issued.shard.cert.unlink()
     put(issued.shard.cert)
-    assert identity.current() is before
+    await identity.check()
+    assert identity.current is before
     assert str(issued.shard.cert) in caplog.text
     with pytest.raises(ConfigError, match=r"regular file|directory"):
         Identity(*issued.shard, issued.ca)

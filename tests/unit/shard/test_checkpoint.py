@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -97,6 +98,14 @@ def test_a_missing_file_of_the_index_is_named(folder: Path) -> None:
     split_over_files(folder)
     (folder / "model-00002-of-00003.safetensors").unlink()
     assert refused(folder).field == "model-00002-of-00003.safetensors"
+
+
+@pytest.mark.parametrize("name", ["config.json", "model-00002-of-00003.safetensors", INDEX])
+def test_a_pipe_that_nobody_writes_to_is_refused_by_name(folder: Path, name: str) -> None:
+    split_over_files(folder)
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    assert refused(folder).field in (name, SINGLE)
 
 
 @pytest.mark.parametrize(

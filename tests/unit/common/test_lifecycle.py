@@ -1,0 +1,73 @@
+"""How a process ends."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+TIMEOUT_S = 20
+
+
+def run(main: str, prelude: str = "", **options: object) -> subprocess.CompletedProcess[str]:
+    """A process whose `main(stop)` has this body."""
+    lines = [
+        "import asyncio, os, signal, sys, threading",
+        "from stagecoach.errors import ConfigError",
+        "from stagecoach.process import lifecycle, standard_streams",
+        "standard_streams.open_closed_streams()",
+        "lifecycle.EXIT_TIMEOUT_S = 0.2",
+        textwrap.dedent(prelude),
+        "async def main(stop):",
+        textwrap.indent(textwrap.dedent(main), "    "),
+        "sys.exit(lifecycle.run('prog', main))",
+    ]
+    command = [sys.executable, "-c", "\n".join(lines)]
+    given = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "timeout": TIMEOUT_S} | options
+    return subprocess.run(command, **given)  # type: ignore[call-overload,no-any-return]
+
+
+HANGS = "asyncio.get_running_loop().run_in_executor(None, threading.Event().wait)"
+
+
+@pytest.mark.parametrize(
+    ("main", "status"),
+    [
+        (f"{HANGS}", 0),
+        (f"{HANGS}; os.kill(os.getpid(), signal.SIGTERM); await stop.wait()", 0),
+        (f"{HANGS}; raise ConfigError('listen: no')", 1),
+    ],
+    ids=["work that ends", "a signal", "an error"],
+)
+def test_a_thread_that_hangs_keeps_no_process(main: str, status: int) -> None:
+    ended = run(main)
+    assert ended.returncode == status
+    assert ("prog: error: listen: no" in ended.stderr) == bool(status)
+
+
+def test_a_second_signal_ends_it_at_once() -> None:
+    main = """
+        os.kill(os.getpid(), signal.SIGINT)
+        await stop.wait()
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.Event().wait()
+    """
+    assert run(main).returncode == 0
+
+
+def test_an_error_that_finds_no_room_is_still_a_status() -> None:
+    with open("/dev/full", "w") as full:
+        assert run("raise ConfigError('no')", stderr=full).returncode == 1
+
+
+@pytest.mark.parametrize("closed", [[2], [1, 2], [0, 1, 2], [0]])
+def test_a_process_runs_without_its_standard_streams(closed: list[int]) -> None:
+    def close() -> None:
+        for number in closed:
+            os.close(number)
+
+    main = "print('out'); print('err', file=sys.stderr); raise ConfigError('no')"
+    assert run(main, preexec_fn=close).returncode == 1
