@@ -7,6 +7,9 @@ first: three quarters are always in use or free, and a sender never waits for a 
 
 from __future__ import annotations
 
+# The largest window that a receiver may open.
+MAX_CREDITS = 1024
+
 
 def usable_credits(size: int) -> int:
     """How many credits of a window of `size` a sender can always count on: the receiver may collect the others."""

@@ -7,6 +7,7 @@ them wait here, and `send` tells its caller when a frame has left, so that press
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
@@ -16,8 +17,11 @@ import grpc.aio
 
 from stagecoach import errors
 from stagecoach.rpc.channel import Dial, dial_plainly
+from stagecoach.rpc.credits import MAX_CREDITS
 from stagecoach.rpc.shard_rpc import ShardStub
 from stagecoach.v1.shard_pb2 import ForwardResponse
+
+logger = logging.getLogger(__name__)
 
 Call = grpc.aio.StreamStreamCall[bytes, ForwardResponse]
 
@@ -35,6 +39,7 @@ class ForwardLink:
         self._on_failure = on_failure
         self._waiting: deque[tuple[bytes, Callable[[], None] | None]] = deque()
         self._credits = 0
+        self._num_lent = 0  # credits of frames that have left, which have not come back
         self._wake = asyncio.Event()
         self._opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._tasks: list[asyncio.Task[None]] = []
@@ -85,6 +90,7 @@ class ForwardLink:
                 while self._waiting and self._credits:
                     frame, on_sent = self._waiting.popleft()
                     self._credits -= 1
+                    self._num_lent += 1
                     await call.write(frame)
                     if on_sent is not None:
                         on_sent()
@@ -93,14 +99,24 @@ class ForwardLink:
         except (grpc.RpcError, asyncio.InvalidStateError):
             return  # the reader learns why
 
+    def _take_credits(self, credits: int) -> None:
+        """The first ones open the window; later ones are those of frames that have moved on, and no others.
+
+        Raises ShardFault for a number that cannot be: more would let so many frames wait for the receiver.
+        """
+        limit = self._num_lent if self._opened.done() else MAX_CREDITS
+        if not 1 <= credits <= limit:
+            text = f"{self.address}: {credits} credits in a message; 1 to {limit} can be"
+            raise errors.ShardFault(text, field="credits", limit=limit, value=credits, addresses=[self.address])
+        if self._opened.done():
+            self._num_lent -= credits
+        self._credits += credits
+
     async def _read(self, call: Call) -> None:
         error: errors.StagecoachError
         try:
             while isinstance(response := await call.read(), ForwardResponse):
-                if not response.credits:
-                    text = f"{self.address}: no credits in a credit message"
-                    raise errors.ShardFault(text, field="credits", limit=1, addresses=[self.address])
-                self._credits += response.credits
+                self._take_credits(response.credits)
                 self._wake.set()
                 if not self._opened.done():
                     self._opened.set_result(None)
@@ -111,6 +127,9 @@ class ForwardLink:
             error = errors.from_rpc_error(rpc_error, self.address)
         except errors.ShardFault as fault:
             error = fault
+        except Exception as unforeseen:  # without this, whoever sends would wait for credits for ever
+            logger.exception("reading from %s", self.address)
+            error = errors.InternalError(f"{self.address}: {unforeseen!r}", addresses=[self.address])
         if self._opened.done():
             self._on_failure(error)
         else:

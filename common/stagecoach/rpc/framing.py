@@ -25,6 +25,8 @@ MAX_FIELDS = 64
 # What is not payload. A hostile header, full of empty messages, takes some 20 times as much memory once it is parsed.
 # An honest one is mostly block tables: in so many bytes they name the K/V of more than 40 million positions.
 MAX_HEADER_BYTES = 8 << 20
+# What answers a micro-batch has no block tables: a few bytes for each stage and each kind of output, or a short fault.
+MAX_ANSWER_HEADER_BYTES = 256 << 10
 _MAX_VARINT_BYTES = 10
 
 
@@ -65,10 +67,14 @@ def write_frame(message: _Message, payload: Sequence[memoryview | bytes] = ()) -
 
 
 def read_frame(
-    message_type: type[MessageT], data: bytes, counter: FrameCounter | None = None
+    message_type: type[MessageT],
+    data: bytes,
+    counter: FrameCounter | None = None,
+    max_header_bytes: int = MAX_HEADER_BYTES,
 ) -> tuple[MessageT, memoryview]:
     """The message without its payload, and the payload: a view into `data`, empty where there is none.
 
+    `max_header_bytes`: of what is not payload, which is looked at only within this bound.
     Fields may come in any order, as protobuf allows, but a payload that is not the last one costs a copy of the header.
     Raises InvalidArgument(field="frame") where `data` is not a serialised message, or passes a limit.
     """
@@ -93,9 +99,9 @@ def read_frame(
         counter.num_fast_frames += not header_parts or header_start == len(data)
     header_parts.append(view[header_start:])
     header_bytes = sum(map(len, header_parts))
-    if header_bytes > MAX_HEADER_BYTES:
+    if header_bytes > max_header_bytes:
         raise InvalidArgument(
-            f"frame: a header of {header_bytes} bytes", field="frame", limit=MAX_HEADER_BYTES, value=header_bytes
+            f"frame: a header of {header_bytes} bytes", field="frame", limit=max_header_bytes, value=header_bytes
         )
     try:
         return message_type.FromString(b"".join(header_parts)), payload

@@ -106,22 +106,27 @@ class Engine:
         return replica
 
     async def run(self, shards: ShardSupply) -> None:
-        """Keeps the pipelines open, and opens further ones when there are shards for them. Runs until cancelled."""
+        """Keeps the pipelines open, and opens further ones when there are shards for them. Runs until cancelled.
+
+        Whatever becomes of a further pipeline, those that are open go on.
+        """
         async with asyncio.TaskGroup() as tasks:
             for replica in self.replicas:
                 tasks.create_task(replica.run())
             delay_s = GROW_FIRST_DELAY_S
             while True:
-                # A replica that has lost its pipeline comes first, and looks for shards itself.
-                all_open = all(replica.is_open for replica in self.replicas)
-                if not (all_open and shards.is_ready_for(len(self.replicas) + 1)):
-                    await shards.changed()
-                    continue
                 try:
+                    # A replica that has lost its pipeline comes first, and looks for shards itself.
+                    all_open = all(replica.is_open for replica in self.replicas)
+                    if not (all_open and shards.is_ready_for(len(self.replicas) + 1)):
+                        await shards.changed()
+                        continue
                     tasks.create_task((await self.open_replica()).run())
                     delay_s = GROW_FIRST_DELAY_S
-                except errors.StagecoachError as error:
-                    logger.warning("no further pipeline yet, next attempt in %g s: %s", delay_s, error)
+                except Exception as error:
+                    unforeseen = not isinstance(error, errors.StagecoachError)
+                    text = "no further pipeline yet, next attempt in %g s: %s"
+                    logger.warning(text, delay_s, error, exc_info=unforeseen)
                     await asyncio.sleep(delay_s)
                     delay_s = min(2 * delay_s, GROW_MAX_DELAY_S)
 

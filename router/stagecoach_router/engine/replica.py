@@ -189,16 +189,32 @@ class Replica:
         """Opens a pipeline, and goes on with what waits. Raises what `connect` raises."""
         self._lost.clear()
         self.pipeline = await self._connect(self)
-        self._fit(self.pipeline)
-        if self.pipeline.lost is None:
-            self._steps = self._begin(self.pipeline)
-            self._steps.send_probe()
-            self.reason = "no token has come through it yet"
-        self.dispatch()
+        try:
+            self._fit(self.pipeline)
+            if self.pipeline.lost is None:
+                self._steps = self._begin(self.pipeline)
+                self._steps.send_probe()
+                self.reason = "no token has come through it yet"
+            self.dispatch()
+        except Exception as error:
+            self._give_up(error)
+            await self.close()
+            raise
 
     async def run(self) -> None:
-        """Brings the pipeline back whenever it is lost, and tries it while it idles. Runs until cancelled."""
-        await asyncio.gather(self._reopen_whenever_lost(), self._prove_regularly())
+        """Brings the pipeline back whenever it is lost, and tries it while it idles. Runs until cancelled.
+
+        An error that nobody foresaw costs this pipeline, which is opened again like any that is lost.
+        """
+        while True:
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(self._reopen_whenever_lost())
+                    tasks.create_task(self._prove_regularly())
+            except* Exception as group:
+                logger.exception("an error that nobody foresaw costs a pipeline")
+                self._give_up(group.exceptions[0])
+                self._lost.set()
 
     async def close(self) -> None:
         """Closes the pipeline."""
@@ -244,11 +260,12 @@ class Replica:
             tried = time.monotonic()
             try:
                 await self.open()
-            except errors.StagecoachError as error:
-                logger.warning("pipeline not back yet: %s", error)
+            except Exception as error:
+                unforeseen = not isinstance(error, errors.StagecoachError)
+                logger.warning("pipeline not back yet: %s", error, exc_info=unforeseen)
                 if time.monotonic() - tried >= self._reopen_delay_s:  # it has waited by itself, for shards
                     self._reopen_delay_s = REOPEN_FIRST_DELAY_S
-                self.reason = str(error)
+                self.reason = f"{error!r}" if unforeseen else str(error)
                 self._owner.replica_changed(self)  # it may be time to let go of what it kept
                 if self.unproven_s > self._settings.recovery_timeout_s:
                     self.fail_all(
@@ -274,13 +291,22 @@ class Replica:
         logger.warning("pipeline lost: %s", error)
         self.reason = str(error)
         steps, self._steps = self._steps, None
+        self._lost.set()  # first: whatever the rest comes to, it is opened again
+        self._say_ready(False)
         for sequence in [] if steps is None else steps.under_way():
             self._suspect_poison(sequence, error)
         self.scheduler.preempt_all()
-        self._lost.set()
         self._owner.work_changed()
-        self._say_ready(False)
         self._owner.replica_changed(self)  # also where it never was: requests may be here all the same
+
+    def _give_up(self, error: BaseException) -> None:
+        """Has the pipeline be lost by an error that nobody foresaw. What that has left behind may raise more."""
+        if self.pipeline is None or self.pipeline.lost is not None:
+            return
+        try:
+            self.pipeline.give_up(errors.InternalError(f"an error that nobody foresaw: {error!r}"))
+        except Exception:
+            logger.exception("giving up a pipeline")
 
     def _suspect_poison(self, sequence: Sequence, error: errors.StagecoachError) -> None:
         """Fails the request of a sequence that was being computed at too many losses in a row.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -23,6 +24,8 @@ from stagecoach_router.metrics.load_report import LoadReport
 from stagecoach_router.pipelines.shard_description import ShardDescription
 from stagecoach_router.pipelines.stage_session import OPEN_TIMEOUT_S, StageSession
 from stagecoach_router.pipelines.watchdog import DEFAULT_LIMITS, FaultLimits, Watchdog
+
+logger = logging.getLogger(__name__)
 
 # A shard that hears nothing from us for so many times the fault timeout ends the lease: we have given it up by then.
 SILENCE_PER_FAULT_TIMEOUT = 2.0
@@ -118,6 +121,10 @@ class Pipeline:
             async with asyncio.timeout(timeout_s):
                 await asyncio.gather(*(stage.load_report(question) for stage in self.stages))
 
+    def give_up(self, error: errors.StagecoachError) -> None:
+        """Whoever uses it has found it broken: it is lost."""
+        self._lose(error)
+
     async def close(self) -> None:
         """Ends the lease on every stage."""
         self.lost = self.lost or errors.Unavailable("the pipeline is closed")
@@ -147,7 +154,15 @@ class Pipeline:
         )
 
     async def _watch(self) -> None:
-        """Asks every stage again and again whether it is there, until the watchdog gives the pipeline up."""
+        """Watches until the pipeline is lost: without it nobody would find a stage that hangs, so it never just ends."""
+        try:
+            await self._ask_again_and_again()
+        except Exception as error:
+            logger.exception("watching a pipeline")
+            self._lose(errors.InternalError(f"the watchdog failed: {error!r}"))
+
+    async def _ask_again_and_again(self) -> None:
+        """Asks every stage whether it is there, until the watchdog gives the pipeline up."""
         while self.lost is None:
             self._num_questions += 1
             finding = self._watchdog.look(time.monotonic(), self._num_questions)

@@ -221,6 +221,9 @@ class ShardRegistry:
         except errors.StagecoachError as caught:
             error = caught.with_traceback(None)  # kept, and its frames know the call and its connection
             error.__cause__ = error.__context__ = None
+        except Exception as unforeseen:  # costs this shard, and none of the others
+            logger.exception("asking %s who it is", shard.address)
+            error = errors.InternalError(f"{shard.address}: {unforeseen!r}", addresses=[shard.address])
         if shard.epoch is not None or shard.wake.is_set():  # what came is of a time before
             return
         former_description, former_reason = shard.description, shard.reason
@@ -241,10 +244,12 @@ class ShardRegistry:
     async def _load(self, shard: Shard, layers: LayerRange, fingerprint: str) -> None:
         try:
             await assign(shard.address, layers, self._dial, fingerprint=fingerprint)
-        except errors.StagecoachError as error:
-            logger.warning("layers %s could not be loaded: %s", layers, error)
+        except Exception as error:
+            known = isinstance(error, errors.StagecoachError)
+            logger.warning("layers %s could not be loaded: %s", layers, error, exc_info=not known)
             shard.no_load_before_s = time.monotonic() + LOAD_RETRY_S
-            shard.load_error = error.with_traceback(None)
+            told = error if isinstance(error, errors.StagecoachError) else errors.InternalError(repr(error))
+            shard.load_error = told.with_traceback(None)
         finally:
             shard.loading = shard.description = None  # what it has now, it has to say
             shard.wake.set()

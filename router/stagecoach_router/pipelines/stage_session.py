@@ -13,7 +13,7 @@ import grpc.aio
 from stagecoach import errors
 from stagecoach.errors.status import MAX_MESSAGE_BYTES, clean, from_status, from_trailing_metadata
 from stagecoach.rpc.channel import Dial
-from stagecoach.rpc.framing import FrameCounter, read_frame
+from stagecoach.rpc.framing import MAX_ANSWER_HEADER_BYTES, FrameCounter, read_frame
 from stagecoach.rpc.shard_rpc import ShardStub
 from stagecoach.topology import LayerRange
 from stagecoach.v1 import shard_pb2
@@ -140,7 +140,12 @@ class StageSession:
 
     def _take(self, data: bytes) -> None:
         """Hands a message on. Raises the fault that it reports, and typed errors for one that cannot be."""
-        message, payload = read_frame(shard_pb2.SessionResponse, data, self._frames)
+        try:
+            message, payload = read_frame(shard_pb2.SessionResponse, data, self._frames, MAX_ANSWER_HEADER_BYTES)
+        except errors.InvalidArgument as error:
+            raise errors.ShardFault(
+                f"{self}: {error}", field=error.field, limit=error.limit, value=error.value, addresses=[self.address]
+            ) from error
         kind = message.WhichOneof("kind")
         if kind == "result":
             self._listener.result_came(message.result, payload, len(data))

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stagecoach.errors import InvalidArgument
-from stagecoach.rpc.framing import FrameCounter, read_frame, write_frame
+from stagecoach.rpc.framing import MAX_ANSWER_HEADER_BYTES, FrameCounter, read_frame, write_frame
 from stagecoach.v1 import shard_pb2 as pb
 
 u32 = st.integers(0, 2**32 - 1)
@@ -115,3 +115,20 @@ def test_a_frame_cut_inside_its_payload_is_refused(message, payload, cut):
 def test_a_frame_of_very_many_fields_is_refused():
     with pytest.raises(InvalidArgument, match="more than 64 fields"):
         read_frame(pb.MicroBatch, b"\xa0\x06\x00" * 65)
+
+
+def test_a_header_is_looked_at_only_within_its_bound():
+    fault = write_frame(pb.SessionResponse(fault=pb.Fault(status={"message": "x" * (6 << 20)})))
+    with pytest.raises(InvalidArgument) as caught:
+        read_frame(pb.SessionResponse, fault, max_header_bytes=MAX_ANSWER_HEADER_BYTES)
+    assert (caught.value.field, caught.value.limit) == ("frame", str(MAX_ANSWER_HEADER_BYTES))
+
+
+def test_the_largest_honest_answer_is_within_its_bound():
+    result = pb.StepResult(epoch=2**64 - 1, step=2**64 - 1)
+    for _ in range(1024):  # stages
+        result.timings.add(decode_s=1.5, queue_s=1.5, compute_s=1.5)
+    for _ in range(2 * 1024 + 1):  # one for each number of candidates, with and without log-sum-exp, and whole rows
+        result.outputs.add(num_rows=4096, num_columns=1 << 20, candidates=True, log_sum_exp=True, dtype=4)
+    data = write_frame(pb.SessionResponse(result=result), [bytes(16)])
+    assert read_frame(pb.SessionResponse, data, max_header_bytes=MAX_ANSWER_HEADER_BYTES)[0].result == result

@@ -9,7 +9,7 @@ from zlib import crc32
 
 import numpy as np
 
-from stagecoach.errors import Unavailable
+from stagecoach.errors import StagecoachError, Unavailable
 from stagecoach.rpc.framing import read_frame
 from stagecoach.sampling_params import SamplingParams
 from stagecoach.v1 import shard_pb2 as pb
@@ -58,8 +58,13 @@ class FakePipeline:
             lease_id=1,
             epoch=self.epoch,
             send=self._send,
+            give_up=self._lose,
+            close=self._close,
         )
         return self._open
+
+    async def _close(self) -> None:
+        self._open.lost = self._open.lost or Unavailable("closed")
 
     def _send(self, frame: bytes, expected_s: float | None) -> None:
         message, _ = read_frame(pb.MicroBatch, frame)
@@ -85,7 +90,9 @@ class FakePipeline:
         raise AssertionError(f"more than {most} steps")
 
     def break_down(self) -> None:
-        error = Unavailable("gone")
+        self._lose(Unavailable("gone"))
+
+    def _lose(self, error: StagecoachError) -> None:
         self._open.lost = error
         self.listener.pipeline_lost(error)
 
