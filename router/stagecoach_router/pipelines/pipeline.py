@@ -154,7 +154,7 @@ class Pipeline:
         )
 
     async def _watch(self) -> None:
-        """Watches until the pipeline is lost: without it nobody would find a stage that hangs, so it never just ends."""
+        """Watches until the pipeline is lost. It never just ends: nobody else would find a stage that hangs."""
         try:
             await self._ask_again_and_again()
         except Exception as error:
