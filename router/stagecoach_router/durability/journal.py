@@ -2,8 +2,11 @@
 
 The event loop never waits for the disk: what is to be written gathers, and goes to the journal's own thread in one
 transaction as soon as the one before is done. A token is shown to callers only when it is in the file, so a router that
-comes back after a crash knows every token that anyone has seen. A disk that fails, or hangs, costs the journal and no
-answer.
+comes back after a crash knows every token that anyone has seen.
+
+A disk that fails, or hangs, costs the journal and no answer. Then what is in the file holds no longer: requests go on
+without it, and a router that read it would compute finished ones again, and go on with others from fewer tokens than
+their callers have. So the file is deleted, and a new one is begun as soon as the disk lets us.
 """
 
 from __future__ import annotations
@@ -13,9 +16,11 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
+from stagecoach_router.durability.journal_file import Identity
 from stagecoach_router.durability.journal_store import Begin, End, Entry, Forget, JournaledRequest, JournalStore, Token
 from stagecoach_router.durability.retention import MAX_AGE_S
 from stagecoach_router.requests.completion import OutputDelta
@@ -26,20 +31,26 @@ Result = TypeVar("Result")
 
 # A disk that takes longer for a transaction hangs, as far as callers can tell, whose answers wait for it.
 MAX_WRITE_S = 10.0
+# After a failure, until it is tried to begin a new file, and between two such attempts.
+RETRY_INTERVAL_S = 10.0
 
 logger = logging.getLogger(__name__)
 
 
 class Journal:
-    """One router's journal. `open` it before use. After `close`, or once the disk has failed, it writes nothing."""
+    """One router's journal. `open` and `load` it before use. After `close` it writes nothing."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="journal")
-        self._store: JournalStore | None = None
+        self._fingerprint = ""  # of the model
+        self._store: JournalStore | None = None  # None while the disk fails
         self._entries: list[Entry] = []  # for the next transaction
         self._shows: dict[RequestState, int] = {}  # how many deltas that lets be shown
         self._writing: asyncio.Task[None] | None = None
+        self._discarding: asyncio.Task[None] | None = None  # of the last file that failed
+        self._beginning_anew: asyncio.Task[None] | None = None
+        self._hangs = False  # what the thread was told to do took too long, and is not done yet
         self._closed = False
 
     async def open(self) -> None:
@@ -50,6 +61,7 @@ class Journal:
         """What a former process left, in the order in which it was accepted. Raises ConfigError for another model's."""
         store = self._store
         assert store is not None, "load before open"
+        self._fingerprint = fingerprint
 
         def load() -> list[JournaledRequest]:
             store.check_model(fingerprint)
@@ -60,17 +72,18 @@ class Journal:
 
     def begin(self, state: RequestState) -> None:
         """A request was accepted, or taken over from a former process: from now on its deltas go through here."""
-        if self._store is None:
+        store = self._store
+        if store is None:
             return
         num_tokens = [completion.num_tokens for completion in state.completions]
 
         def tap(delta: OutputDelta) -> None:
             if state.ended:  # it failed, and was forgotten: what is written now would be left over in the file
                 return
-            if self._closed:  # not in the file: the next process will compute it, and show it
-                return
-            if self._store is None:  # the disk has failed: better an answer that does not outlive us than none
+            if self._store is not store:  # that disk has failed: better an answer that does not outlive us than none
                 state.show(1)
+                return
+            if self._closed:  # not in the file: the next process will compute it, and show it
                 return
             self._shows[state] = self._shows.get(state, 0) + 1
             self._write(Token(state.key, delta.index, num_tokens[delta.index], delta.sampled))
@@ -88,49 +101,86 @@ class Journal:
         self._write(Forget(key))
 
     async def close(self) -> None:
-        """Writes what is left. What is told later is not written, so the next process finds what runs now."""
+        """Writes what is left. What is told later is not written, so the next process finds what runs now.
+
+        It takes as long as the disk for two transactions, and MAX_WRITE_S for a disk that hangs, which is left alone.
+        """
         self._closed = True
-        while self._writing is not None:
+        if self._writing is not None:
             await self._writing
-        store, self._store = self._store, None
-        if store is not None:
-            await self._close(store)
+        if self._beginning_anew is not None:
+            if self._discarding is not None and not self._hangs:
+                await asyncio.wait([self._discarding], timeout=MAX_WRITE_S)
+            self._beginning_anew.cancel()
+            await asyncio.wait([self._beginning_anew])
+        elif self._store is not None:
+            try:
+                await self._in_time(self._store.close)
+            except Exception as error:  # what was written before is there or not: nobody can do anything about it now
+                logger.error("journal: %s could not be closed: %s", self._path, error)
         self._thread.shutdown(wait=False)
 
     def _write(self, entry: Entry) -> None:
         if self._store is not None and not self._closed:
             self._entries.append(entry)
-            self._write_next()
+            if self._writing is None:
+                self._writing = asyncio.get_running_loop().create_task(self._write_all())
 
-    def _write_next(self) -> None:
-        if self._writing is None and self._entries and self._store is not None:
-            self._writing = asyncio.get_running_loop().create_task(self._transact(self._store))
+    async def _write_all(self) -> None:
+        while self._entries and self._store is not None:
+            await self._transact(self._store)
+        self._writing = None
 
     async def _transact(self, store: JournalStore) -> None:
         entries, self._entries = self._entries, []
         shows, self._shows = self._shows, {}
-        failed = False
         try:
             await self._in_time(lambda: store.apply(entries))
         except Exception as error:  # the disk's, or a bug's: without this, answers would be held back for ever
-            logger.error("journal: %s: %s: requests will not outlive this process", self._path, error)
-            failed, self._store = True, None
+            logger.error(
+                "journal: %s: %s: requests will not outlive this process, until the disk works again", self._path, error
+            )
+            self._store = None
             self._entries.clear()
             for state, num_deltas in self._shows.items():  # what came meanwhile
                 shows[state] = shows.get(state, 0) + num_deltas
             self._shows.clear()
+            loop = asyncio.get_running_loop()
+            self._discarding = loop.create_task(self._discard(store))
+            self._beginning_anew = loop.create_task(self._begin_anew(store.identity, self._discarding))
         for state, num_deltas in shows.items():
             state.show(num_deltas)
-        if failed:
-            await self._close(store)
-        self._writing = None
-        self._write_next()
 
-    async def _close(self, store: JournalStore) -> None:
+    async def _discard(self, store: JournalStore) -> None:
         try:
-            await self._in_time(store.close)
-        except Exception as error:  # what was written before is there or not: nobody can do anything about it now
-            logger.error("journal: %s could not be closed: %s", self._path, error)
+            await self._in_thread(store.discard)
+        except Exception as error:
+            logger.error("journal: %s cannot be deleted, and what is in it holds no longer: %s", self._path, error)
+
+    async def _begin_anew(self, former: Identity, discarding: asyncio.Task[None]) -> None:
+        """Begins another file as soon as the disk works and the former one is gone. A disk that hangs is waited for."""
+        await asyncio.wait([discarding])
+        while True:
+            await asyncio.sleep(RETRY_INTERVAL_S)
+            try:
+                self._store = await self._in_thread(lambda: self._open_empty(former))
+            except Exception as error:
+                logger.debug("journal: %s: still not: %s", self._path, error)
+            else:
+                break
+        self._beginning_anew = None
+        logger.warning("journal: %s: requests that are accepted from now on outlive this process again", self._path)
+
+    def _open_empty(self, former: Identity) -> JournalStore:
+        store = JournalStore(self._path)
+        try:
+            store.begin_anew(former)
+            store.check_model(self._fingerprint)
+        except BaseException:
+            with suppress(Exception):
+                store.close()
+            raise
+        return store
 
     async def _in_thread(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
@@ -143,4 +193,9 @@ class Journal:
             async with asyncio.timeout(MAX_WRITE_S):
                 await asyncio.shield(done)
         except TimeoutError:
+            self._hangs = not done.done()
+            done.add_done_callback(self._came_back)
             raise TimeoutError(f"the disk has not answered in {MAX_WRITE_S:g} s") from None
+
+    def _came_back(self, _: asyncio.Future[None]) -> None:
+        self._hangs = False

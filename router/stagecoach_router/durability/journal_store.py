@@ -3,6 +3,9 @@
 In write-ahead mode with `synchronous=NORMAL` a transaction that was committed survives the death of the process; the
 last ones may be lost with the machine's power. The file holds prompts and answers, so only its owner may read it.
 
+The write-ahead log is moved into the database by us: SQLite would do it unasked, and say nothing where that fails.
+After a failed fsync the system may have dropped what was written before, so it is an error like that of a write.
+
 A file is ours if its schema is, to the letter: views, triggers and whatever else SQLite would run are not in it. Every
 page is looked at before a row is read, as a tree whose branches meet again could take for ever; SQLite reads its own
 schema before that, so there is a limit in time, too. What is read takes memory in proportion to the file.
@@ -11,18 +14,16 @@ schema before that, so there is a limit in time, too. What is read takes memory 
 from __future__ import annotations
 
 import errno
-import logging
-import os
 import sqlite3
-import stat
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from stagecoach.errors import ConfigError, InvalidArgument
+from stagecoach_router.durability.journal_file import Identity, delete, identity_of, log_of, make_private
 from stagecoach_router.durability.journal_records import (
     check_past,
     read_request,
@@ -33,8 +34,6 @@ from stagecoach_router.durability.journal_records import (
 from stagecoach_router.requests.request import Request, RequestKey, check_params, check_prompt
 from stagecoach_router.sampling.outputs import Sampled
 
-logger = logging.getLogger(__name__)
-
 FORMAT = "1"
 # For a file that another process has open; one that died gives it back at once.
 LOCK_TIMEOUT_S = 1.0
@@ -42,6 +41,8 @@ LOCK_TIMEOUT_S = 1.0
 MAX_VALUE_BYTES = 64 << 20
 # For opening the file, and for reading what is in it.
 MAX_READ_S = 60.0
+# Of the write-ahead log, before it is moved into the database.
+MAX_LOG_BYTES = 4 << 20
 # Of SQLite's machine, between two looks at the clock.
 _STEPS_BETWEEN_LOOKS = 100_000
 
@@ -126,7 +127,7 @@ class JournalStore:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            _make_private(path)
+            make_private(path)
             self._db = sqlite3.connect(path, LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False)
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(f"journal: {path}: {error}", field="journal", value=path) from error
@@ -149,6 +150,7 @@ class JournalStore:
             self._check_schema(theirs)
         execute("PRAGMA journal_mode = WAL")
         execute("PRAGMA synchronous = NORMAL")
+        execute("PRAGMA wal_autocheckpoint = 0")
         if not theirs:
             self._db.executescript(f"BEGIN;{_SCHEMA}INSERT INTO meta VALUES ('format', '{FORMAT}');COMMIT;")
         execute("BEGIN IMMEDIATE")  # takes the lock now
@@ -174,7 +176,7 @@ class JournalStore:
             self._check("model", fingerprint, "the shards'")
 
     def apply(self, entries: Iterable[Entry]) -> None:
-        """Writes them in order; all of them, or none where it raises sqlite3.Error.
+        """Writes them in order. Raises sqlite3.Error where the disk fails; what the file then holds can be anything.
 
         Raises OSError where the file is no longer what its path leads to: SQLite would go on writing into a file that
         was deleted or moved away, and that no later process finds.
@@ -185,6 +187,8 @@ class JournalStore:
             self._db.execute("BEGIN")
             for entry in entries:
                 self._apply(entry)
+        if log_of(self._path).stat().st_size > MAX_LOG_BYTES:
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     def drop_finished_before(self, finished_s: float) -> None:
         """Forgets requests that were finished before that Unix time. Raises ConfigError for a damaged file."""
@@ -208,10 +212,32 @@ class JournalStore:
         """Gives the file back."""
         self._db.close()
 
-    def _identities(self) -> list[tuple[int, int]]:
-        """Which files the database and its write-ahead log are, by device and inode. Raises OSError for one missing."""
-        facts = [os.stat(f"{self._path}{suffix}") for suffix in ("", "-wal")]
-        return [(fact.st_dev, fact.st_ino) for fact in facts]
+    def discard(self) -> None:
+        """Closes the file and deletes it. Raises OSError."""
+        with suppress(sqlite3.Error):  # as on a full disk; the file is closed all the same
+            self._db.close()
+        delete(self._path, self.identity)
+
+    def begin_anew(self, former: Identity) -> None:
+        """Makes this an empty journal, where it is the file that was `former`, or a new one.
+
+        Raises ConfigError where it is another one that holds requests, and sqlite3.Error where the disk still fails.
+        """
+        if self.identity != former and self._db.execute("SELECT 1 FROM requests").fetchone() is not None:
+            raise self._error("is another journal now, and holds requests")
+        with self._db:
+            self._db.execute("BEGIN")
+            for table in ("tokens", "requests"):
+                self._db.execute(f"DELETE FROM {table}")
+
+    @property
+    def identity(self) -> Identity:
+        """Which file it is."""
+        return self._files[0]
+
+    def _identities(self) -> list[Identity]:
+        """Which files the database and its write-ahead log are. Raises OSError for one missing."""
+        return [identity_of(self._path), identity_of(log_of(self._path))]
 
     def _check(self, name: str, ours: str, whose: str) -> None:
         row = self._db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
@@ -291,21 +317,6 @@ class JournalStore:
     def _error(self, text: str) -> ConfigError:
         text = f"journal: {self._path} {text}: give another file or delete this"
         return ConfigError(text, field="journal", value=self._path)
-
-
-def _make_private(path: Path) -> None:
-    """Creates the file where there is none, and lets nobody but its owner read it. Raises OSError."""
-    # Not blocking concerns the opening only: without it, that of a pipe waits for its other end.
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
-    try:
-        mode = os.fstat(descriptor).st_mode
-        if not stat.S_ISREG(mode):
-            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
-        if mode & 0o077:
-            os.fchmod(descriptor, 0o600)
-            logger.warning("journal: %s could be read by others; now only its owner can", path)
-    finally:
-        os.close(descriptor)
 
 
 def _schema_of(db: sqlite3.Connection) -> _Schema:

@@ -142,7 +142,7 @@ async def test_answers_are_shown_before_a_failed_disk_is_let_go(path: Path, monk
     journal, state = await opened(path), accepted_request()
     num_readable: list[int] = []
     monkeypatch.setattr(JournalStore, "apply", fail)
-    monkeypatch.setattr(JournalStore, "close", lambda self: num_readable.append(len(state.read_from(0))))
+    monkeypatch.setattr(JournalStore, "discard", lambda self: num_readable.append(len(state.read_from(0))))
     journal.begin(state)
     state.put(delta(1))
     await journal.close()
