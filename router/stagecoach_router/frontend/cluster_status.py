@@ -8,7 +8,7 @@ from stagecoach_router.engine.engine import Engine
 from stagecoach_router.engine.replica import Replica
 from stagecoach_router.metrics.counters import PipelineTotals, StageTotals
 from stagecoach_router.pipelines.pipeline_manager import PipelineManager
-from stagecoach_router.pipelines.shard_registry import Shard
+from stagecoach_router.pipelines.shard import Shard
 from stagecoach_router.pipelines.stage_session import StageSession
 
 

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 FIND_TIMEOUT_S = 2.0
 # A shard that has just lost its pipeline has so long to say that it is still there, before a spare loads its layers.
 ASK_PATIENCE_S = 1.0
+# What says nothing against the shards: others hold their blocks, or our own settings do not fit.
+NO_FAULT_OF_SHARDS = (errors.KVCacheFull, errors.ConfigError, errors.TopologyError)
 # A spare that loads layers is waited for so long, before a shard in quarantine is taken again in its place.
 QUARANTINE_PATIENCE_S = 5.0
 # At the start, shards that have not answered yet are waited for so long before others load what is missing.
@@ -176,6 +178,7 @@ class PipelineManager:
         model = self.registry.model() or shards[0]
         end = 0
         for shard in shards:
+            self.registry.learn(shard)
             shard.check_same_model(model)
             if shard.layers is None or shard.layers.start != end:
                 text = f"{shard.address} has other layers now: {shard.layers or 'none'}"
@@ -211,8 +214,11 @@ class _TakenShards:
         registry.take(addresses, epoch)
 
     def release(self, error: BaseException) -> None:
-        """Gives them up, and quarantines those that the error names; all, where it names none."""
-        if isinstance(error, (errors.Unavailable, errors.ShardFault)):
+        """Gives them up, and quarantines those that the error names; all, where it names none.
+
+        A shard may end its session with any error there is. What is none of ours ends it because we wanted that.
+        """
+        if isinstance(error, errors.StagecoachError) and not isinstance(error, NO_FAULT_OF_SHARDS):
             named = [address for address in self._addresses if address in error.addresses]
             self._registry.quarantine(named or self._addresses)
         self._registry.release(self._addresses, self.epoch)

@@ -48,9 +48,14 @@ class ShardDescription:
         """The layers that it serves; None: it has none yet."""
         return LayerRange(self.facts.layers.start, self.facts.layers.end) if self.facts.layers.end else None
 
+    @property
+    def process_id(self) -> str:
+        """The same as long as the process lives, whatever layers it loads; "" where it does not say."""
+        return self.facts.process_id or self.facts.shard_id
+
     def is_same_process(self, other: ShardDescription) -> bool:
-        """Whether this is the other shard, under another address or asked at another time: with the same layers."""
-        return bool(self.facts.shard_id) and self.facts.shard_id == other.facts.shard_id
+        """Whether this is the other shard, under another address or asked at another time."""
+        return bool(self.process_id) and self.process_id == other.process_id
 
     def check_same_model(self, reference: ShardDescription) -> None:
         """Raises ModelMismatch where the two cannot be in pipelines of one model, nor the one replace the other."""

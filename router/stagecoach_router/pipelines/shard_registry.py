@@ -7,92 +7,23 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 
 from stagecoach import errors
 from stagecoach.rpc.channel import Dial, dial_plainly
 from stagecoach.topology import LayerRange
 from stagecoach_router.pipelines.placement import Candidate
+from stagecoach_router.pipelines.shard import ProcessRecord, Shard
 from stagecoach_router.pipelines.shard_client import assign, describe
 from stagecoach_router.pipelines.shard_description import ShardDescription
 
 logger = logging.getLogger(__name__)
 
-# How often one that answers is asked, and one that does not: at first, and after a while.
+# How often one that answers is asked, and one that does not: at first, and when it has not answered for a while. A
+# process that is started again at once is back within a few seconds.
 FREE_INTERVAL_S = 1.0
 FIRST_RETRY_S = 0.1
 MAX_RETRY_S = 0.5
-# After a load that failed, the shard is not told to load again for so long.
-LOAD_RETRY_S = 30.0
-# A shard that may have broken a pipeline is second choice for so long, unless it has been started again.
-QUARANTINE_S = 60.0
-
-
-@dataclass(eq=False, slots=True)
-class Shard:
-    """What the router knows of one shard. While it is in a pipeline, that pipeline knows how it is.
-
-    Times are time.monotonic()'s.
-    """
-
-    address: str
-    epoch: int | None = None  # of the pipeline that it is in; None: in none
-    description: ShardDescription | None = None  # its last answer; None: none, or none since it was in a pipeline
-    error: errors.StagecoachError | None = None  # why it did not answer, or does not fit
-    wake: asyncio.Event = field(default_factory=asyncio.Event)  # to ask it at once
-    loading: LayerRange | None = None  # what it was told to load, and has not loaded yet
-    load_error: errors.StagecoachError | None = None  # why it could not
-    no_load_before_s: float = 0.0
-    quarantined_until_s: float = 0.0
-    quarantined: ShardDescription | None = None  # the process that was put into quarantine
-
-    @property
-    def reason(self) -> str:
-        """Why it cannot take part, beginning with its address; "" where it can."""
-        if self.loading is not None:
-            return f"{self.address}: loading layers {self.loading}"
-        if self.error is not None:
-            return str(self.error)
-        if self.load_error is not None:
-            return f"{self.load_error}; it could not load layers"
-        return "" if self.description is not None else f"{self.address}: it has not answered yet"
-
-    @property
-    def was_asked(self) -> bool:
-        """Whether it has been asked who it is since it was last in a pipeline, though it need not have answered."""
-        return self.description is not None or self.error is not None
-
-    @property
-    def layers(self) -> LayerRange | None:
-        """The layers that it has now; None: it has none, or they are not known."""
-        return None if self.description is None else self.description.layers
-
-    @property
-    def assignable(self) -> bool:
-        """Whether it is known that it may be given other layers."""
-        return self.description is not None and self.description.facts.assignable
-
-    @property
-    def is_quarantined(self) -> bool:
-        """Whether a pipeline was lost lately that this very process was in, and may have broken."""
-        if self.description is None or self.quarantined is None:
-            return False
-        return self.description.is_same_process(self.quarantined) and time.monotonic() < self.quarantined_until_s
-
-    @property
-    def candidate(self) -> Candidate | None:
-        """What a pipeline could make of it; None while it is in one, does not answer or does not fit."""
-        if self.epoch is not None:
-            return None
-        if self.loading is not None:
-            # One that loads says so when asked. One that does not answer at all is not waited for.
-            is_silent = self.error is not None and self.error.field != "layers"
-            return None if is_silent else Candidate(self.address, self.loading, False, 0, is_loading=True)
-        if self.description is None or self.error is not None:
-            return None
-        may_load = self.assignable and time.monotonic() >= self.no_load_before_s
-        num_blocks = self.description.facts.num_free_blocks
-        return Candidate(self.address, self.layers, may_load, num_blocks, self.is_quarantined)
+EAGER_S = 5.0
 
 
 class ShardRegistry:
@@ -108,7 +39,7 @@ class ShardRegistry:
         self._timeout_s = timeout_s
         self._reference: ShardDescription | None = None  # has the model that all others have to have
         self._changed = asyncio.Event()
-        self._loads: set[asyncio.Task[None]] = set()
+        self._loads: dict[Shard, asyncio.Task[None]] = {}
 
     @property
     def free(self) -> list[Shard]:
@@ -165,13 +96,16 @@ class ShardRegistry:
                 shard.wake.set()
         self._tell()
 
+    def learn(self, description: ShardDescription) -> None:
+        """What a shard has said of itself to somebody else than this registry."""
+        self.shards[description.address].learn(description)
+
     def quarantine(self, addresses: Iterable[str]) -> None:
         """A pipeline was lost, or not opened, and one of these may be the cause."""
         for address in addresses:
             shard = self.shards[address]
             if shard.description is not None:
-                shard.quarantined_until_s = time.monotonic() + QUARANTINE_S
-                shard.quarantined = shard.description
+                shard.process.quarantine()
 
     async def changed(self, timeout_s: float) -> None:
         """Returns when something was learnt about a shard, or after `timeout_s`."""
@@ -185,29 +119,33 @@ class ShardRegistry:
         shard = self.shards[address]
         assert shard.description is not None, "a candidate"
         logger.info("%s is told to load layers %s", address, layers)
-        shard.loading, shard.load_error = layers, None
-        task = asyncio.create_task(self._load(shard, layers, shard.description.facts.model.fingerprint))
-        self._loads.add(task)
-        task.add_done_callback(self._loads.discard)
+        process = shard.begin_load(layers)
+        task = asyncio.create_task(self._load(shard, process, layers, shard.description.facts.model.fingerprint))
+        self._loads[shard] = task
+        task.add_done_callback(lambda done: self._loads.pop(shard) if self._loads.get(shard) is done else None)
 
     async def run(self) -> None:
         """Asks the shards. Runs until cancelled."""
         try:
             await asyncio.gather(*(self._watch(shard) for shard in self.shards.values()))
         finally:
-            for task in self._loads:
+            for task in self._loads.values():
                 task.cancel()
 
     async def _watch(self, shard: Shard) -> None:
-        retry_s = FIRST_RETRY_S
+        eager_until_s = 0.0
         while True:
             if shard.epoch is None:
                 await self._ask(shard)
-            retry_s = FIRST_RETRY_S if shard.description is not None else min(2 * retry_s, MAX_RETRY_S)
+            now_s = time.monotonic()
+            if shard.description is not None:
+                interval_s, eager_until_s = FREE_INTERVAL_S, now_s + EAGER_S
+            else:
+                interval_s = FIRST_RETRY_S if now_s < eager_until_s else MAX_RETRY_S
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(retry_s if shard.description is None else FREE_INTERVAL_S):
+                async with asyncio.timeout(interval_s):
                     await shard.wake.wait()
-                    retry_s = FIRST_RETRY_S
+                    eager_until_s = time.monotonic() + EAGER_S
             shard.wake.clear()
 
     async def _ask(self, shard: Shard) -> None:
@@ -227,7 +165,9 @@ class ShardRegistry:
         if shard.epoch is not None or shard.wake.is_set():  # what came is of a time before
             return
         former_description, former_reason = shard.description, shard.reason
-        shard.description, shard.error = description, error
+        shard.learn(description, error)
+        if shard.loading is None and shard in self._loads:  # the process that was told to load is gone
+            self._loads[shard].cancel()
         if error is not None and shard.reason != former_reason:
             logger.info("%s", shard.reason)
         if description != former_description or shard.reason != former_reason:
@@ -241,18 +181,18 @@ class ShardRegistry:
                 text = f"shards: {description.address} is the shard at {known.address}"
                 raise errors.ConfigError(text, field="shards", value=description.address)
 
-    async def _load(self, shard: Shard, layers: LayerRange, fingerprint: str) -> None:
+    async def _load(self, shard: Shard, process: ProcessRecord, layers: LayerRange, fingerprint: str) -> None:
         try:
             await assign(shard.address, layers, self._dial, fingerprint=fingerprint)
         except Exception as error:
             known = isinstance(error, errors.StagecoachError)
             logger.warning("layers %s could not be loaded: %s", layers, error, exc_info=not known)
-            shard.no_load_before_s = time.monotonic() + LOAD_RETRY_S
             told = error if isinstance(error, errors.StagecoachError) else errors.InternalError(repr(error))
-            shard.load_error = told.with_traceback(None)
+            process.could_not_load(told.with_traceback(None))
         finally:
-            shard.loading = shard.description = None  # what it has now, it has to say
-            shard.wake.set()
+            if shard.process is process:  # else another one answers at the address by now, and was told nothing
+                shard.loading = shard.description = None  # what it has now, it has to say
+                shard.wake.set()
 
     def _tell(self) -> None:
         event, self._changed = self._changed, asyncio.Event()

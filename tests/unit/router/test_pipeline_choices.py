@@ -6,7 +6,19 @@ from types import SimpleNamespace
 
 import pytest
 
-from stagecoach.errors import FailedPrecondition, KVCacheFull, ShardFault, TopologyError, Unavailable
+from stagecoach.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    FailedPrecondition,
+    InternalError,
+    KVCacheFull,
+    OutOfRange,
+    Overloaded,
+    ShardFault,
+    StaleEpoch,
+    TopologyError,
+    Unavailable,
+)
 from stagecoach.topology import LayerRange
 from stagecoach.v1 import model_pb2, shard_pb2
 from stagecoach_router.pipelines import pipeline_manager, shard_client
@@ -19,21 +31,21 @@ NUM_LAYERS = 4
 A, B, C, D = "a:1", "b:1", "c:1", "d:1"
 
 
-def describe(registry, address, layers, *, num_free_blocks=100, shard_id=""):
+def describe(registry, address, layers, *, num_free_blocks=100, process_id=""):
     """The shard has answered: `layers` is "START:END", or "auto"."""
     start, end = (0, 0) if layers == "auto" else map(int, layers.split(":"))
-    shard = registry.shards[address]
-    shard.description = ShardDescription(
+    description = ShardDescription(
         address,
         shard_pb2.DescribeResponse(
-            shard_id=shard_id or address,
+            process_id=process_id or address,
+            shard_id=f"{process_id or address} with {layers}",
             model=model_pb2.ModelDescription(fingerprint="f", num_layers=NUM_LAYERS),
             layers=model_pb2.LayerRange(start=start, end=end),
             assignable=layers == "auto" or address == D,
             num_free_blocks=num_free_blocks,
         ),
     )
-    shard.error = None
+    registry.learn(description)
 
 
 def make_manager(settings=None, **layers):
@@ -74,7 +86,10 @@ def test_a_shard_is_given_up_only_by_the_pipeline_that_it_is_in():
     assert [shard.address for shard in registry.free] == [B]
 
 
-@pytest.mark.parametrize("kind", [Unavailable, ShardFault])
+@pytest.mark.parametrize(
+    "kind",
+    [Unavailable, ShardFault, InternalError, Cancelled, StaleEpoch, DeadlineExceeded, OutOfRange, Overloaded],
+)
 def test_the_stage_that_a_loss_names_is_second_choice(kind):
     manager, registry, _ = make_manager(a="0:2", b="2:4", c="2:4")
     assert chosen(manager) == [A, B]
@@ -115,13 +130,13 @@ def test_a_shard_that_was_started_again_is_not_in_quarantine():
     manager, registry, _ = make_manager(a="0:2", b="2:4", c="2:4")
     lose(registry, [A, B], Unavailable("Socket closed", addresses=[B]))
     describe(registry, A, "0:2")
-    describe(registry, B, "2:4", shard_id="another process")
+    describe(registry, B, "2:4", process_id="another process")
     assert chosen(manager, [A, B]) == [A, B]
 
 
 def test_a_quarantine_ends(monkeypatch):
     manager, registry, _ = make_manager(a="0:2", b="2:4", c="2:4")
-    monkeypatch.setattr("stagecoach_router.pipelines.shard_registry.QUARANTINE_S", -1.0)
+    monkeypatch.setattr("stagecoach_router.pipelines.shard.QUARANTINE_S", -1.0)
     lose(registry, [A, B], Unavailable("no answer", addresses=[B]))
     describe(registry, A, "0:2")
     describe(registry, B, "2:4")
@@ -144,7 +159,7 @@ def test_of_a_link_that_breaks_both_ends_are_quarantined_and_a_spare_takes_the_p
     describe(registry, B, "2:4")
     assert choice(manager, [A, B]).is_second_choice
     assert loads == [(C, "2:4")]
-    registry.shards[C].loading = LayerRange(2, 4)
+    registry.shards[C].begin_load(LayerRange(2, 4))
     assert choice(manager, [A, B], may_load=False).is_second_choice
 
 
@@ -155,7 +170,7 @@ async def test_a_quarantined_shard_is_taken_again_only_when_the_spare_takes_too_
     describe(registry, B, "2:4")
 
     def load(address, layers):
-        registry.shards[address].loading = layers
+        registry.shards[address].begin_load(layers)
 
     registry.load = load
     waits = []
@@ -171,7 +186,7 @@ async def test_a_quarantined_shard_is_taken_again_only_when_the_spare_takes_too_
     assert len(waits) == 3
     monkeypatch.setattr(pipeline_manager, "QUARANTINE_PATIENCE_S", 0.0)
     registry.shards[C].description = None
-    registry.shards[C].loading = LayerRange(2, 4)
+    registry.shards[C].begin_load(LayerRange(2, 4))
     assert await manager._find([A, B], may_load=True) == [A, B]
 
 
@@ -206,14 +221,14 @@ def test_a_spare_loads_what_is_missing_once():
     manager, registry, loads = make_manager(a="0:2", c="auto", d="auto")
     assert chosen(manager, [A, B]) == []
     assert loads == [(C, "2:4")]
-    registry.shards[C].loading = LayerRange(2, 4)
+    registry.shards[C].begin_load(LayerRange(2, 4))
     assert chosen(manager, [A, B]) == []
     assert len(loads) == 1
 
 
 def test_one_that_falls_silent_while_it_loads_is_not_waited_for():
     manager, registry, loads = make_manager(a="0:2", c="auto", d="auto")
-    registry.shards[C].loading = LayerRange(2, 4)
+    registry.shards[C].begin_load(LayerRange(2, 4))
     registry.shards[C].error = Unavailable("loading", field="layers")
     assert chosen(manager, [A, B]) == []
     assert loads == []
