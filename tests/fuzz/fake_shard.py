@@ -153,7 +153,10 @@ def make_shard(layers: LayerRange | None, num_layers: int, *, assignable: bool =
         return loaded[-1]
 
     checkpoint: Any = SimpleNamespace(
-        name="m", fingerprint=FINGERPRINT, config=CheckingRunner(LayerRange(0, 1), num_layers).stage.config
+        name="m",
+        fingerprint=FINGERPRINT,
+        files_digest="",
+        config=CheckingRunner(LayerRange(0, 1), num_layers).stage.config,
     )
     limits = StepLimits(BLOCK_SIZE, MAX_BATCH_TOKENS, max_queued_steps=4)
     assignment = Assignment(

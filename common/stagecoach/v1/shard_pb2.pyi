@@ -15,7 +15,7 @@ class DescribeRequest(_message.Message):
     def __init__(self, lease_id: _Optional[int] = ...) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("protocol_version", "software_version", "shard_id", "model", "layers", "dtype", "device", "block_size", "num_blocks", "num_free_blocks", "kv_cache_bytes", "weights_bytes", "max_batch_tokens", "pid", "hostname", "max_queued_steps", "kernels", "assignable", "process_id")
+    __slots__ = ("protocol_version", "software_version", "shard_id", "model", "layers", "dtype", "device", "block_size", "num_blocks", "num_free_blocks", "kv_cache_bytes", "weights_bytes", "max_batch_tokens", "pid", "hostname", "max_queued_steps", "kernels", "assignable", "process_id", "files_digest")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_VERSION_FIELD_NUMBER: _ClassVar[int]
     SHARD_ID_FIELD_NUMBER: _ClassVar[int]
@@ -35,6 +35,7 @@ class DescribeResponse(_message.Message):
     KERNELS_FIELD_NUMBER: _ClassVar[int]
     ASSIGNABLE_FIELD_NUMBER: _ClassVar[int]
     PROCESS_ID_FIELD_NUMBER: _ClassVar[int]
+    FILES_DIGEST_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     software_version: str
     shard_id: str
@@ -54,7 +55,8 @@ class DescribeResponse(_message.Message):
     kernels: str
     assignable: bool
     process_id: str
-    def __init__(self, protocol_version: _Optional[int] = ..., software_version: _Optional[str] = ..., shard_id: _Optional[str] = ..., model: _Optional[_Union[_model_pb2.ModelDescription, _Mapping]] = ..., layers: _Optional[_Union[_model_pb2.LayerRange, _Mapping]] = ..., dtype: _Optional[_Union[_model_pb2.DType, str]] = ..., device: _Optional[str] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., kv_cache_bytes: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., pid: _Optional[int] = ..., hostname: _Optional[str] = ..., max_queued_steps: _Optional[int] = ..., kernels: _Optional[str] = ..., assignable: bool = ..., process_id: _Optional[str] = ...) -> None: ...
+    files_digest: str
+    def __init__(self, protocol_version: _Optional[int] = ..., software_version: _Optional[str] = ..., shard_id: _Optional[str] = ..., model: _Optional[_Union[_model_pb2.ModelDescription, _Mapping]] = ..., layers: _Optional[_Union[_model_pb2.LayerRange, _Mapping]] = ..., dtype: _Optional[_Union[_model_pb2.DType, str]] = ..., device: _Optional[str] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., kv_cache_bytes: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., pid: _Optional[int] = ..., hostname: _Optional[str] = ..., max_queued_steps: _Optional[int] = ..., kernels: _Optional[str] = ..., assignable: bool = ..., process_id: _Optional[str] = ..., files_digest: _Optional[str] = ...) -> None: ...
 
 class AssignRequest(_message.Message):
     __slots__ = ("protocol_version", "model_fingerprint", "layers")

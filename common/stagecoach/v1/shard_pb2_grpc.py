@@ -80,7 +80,8 @@ class ShardServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def FetchFiles(self, request, context):
-        """The checkpoint's small files, such as its tokenizer, so that a router needs no copy of the checkpoint.
+        """The checkpoint's small files, such as its tokenizer, so that a router needs no copy of the checkpoint. Any shard of
+        the model will do that has them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

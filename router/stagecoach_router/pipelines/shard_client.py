@@ -16,7 +16,7 @@ DESCRIBE_TIMEOUT_S = 10.0
 # Reading some dozen GB from a slow disk.
 LOAD_TIMEOUT_S = 1800.0
 FETCH_TIMEOUT_S = 20.0
-MAX_FILE_BYTES = 256 << 20
+MAX_FILES_BYTES = 256 << 20
 
 
 async def describe(
@@ -70,9 +70,9 @@ async def fetch_files(address: str, dial: Dial = dial_plainly) -> dict[str, byte
         try:
             async for chunk in ShardStub(channel).fetch_files(shard_pb2.FetchFilesRequest(), timeout=FETCH_TIMEOUT_S):
                 total += len(chunk.data) + len(chunk.name)
-                if total > MAX_FILE_BYTES:
-                    text = f"{address}: files of more than {MAX_FILE_BYTES} bytes"
-                    raise errors.OutOfRange(text, field="files", limit=MAX_FILE_BYTES, addresses=[address])
+                if total > MAX_FILES_BYTES:
+                    text = f"{address}: files of more than {MAX_FILES_BYTES} bytes"
+                    raise errors.OutOfRange(text, field="files", limit=MAX_FILES_BYTES, addresses=[address])
                 files.setdefault(chunk.name, bytearray()).extend(chunk.data)
         except grpc.RpcError as error:
             raise errors.from_rpc_error(error, address, names_peer=True) from error

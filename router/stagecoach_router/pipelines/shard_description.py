@@ -30,6 +30,8 @@ MAX_TEXT_BYTES = {
     "device": 64,
     "kernels": 64,
     "hostname": 255,
+    "process_id": 64,
+    "files_digest": 64,
     "model.name": 255,  # a folder's
     "model.family": 64,
     "model.fingerprint": 128,

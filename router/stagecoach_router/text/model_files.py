@@ -11,16 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stagecoach.errors import CheckpointError
-
-# The files that are read, and how large each may be. The largest tokenizers in use have some 35 MB.
-MAX_FILE_BYTES: Mapping[str, int] = {
-    "tokenizer.json": 128 << 20,
-    "tokenizer_config.json": 8 << 20,
-    "special_tokens_map.json": 1 << 20,
-    "config.json": 1 << 20,
-    "generation_config.json": 1 << 20,
-    "chat_template.jinja": 1 << 20,
-}
+from stagecoach.model_files import MAX_FILE_BYTES
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 

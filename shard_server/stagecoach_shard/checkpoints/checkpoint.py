@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stagecoach.errors import CheckpointError
+from stagecoach.model_files import MAX_FILE_BYTES, files_digest
 from stagecoach_shard.checkpoints.fingerprint import fingerprint
 from stagecoach_shard.checkpoints.json_file import read_json_object
 from stagecoach_shard.checkpoints.model_config import ModelConfig
@@ -19,14 +20,6 @@ from stagecoach_shard.checkpoints.raw_config import RawConfig
 from stagecoach_shard.checkpoints.tensor_files import TensorFiles
 from stagecoach_shard.checkpoints.tensor_table import TensorEntry, read_tensor_table
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "config.json",
-    "generation_config.json",
-    "chat_template.jinja",
-)
 _MAX_CONFIG_BYTES = 8 << 20  # a real one has kilobytes
 _LAYER = re.compile(r"model\.layers\.([0-9]+)(?:\.|$)")
 _MAX_DIGITS = 9
@@ -43,6 +36,7 @@ class Checkpoint:
     config: ModelConfig
     fingerprint: str  # two checkpoints with the same one are taken for the same model
     tensors: dict[str, TensorEntry]
+    files_digest: str = ""  # of the small files that a router needs; "": there is no tokenizer among them
     names_read: list[str] = field(default_factory=list)  # tensors whose data was read, in order
 
     @classmethod
@@ -65,11 +59,12 @@ class Checkpoint:
                     limit=config.num_layers,
                     value=layer[1],
                 )
-        return cls(path.resolve().name, path, config, fingerprint(config, tensors), tensors)
+        digest = files_digest({name: file.read_bytes() for name, file in _small_files(path).items()})
+        return cls(path.resolve().name, path, config, fingerprint(config, tensors), tensors, digest)
 
     def tokenizer_files(self) -> dict[str, Path]:
         """By name, the files that a router needs to tokenize and to render chats, as far as they are there."""
-        return {name: self.path / name for name in TOKENIZER_FILES if (self.path / name).is_file()}
+        return _small_files(self.path)
 
     @contextmanager
     def reader(
@@ -78,6 +73,12 @@ class Checkpoint:
         """Reads tensors one at a time, cast to `dtype` on `device`. `on_read` is called after each."""
         with TensorFiles() as files:
             yield TensorReader(self, files, dtype, device, on_read)
+
+
+def _small_files(folder: Path) -> dict[str, Path]:
+    """Those that are there, and not larger than any router takes."""
+    paths = {name: folder / name for name in MAX_FILE_BYTES if (folder / name).is_file()}
+    return {name: path for name, path in paths.items() if path.stat().st_size <= MAX_FILE_BYTES[name]}
 
 
 @dataclass(frozen=True, slots=True)

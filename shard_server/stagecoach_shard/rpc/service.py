@@ -24,7 +24,8 @@ from stagecoach_shard.leases.session import check_agreement
 from stagecoach_shard.rpc.forward_stream import serve_forward
 from stagecoach_shard.rpc.session_stream import serve_session
 
-FILE_CHUNK_BYTES = 1 << 20
+# A router that gets no chunk for a while takes another shard: so they are small enough for a slow link.
+FILE_CHUNK_BYTES = 64 << 10
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -119,6 +120,7 @@ class ShardService:
             hostname=socket.gethostname(),
             max_queued_steps=self._limits.max_queued_steps,
             assignable=self._assignment.assignable,
+            files_digest=self._checkpoint.files_digest,
         )
         if stage is not None:
             weights, cache = stage.runner.stage, stage.runner.cache

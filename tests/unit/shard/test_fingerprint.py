@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from stagecoach.model_files import files_digest
 from stagecoach_shard.models.families import open_checkpoint
 from tests.unit.shard.tiny_models import MODELS, save_tiny_model
 
@@ -86,3 +87,24 @@ def test_a_large_file_is_sampled_not_read(folder: Path) -> None:
         file.seek(-1, 2)
         file.write(b"\1")
     assert _fingerprint(folder) != before, "the last byte is in the last window"
+
+
+def test_small_files_are_told_apart_by_a_digest_of_their_own(folder: Path) -> None:
+    assert open_checkpoint(folder).files_digest == "", "without a tokenizer they are of no use to a router"
+    (folder / "tokenizer.json").write_text("{}")
+    first = open_checkpoint(folder)
+    assert len(bytes.fromhex(first.files_digest)) == 32
+    (folder / "tokenizer_config.json").write_text("{}")
+    other = open_checkpoint(folder)
+    assert other.files_digest != first.files_digest
+    assert other.fingerprint == first.fingerprint
+
+
+def test_the_digest_is_over_the_files_that_a_router_gets(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{}")
+    checkpoint = open_checkpoint(folder)
+    served = {name: path.read_bytes() for name, path in checkpoint.tokenizer_files().items()}
+    assert files_digest(served) == checkpoint.files_digest
+    with (folder / "config.json").open("a") as file:
+        file.write(" " * (1 << 20))
+    assert "config.json" not in open_checkpoint(folder).tokenizer_files(), "larger than any router takes"
