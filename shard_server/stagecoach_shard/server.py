@@ -16,11 +16,13 @@ from stagecoach.process.listener import listen
 from stagecoach.process.settings import parse_size
 from stagecoach.rpc.channel import MAX_SHARD_MESSAGE_BYTES, Dial
 from stagecoach.rpc.health import Health
+from stagecoach.rpc.message_limits import max_tokens_per_message
 from stagecoach.rpc.shard_rpc import SERVICE_NAME, shard_handlers
 from stagecoach.security import tls
 from stagecoach.topology import LayerRange
 from stagecoach_shard.leases.assignment import STOP_COMPUTING_TIMEOUT_S, Assignment
 from stagecoach_shard.leases.served_stage import ServedStage, StepLimits
+from stagecoach_shard.leases.wire import DTYPES
 from stagecoach_shard.models.families import open_checkpoint
 from stagecoach_shard.rpc.access import AccessControl, AllowedNames
 from stagecoach_shard.rpc.service import ShardService
@@ -106,7 +108,11 @@ def _open_loader(settings: ShardSettings, abandoned: threading.Event) -> Loader:
 
 
 def _service(loader: Loader, settings: ShardSettings, dial: Dial, health: Health) -> tuple[Assignment, ShardService]:
-    limits = StepLimits(settings.block_size, settings.max_batch_tokens, settings.max_queued_steps)
+    fit = max_tokens_per_message(loader.checkpoint.config.hidden_size, DTYPES[loader.dtype])
+    if settings.max_batch_tokens > fit:
+        text = "max-batch-tokens: %d; %d are taken at most, whose hidden states fit a message of %d MiB"
+        logger.warning(text, settings.max_batch_tokens, fit, MAX_SHARD_MESSAGE_BYTES >> 20)
+    limits = StepLimits(settings.block_size, min(settings.max_batch_tokens, fit), settings.max_queued_steps)
     assignment = Assignment(
         loader.load,
         lambda runner: ServedStage(loader.checkpoint, runner, limits),

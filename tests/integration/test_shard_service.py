@@ -128,6 +128,13 @@ async def test_a_shard_says_what_it_is(tiny_model):
         assert description.weights_bytes > 0
 
 
+async def test_a_shard_takes_no_more_tokens_than_its_messages_carry_and_says_so(tiny_model, monkeypatch, caplog):
+    monkeypatch.setattr("stagecoach_shard.server.max_tokens_per_message", lambda hidden_size, dtype: 100)
+    async with running_shard(tiny_model, "0:2", max_batch_tokens=16384) as (_, description):
+        assert description.max_batch_tokens == 100
+    assert "max-batch-tokens: 16384; 100 are taken at most" in caplog.text
+
+
 async def test_a_shard_hands_out_the_tokenizer_and_no_weights(tiny_model):
     async with running_shard(tiny_model, "0:2") as (stub, _):
         files = {}

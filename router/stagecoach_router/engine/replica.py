@@ -224,7 +224,11 @@ class Replica:
     def _fit(self, pipeline: Pipeline) -> None:
         """Sets the scheduler's limits to what the smallest stage of the pipeline can hold."""
         scheduler = self.scheduler
-        scheduler.max_batch_tokens = min(self._settings.max_batch_tokens, pipeline.max_batch_tokens)
+        max_batch_tokens = min(self._settings.max_batch_tokens, pipeline.max_batch_tokens)
+        if max_batch_tokens < min(self._settings.max_batch_tokens, scheduler.max_batch_tokens):
+            text = "max-batch-tokens: %d; a step has %d at most, as the shards and their messages take no more"
+            logger.warning(text, self._settings.max_batch_tokens, max_batch_tokens)
+        scheduler.max_batch_tokens = max_batch_tokens
         scheduler.blocks.reset(pipeline.num_blocks - 1)  # the last one is the probe's
         scheduler.pacing = Pacing(len(pipeline.stages), self._settings.lanes)
         scheduler.pacing.limit_lanes(pipeline.max_queued_steps)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from stagecoach import errors
+from stagecoach.rpc.channel import MAX_PUBLIC_MESSAGE_BYTES
 from stagecoach.sampling_params import SamplingParams
 from stagecoach.v1 import inference_pb2 as pb
 from stagecoach.v1 import model_pb2
@@ -24,6 +25,8 @@ from stagecoach_router.text.tokenizer import Tokenizer
 MAX_CHAT_MESSAGES = 4096
 MAX_REQUEST_ID_LENGTH = 128
 MAX_CACHE_SALT_LENGTH = 128
+# With their texts, and counting those beside the chosen ones: a message has room for 256 bytes of each.
+MAX_TOKENS_PER_RESPONSE = MAX_PUBLIC_MESSAGE_BYTES // 256
 _FINISH_REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
@@ -116,14 +119,34 @@ async def encode(request: pb.GenerateRequest | pb.TokenizeRequest, encoder: Prom
     raise errors.InvalidArgument("input: give a prompt, token_ids or messages", field="input")
 
 
+def check_answer_size(answer: pb.TokenizeResponse) -> None:
+    """Raises OutOfRange for more tokens than an answer carries: a text of a message's size may have several times."""
+    num_bytes = answer.ByteSize()
+    if num_bytes > MAX_PUBLIC_MESSAGE_BYTES:
+        raise errors.OutOfRange(
+            f"input: its {len(answer.token_ids)} tokens do not fit an answer: {num_bytes} bytes",
+            field="input",
+            limit=MAX_PUBLIC_MESSAGE_BYTES,
+            value=num_bytes,
+        )
+
+
 def write_deltas(deltas: Sequence[OutputDelta], state: RequestState, tokenizer: Tokenizer) -> list[pb.GenerateResponse]:
-    """The next responses of a Generate stream: one for what has come of each completion, as they came."""
+    """The next responses of a Generate stream: one for what has come of each completion, as they came.
+
+    Where more has come than fits a message, as for a caller that comes back for a long output, there are several.
+    """
     if len(deltas) == 1:  # nearly always: the reader keeps up
         return [_write_completion(deltas, state, tokenizer)]
     by_completion: dict[int, list[OutputDelta]] = {}
     for delta in deltas:
         by_completion.setdefault(delta.index, []).append(delta)
-    return [_write_completion(each, state, tokenizer) for each in by_completion.values()]
+    most = max(1, MAX_TOKENS_PER_RESPONSE // (1 + (state.request.params.logprobs or 0)))
+    return [
+        _write_completion(each[start : start + most], state, tokenizer)
+        for each in by_completion.values()
+        for start in range(0, len(each), most)
+    ]
 
 
 def _write_completion(deltas: Sequence[OutputDelta], state: RequestState, tokenizer: Tokenizer) -> pb.GenerateResponse:

@@ -20,7 +20,7 @@ from stagecoach_router.durability.request_registry import RequestRegistry
 from stagecoach_router.engine.engine import Engine
 from stagecoach_router.frontend.auth_interceptor import calling_tenant
 from stagecoach_router.frontend.cluster_status import write_status
-from stagecoach_router.frontend.convert import content_digest, encode, read_request, write_deltas
+from stagecoach_router.frontend.convert import check_answer_size, content_digest, encode, read_request, write_deltas
 from stagecoach_router.frontend.write_timeouts import WriteTimeouts
 from stagecoach_router.pipelines.pipeline_manager import PipelineManager
 from stagecoach_router.requests.output_stream import OutputReader
@@ -112,9 +112,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             serving = self._require(request.model, tenant)
             with tenant.admit(time.monotonic()):
                 token_ids = await encode(request, serving.encoder)
+            response = pb.TokenizeResponse(token_ids=token_ids, context_length=serving.model.context_length)
+            check_answer_size(response)
         except errors.StagecoachError as error:
             await abort(context, error)
-        return pb.TokenizeResponse(token_ids=token_ids, context_length=serving.model.context_length)
+        return response
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:  # noqa: N802
         tenant, served = calling_tenant(), [] if self.serving is None else [self.serving.model]

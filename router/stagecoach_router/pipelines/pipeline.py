@@ -18,6 +18,7 @@ from stagecoach import PROTOCOL_VERSION, errors
 from stagecoach.rpc.channel import Dial, dial_plainly
 from stagecoach.rpc.credits import usable_credits
 from stagecoach.rpc.forward_link import ForwardLink
+from stagecoach.rpc.message_limits import max_tokens_per_message
 from stagecoach.v1 import shard_pb2
 from stagecoach_router.metrics.counters import PipelineTotals
 from stagecoach_router.metrics.load_report import LoadReport
@@ -76,7 +77,7 @@ class Pipeline:
         self.num_blocks = 0
         # Steps that may be in flight and wait for no credit anywhere.
         self.max_queued_steps = min(usable_credits(max(1, shard.facts.max_queued_steps)) for shard in shards)
-        self.max_batch_tokens = min(shard.facts.max_batch_tokens for shard in shards)
+        self.max_batch_tokens = min(max_step_tokens(shard.facts) for shard in shards)
         self.vocab_size: int = shards[0].facts.model.vocab_size
         self.lost: errors.StagecoachError | None = None
         self.stages = [StageSession(shard, self, context.totals.frames) for shard in shards]
@@ -84,6 +85,7 @@ class Pipeline:
         self._context = context
         self._watchdog = Watchdog([shard.address for shard in shards], context.faults)
         self._num_questions = 0
+        self._num_under_way = 0  # steps that were sent, and have not come back
         self._forward: ForwardLink | None = None  # into the first stage
         self._watching: asyncio.Task[None] | None = None
 
@@ -108,6 +110,7 @@ class Pipeline:
     def send(self, frame: bytes, expected_s: float | None = None) -> None:
         """Queues a framed MicroBatch for the first stage; `expected_s` is what its whole way takes, where known."""
         assert self._forward is not None, "send before open"
+        self._num_under_way += 1
         self._watchdog.sent(expected_s)
         self._forward.send(frame)
 
@@ -176,10 +179,16 @@ class Pipeline:
 
     # ---- what the sessions tell
 
-    def result_came(self, result: shard_pb2.StepResult, payload: memoryview, message_bytes: int) -> None:
-        """Hands it on. Raises ShardFault for one that cannot be."""
+    def result_came(
+        self, session: StageSession, result: shard_pb2.StepResult, payload: memoryview, message_bytes: int
+    ) -> None:
+        """Hands it on. Raises ShardFault for one that cannot be, as where the stage was not asked for any."""
         if self.lost is not None:
             return
+        if session is not self.stages[-1] or not self._num_under_way:
+            text = f"{session}: a result of step {result.step}, for which nobody has asked it"
+            raise errors.ShardFault(text, field="step", value=result.step, addresses=[session.address])
+        self._num_under_way -= 1
         check_timings(result, len(self.stages))
         self._context.totals.add_result(len(payload), message_bytes)
         self._watchdog.returned()
@@ -198,6 +207,11 @@ class Pipeline:
         if self.lost is None:
             self.lost = error
             self._listener.pipeline_lost(error)
+
+
+def max_step_tokens(facts: shard_pb2.DescribeResponse) -> int:
+    """Of how many tokens a step through this shard may be: what it takes, and what its messages carry."""
+    return min(facts.max_batch_tokens, max_tokens_per_message(facts.model.hidden_size, facts.dtype))
 
 
 def check_timings(result: shard_pb2.StepResult, num_stages: int) -> None:

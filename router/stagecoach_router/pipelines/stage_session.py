@@ -30,8 +30,10 @@ Call = grpc.aio.StreamStreamCall[shard_pb2.SessionRequest, bytes]
 class SessionListener(Protocol):
     """Who is told what comes of a session."""
 
-    def result_came(self, result: shard_pb2.StepResult, payload: memoryview, message_bytes: int) -> None:
-        """The last stage has computed a step."""
+    def result_came(
+        self, session: StageSession, result: shard_pb2.StepResult, payload: memoryview, message_bytes: int
+    ) -> None:
+        """The stage says that it has computed a step."""
 
     def load_came(self, session: StageSession, report: LoadReport) -> None:
         """The stage has said what it has done."""
@@ -148,7 +150,7 @@ class StageSession:
             ) from error
         kind = message.WhichOneof("kind")
         if kind == "result":
-            self._listener.result_came(message.result, payload, len(data))
+            self._listener.result_came(self, message.result, payload, len(data))
         elif kind == "load":
             self.take_load(read_load_report(message.load))
         elif kind == "fault":

@@ -43,6 +43,7 @@ class FakePipeline:
         self.num_blocks = num_blocks
         self.sent: list[pb.MicroBatchHeader] = []
         self.epoch = 0
+        self.max_batch_tokens = 64
 
     async def connect(self, listener: Any) -> Any:
         self.listener = listener
@@ -53,7 +54,7 @@ class FakePipeline:
             stages=[None, None],
             vocab_size=VOCAB_SIZE,
             num_blocks=self.num_blocks + 1,
-            max_batch_tokens=64,
+            max_batch_tokens=self.max_batch_tokens,
             max_queued_steps=4,
             lease_id=1,
             epoch=self.epoch,

@@ -104,3 +104,14 @@ async def test_a_pipeline_that_breaks_before_it_is_handed_over_is_lost():
     await replica.open()
     pipeline.answer_all()
     assert state.ended
+
+
+async def test_steps_that_have_to_be_smaller_than_asked_for_are_warned_of_once(caplog):
+    pipeline = FakePipeline()
+    pipeline.max_batch_tokens = 16
+    replica = await FakeCluster(pipeline).open()
+    assert replica.scheduler.max_batch_tokens == 16
+    pipeline.break_down()
+    await replica.open()
+    warnings = [record.getMessage() for record in caplog.records if "max-batch-tokens" in record.getMessage()]
+    assert warnings == ["max-batch-tokens: 64; a step has 16 at most, as the shards and their messages take no more"]

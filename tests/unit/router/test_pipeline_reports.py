@@ -25,9 +25,13 @@ class NoListener:
     def pipeline_lost(self, error: StagecoachError) -> None: ...
 
 
-def shard(address: str) -> ShardDescription:
-    layers = model_pb2.LayerRange(start=0, end=2)
-    return ShardDescription(address, pb.DescribeResponse(shard_id="x", layers=layers, max_batch_tokens=8))
+def shard(address: str, **facts: Any) -> ShardDescription:
+    known = {
+        "layers": model_pb2.LayerRange(start=0, end=2),
+        "max_batch_tokens": 8,
+        "model": model_pb2.ModelDescription(hidden_size=8),
+    }
+    return ShardDescription(address, pb.DescribeResponse(shard_id="x", **(known | facts)))
 
 
 @pytest.fixture
@@ -100,7 +104,9 @@ class Told:
         self.ends: list[StagecoachError] = []
         self.num_loads = 0
 
-    def result_came(self, result: pb.StepResult, payload: memoryview, message_bytes: int) -> None: ...
+    def result_came(
+        self, session: StageSession, result: pb.StepResult, payload: memoryview, message_bytes: int
+    ) -> None: ...
 
     def load_came(self, session: StageSession, report: LoadReport) -> None:
         self.num_loads += 1
@@ -117,3 +123,24 @@ async def test_a_fault_ends_a_session_once_and_nothing_that_comes_after_it_is_re
     assert told.num_loads == 1
     assert [(type(end), end.addresses) for end in told.ends] == [(ShardFault, ("a:1",))]
     assert call.left == [load, fault]
+
+
+async def test_a_result_that_nobody_has_asked_for_loses_the_pipeline_and_names_the_stage(pipeline: Pipeline) -> None:
+    """As from a shard that sends one while the other sessions are still being opened."""
+    result = write_frame(pb.SessionResponse(result=pb.StepResult(epoch=1, step=1)))
+    last = pipeline.stages[-1]
+    await last._read(FramesOfAShard(result))  # type: ignore[arg-type]
+    assert isinstance(pipeline.lost, ShardFault)
+    assert pipeline.lost.addresses == (last.address,)
+    assert "for which nobody has asked it" in pipeline.lost.message
+
+
+@pytest.mark.parametrize(
+    ("dtype", "most"), [(model_pb2.DTYPE_FLOAT32, 3840), (model_pb2.DTYPE_BFLOAT16, 7680), (99, 3840)]
+)
+def test_a_step_is_never_larger_than_its_hidden_states_may_be_in_a_message(dtype: int, most: int) -> None:
+    facts = {"max_batch_tokens": 16384, "model": model_pb2.ModelDescription(hidden_size=8192), "dtype": dtype}
+    context = PipelineContext(lease_id=1)
+    assert Pipeline([shard("a:1", **facts), shard("b:1", **facts)], 1, NoListener(), context).max_batch_tokens == most
+    facts["max_batch_tokens"] = 100
+    assert Pipeline([shard("a:1", **facts), shard("b:1", **facts)], 1, NoListener(), context).max_batch_tokens == 100
