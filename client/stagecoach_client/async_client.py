@@ -11,12 +11,12 @@ import grpc
 
 from stagecoach.errors import Cancelled, from_rpc_error
 from stagecoach.rpc.channel import DEFAULT_CONNECT_TIMEOUT_S
-from stagecoach.v1.inference_pb2 import CancelRequest, GetClusterStatusRequest, ListModelsRequest
+from stagecoach.v1.inference_pb2 import GetClusterStatusRequest, ListModelsRequest
 from stagecoach.v1.inference_pb2_grpc import InferenceStub
+from stagecoach_client.farewell import farewell_to
 from stagecoach_client.requests import GenerateOptions, Messages, generate_call, tokenize_request
 from stagecoach_client.results import Generation, Tokenization, read_tokenization
 from stagecoach_client.settings import (
-    CANCEL_TIMEOUT_S,
     DEFAULT_MAX_RETRIES,
     DEFAULT_TARGET,
     DEFAULT_TIMEOUT_S,
@@ -50,6 +50,7 @@ class AsyncClient:
         self._settings = Settings(
             target, timeout_s, connect_timeout_s, max_retries, tls=tls, api_key=choose_api_key(api_key)
         )
+        self._given_channel = channel
         self._channel = channel
         self._own_channel: grpc.aio.Channel | None = None
         self._stub: Any = None
@@ -82,12 +83,10 @@ class AsyncClient:
         stub = await self._connected()
         chunks = AsyncGenerationStream(
             lambda timeout_s: stub.Generate(call.request, **self._settings.call_options(timeout_s)),
-            lambda: stub.Cancel(
-                CancelRequest(request_id=call.request.request_id), **self._settings.call_options(CANCEL_TIMEOUT_S)
-            ),
             call,
             self._settings.generate_attempts(call.timeout_s),
             self._peer,
+            farewell_to(call.request, stub.Cancel, self._settings, self._given_channel),
         )
         self._streams.add(chunks)
         if stream:

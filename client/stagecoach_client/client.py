@@ -11,12 +11,12 @@ import grpc
 
 from stagecoach.errors import Cancelled, from_rpc_error
 from stagecoach.rpc.channel import DEFAULT_CONNECT_TIMEOUT_S
-from stagecoach.v1.inference_pb2 import CancelRequest, GetClusterStatusRequest, ListModelsRequest
+from stagecoach.v1.inference_pb2 import GetClusterStatusRequest, ListModelsRequest
 from stagecoach.v1.inference_pb2_grpc import InferenceStub
+from stagecoach_client.farewell import farewell_to
 from stagecoach_client.requests import GenerateOptions, Messages, generate_call, tokenize_request
 from stagecoach_client.results import Generation, Tokenization, read_tokenization
 from stagecoach_client.settings import (
-    CANCEL_TIMEOUT_S,
     DEFAULT_MAX_RETRIES,
     DEFAULT_TARGET,
     DEFAULT_TIMEOUT_S,
@@ -65,6 +65,7 @@ class Client:
         self._settings = Settings(
             target, timeout_s, connect_timeout_s, max_retries, tls=tls, api_key=choose_api_key(api_key)
         )
+        self._given_channel = channel
         self._own_channel = self._settings.channel() if channel is None else None
         self._stub = InferenceStub(channel or self._own_channel)  # type: ignore[no-untyped-call]
         self._peer = peer_name(target, channel)
@@ -102,20 +103,18 @@ class Client:
         - request_id: a random one by default. The id of an earlier request attaches to that request.
         - priority: requests with a larger one run first.
         - cache_salt: requests with different salts share no K/V, so that their times say nothing about each other.
-        - linger_s: how long the request runs on after its connection broke, so that the stream can go on. Closing the
-          stream ends the request all the same.
+        - linger_s: how long the request runs on after its connection broke, so that the stream can go on. Closing or
+          dropping the stream, and the end of the program, end the request all the same.
         - timeout_s: instead of the client's.
         """
         self._check_open()
         call = generate_call(prompt, options)
         chunks = GenerationStream(
             lambda timeout_s: self._stub.Generate(call.request, **self._settings.call_options(timeout_s)),
-            lambda: self._stub.Cancel.future(
-                CancelRequest(request_id=call.request.request_id), **self._settings.call_options(CANCEL_TIMEOUT_S)
-            ),
             call,
             self._settings.generate_attempts(call.timeout_s),
             self._peer,
+            farewell_to(call.request, self._stub.Cancel.future, self._settings, self._given_channel),
         )
         with self._lock:
             self._streams.add(chunks)

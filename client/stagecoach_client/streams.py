@@ -21,14 +21,13 @@ from stagecoach.errors import (
     from_rpc_error,
 )
 from stagecoach.v1.inference_pb2 import GenerateResponse
+from stagecoach_client.farewell import Farewell
 from stagecoach_client.requests import GenerateCall
 from stagecoach_client.results import Chunk, Generation, GenerationBuilder
 from stagecoach_client.retry import Attempts
 
 # Begins the call, given the seconds to its deadline, and returns gRPC's call object.
 Begin = Callable[[float], Any]
-# Asks the server to end the request at once although it would linger, and returns gRPC's call object.
-End = Callable[[], Any]
 
 
 class _Stream:
@@ -38,10 +37,12 @@ class _Stream:
     (`_retry_delay_s`), and wait as long as they are told before they begin the call again (`_begin_again`).
     """
 
-    def __init__(self, begin: Begin, end: End, call: GenerateCall, attempts: Attempts, peer: str) -> None:
+    def __init__(
+        self, begin: Begin, call: GenerateCall, attempts: Attempts, peer: str, farewell: Farewell | None = None
+    ) -> None:
         self._begin = begin
-        self._end = end
-        self._ending: Any = None  # the call that `end` returned
+        self._farewell = farewell  # of a request that would linger
+        self._ending: Any = None  # the call by which the server is told that it is not to
         self._peer = peer
         self._attempts = attempts
         self._builder = GenerationBuilder(call.num_completions)
@@ -54,6 +55,8 @@ class _Stream:
         self._ended = False
         self._error: StagecoachError | None = None  # how the stream ended, unless it ended well
         self._call = begin(attempts.remaining_s())
+        if farewell is not None:
+            farewell.begin()
 
     @property
     def request_id(self) -> str:
@@ -68,10 +71,8 @@ class _Stream:
         if not self._ended:
             self._ended = True
             self._error = Cancelled("the stream was closed before its end")
-            if self._request.linger_s:
-                # When the channel or its event loop is closed already, nobody can be told.
-                with contextlib.suppress(ValueError, RuntimeError, grpc.aio.UsageError):
-                    self._ending = self._end()
+            if self._farewell is not None:
+                self._ending = self._farewell.tell()
             self._call.cancel()
 
     def _accept(self, response: GenerateResponse) -> Chunk:
@@ -87,8 +88,14 @@ class _Stream:
             self._error = error
             raise
 
-    def _finish(self) -> None:
+    def _end(self) -> None:
+        """The request is over, or as far as this stream goes."""
         self._ended = True
+        if self._farewell is not None:
+            self._farewell.done()
+
+    def _finish(self) -> None:
+        self._end()
         try:
             self._builder.build()
         except StagecoachError as error:
@@ -110,7 +117,7 @@ class _Stream:
         else:
             delay_s = self._attempts.delay_s(error)
         if delay_s is None:
-            self._ended = True
+            self._end()
             self._error = error
             raise error from failure
         return delay_s
@@ -141,9 +148,11 @@ class GenerationStream(_Stream, Iterator[Chunk]):
     To leave before the end, use it in a `with` statement or call `close`: that cancels the request on the server.
     """
 
-    def __init__(self, begin: Begin, end: End, call: GenerateCall, attempts: Attempts, peer: str) -> None:
+    def __init__(
+        self, begin: Begin, call: GenerateCall, attempts: Attempts, peer: str, farewell: Farewell | None = None
+    ) -> None:
         self._closed = threading.Event()
-        super().__init__(begin, end, call, attempts, peer)
+        super().__init__(begin, call, attempts, peer, farewell)
 
     def __next__(self) -> Chunk:
         while not self._ended:
@@ -188,9 +197,11 @@ class AsyncGenerationStream(_Stream, AsyncIterator[Chunk]):
     server. So does cancelling the task that waits for a chunk.
     """
 
-    def __init__(self, begin: Begin, end: End, call: GenerateCall, attempts: Attempts, peer: str) -> None:
+    def __init__(
+        self, begin: Begin, call: GenerateCall, attempts: Attempts, peer: str, farewell: Farewell | None = None
+    ) -> None:
         self._closed = asyncio.Event()
-        super().__init__(begin, end, call, attempts, peer)
+        super().__init__(begin, call, attempts, peer, farewell)
 
     async def __anext__(self) -> Chunk:
         try:

@@ -95,6 +95,7 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer):
         self.begun = threading.Event()
         self.failed = threading.Event()
         self.caller_left = threading.Event()
+        self.told = threading.Event()  # that a request is to end
         self.ready = True
         self.num_pipelines = 1
         self.status: pb.GetClusterStatusResponse | None = None  # None: an ordinary one
@@ -109,6 +110,7 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer):
 
     def Cancel(self, request: pb.CancelRequest, context: Any) -> pb.CancelResponse:
         self.cancelled.append(request.request_id)
+        self.told.set()
         return pb.CancelResponse()
 
     def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:

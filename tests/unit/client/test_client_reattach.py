@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -20,8 +21,11 @@ from stagecoach.errors import (
     to_trailing_metadata,
 )
 from stagecoach.v1 import inference_pb2 as pb
+from stagecoach_client import farewell as farewell_module
+from stagecoach_client.farewell import Farewell, farewell_to
 from stagecoach_client.requests import GenerateCall, generate_call
 from stagecoach_client.retry import MAX_BREAK_S, MAX_REATTACH_DELAY_S, Attempts
+from stagecoach_client.settings import Settings
 from stagecoach_client.streams import AsyncGenerationStream, GenerationStream
 
 
@@ -88,10 +92,38 @@ class Clock:
         return self.now_s
 
 
+class CancelCall:
+    """The call that tells a server to end a request."""
+
+    is_over = False
+
+    def add_done_callback(self, callback: Callable[[CancelCall], None]) -> None:
+        self.callback = callback
+
+    def cancelled(self) -> bool:
+        return not self.is_over
+
+    def result(self) -> None:
+        self.is_over = True
+        self.callback(self)
+
+    def __await__(self) -> Iterator[None]:
+        self.result()
+        return iter(())
+
+
+def farewell(call: GenerateCall, told: list[str]) -> Farewell | None:
+    def cancel(request: pb.CancelRequest, **options: object) -> CancelCall:
+        told.append(request.request_id)
+        return CancelCall()
+
+    return farewell_to(call.request, cancel, Settings(), None)
+
+
 def stream_of(
     *calls: Call,
     max_retries: int = 4,
-    end: Callable[[], object] = lambda: None,
+    told: list[str] | None = None,
     clock: Clock | None = None,
     **options: object,
 ) -> tuple[GenerationStream, list[list[int]]]:
@@ -106,7 +138,7 @@ def stream_of(
         asked.append(list(call.request.from_tokens))
         return next(left)
 
-    stream = GenerationStream(begin, end, call, attempts, "router:1")
+    stream = GenerationStream(begin, call, attempts, "router:1", farewell(call, [] if told is None else told))
 
     def wait(timeout: float | None = None) -> bool:  # no waiting here
         clock.now_s += timeout or 0.0
@@ -140,12 +172,12 @@ def test_each_completion_goes_on_where_it_was() -> None:
 def test_every_attempt_names_the_same_request() -> None:
     given = generate_call("x", {"request_id": "mine"})
     attempts = Attempts(100.0, 4)
-    GenerationStream(lambda _: Call([], None), lambda: None, given, attempts, "router:1")
+    GenerationStream(lambda _: Call([], None), given, attempts, "router:1")
     assert given.request.request_id == "mine"
     ids = set()
     for _ in range(2):
         call = generate_call("x", {})
-        GenerationStream(lambda _: Call([], None), lambda: None, call, attempts, "router:1")
+        GenerationStream(lambda _: Call([], None), call, attempts, "router:1")
         ids.add(call.request.request_id)
     assert len(ids) == 2
     assert "" not in ids
@@ -196,16 +228,32 @@ def test_a_break_does_not_outlast_the_deadline() -> None:
     assert attempts.reattach_delay_s(Unavailable("lost")) is None
 
 
-@pytest.mark.parametrize(("linger_s", "told"), [(0.0, 0), (5.0, 1)])
-def test_closing_a_stream_that_would_linger_tells_the_server(linger_s: float, told: int) -> None:
-    ends: list[None] = []
-    stream, _ = stream_of(Call([tokens(1)], None), end=lambda: ends.append(None), linger_s=linger_s)
+@pytest.mark.parametrize(("linger_s", "times"), [(0.0, 0), (5.0, 1)])
+def test_closing_a_stream_that_would_linger_tells_the_server(linger_s: float, times: int) -> None:
+    told: list[str] = []
+    stream, _ = stream_of(Call([tokens(1)], None), told=told, linger_s=linger_s, request_id="mine")
     next(stream)
     stream.close()
     stream.close()
-    assert len(ends) == told
+    assert told == ["mine"] * times
     with pytest.raises(Cancelled):
         stream.collect()
+
+
+@pytest.mark.parametrize("is_told", [False, True])
+def test_what_could_not_be_told_before_is_left_for_the_programs_end(is_told: bool) -> None:
+    """As when the event loop ends with the call under way."""
+    stream, _ = stream_of(Call([tokens(1)], None), linger_s=5.0)
+    words = stream._farewell
+    assert words in farewell_module._open
+    stream._cancel()
+    assert words in farewell_module._open
+    if is_told:
+        stream.close()
+    stream._ending.callback(stream._ending)
+    assert (words in farewell_module._open) is not is_told
+    assert words is not None
+    words.done()
 
 
 class RefusedCall:
@@ -222,7 +270,7 @@ class RefusedCall:
 
 
 async def test_cancelling_the_task_that_waits_for_the_next_attempt_tells_the_server() -> None:
-    ends: list[None] = []
+    told: list[str] = []
     begun: list[float] = []
 
     def begin(timeout_s: float) -> RefusedCall:
@@ -230,24 +278,27 @@ async def test_cancelling_the_task_that_waits_for_the_next_attempt_tells_the_ser
         return RefusedCall()
 
     call = generate_call("x", {"linger_s": 60.0})
-    stream = AsyncGenerationStream(begin, lambda: ends.append(None), call, Attempts(100.0, 4), "router:1")
+    stream = AsyncGenerationStream(begin, call, Attempts(100.0, 4), "router:1", farewell(call, told))
     reader = asyncio.create_task(anext(aiter(stream)))
     for _ in range(10):  # nothing here takes longer than a turn of the loop, but for the wait
         await asyncio.sleep(0)
     reader.cancel()
     with pytest.raises(asyncio.CancelledError):
         await reader
-    assert (len(begun), len(ends)) == (1, 1)
+    assert (len(begun), len(told)) == (1, 1)
     with pytest.raises(Cancelled):
         await stream.collect()
 
 
-def test_a_stream_that_has_ended_tells_nothing() -> None:
-    ends: list[None] = []
-    stream, _ = stream_of(Call([tokens(1, last=True)], None), end=lambda: ends.append(None), linger_s=5.0)
-    stream.collect()
+@pytest.mark.parametrize("call", [Call([tokens(1, last=True)], None), Call([tokens(1)], ShardFault("broken"))])
+def test_a_stream_that_has_ended_tells_nothing(call: Call) -> None:
+    told: list[str] = []
+    stream, _ = stream_of(call, told=told, linger_s=5.0)
+    with contextlib.suppress(ShardFault):
+        stream.collect()
     stream.close()
-    assert ends == []
+    assert told == []
+    assert stream._farewell not in farewell_module._open
 
 
 KILLED = Lost("Stream removed (Socket closed)")
