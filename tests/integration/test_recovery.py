@@ -162,8 +162,12 @@ async def test_a_row_without_numbers_is_a_fault_of_its_request_and_of_no_other(t
 async def test_a_request_that_breaks_the_pipeline_each_time_is_given_up(tiny_model, monkeypatch):
     from stagecoach_shard.runtime.stage import Stage
 
-    def crash(self, *_):
-        raise RuntimeError("out of memory, say")
+    forward = Stage.forward
+
+    def crash(self, inputs, *rest):
+        if len(inputs) > 1:  # as the health probe is not
+            raise RuntimeError("out of memory, say")
+        return forward(self, inputs, *rest)
 
     shard = start_shard(tiny_model, "0:4")
     router = start_router([shard.address])
@@ -177,6 +181,24 @@ async def test_a_request_that_breaks_the_pipeline_each_time_is_given_up(tiny_mod
         async with asyncio.timeout(RESTART_TIMEOUT_S):
             answer = await client.generate(token_ids=[1, 2, 3], **greedy(4))
         assert answer.usage.completion_tokens == 4
+    await router.close()
+    await shard.close()
+
+
+async def test_a_stage_that_breaks_with_whatever_it_computes_is_nobodys_fault(tiny_model, monkeypatch):
+    from stagecoach_shard.runtime.stage import Stage
+
+    def crash(self, *_):
+        raise RuntimeError("out of memory, say")
+
+    shard = start_shard(tiny_model, "0:4")
+    router = start_router([shard.address], recovery_timeout_s=1.0)
+    async with AsyncClient(router.address, max_retries=0) as client:
+        await wait_until_ready(client, router, shard)
+        monkeypatch.setattr(Stage, "forward", crash)
+        with pytest.raises(errors.Unavailable, match="the pipeline is lost"):
+            async with asyncio.timeout(RESTART_TIMEOUT_S):
+                await client.generate(token_ids=[1, 2, 3], **greedy(4))
     await router.close()
     await shard.close()
 

@@ -31,9 +31,7 @@ GROW_FIRST_DELAY_S = 1.0
 GROW_MAX_DELAY_S = 30.0
 # Of the largest pipeline's room: pipelines with less are not counted with where a request names no limit.
 MIN_USUAL_CAPACITY = 0.5
-# A request that was under way at so many losses in a row moves to another pipeline all the same; after more, only when
-# its own has not come back for so long.
-MAX_LOSSES_TO_MOVE = 1
+# A suspect, which may be what breaks pipelines, moves to another only when its own has not come back for so long.
 POISON_PATIENCE_S = 10.0
 # A pipeline that is open has so long until its first token, before its requests move to another.
 UNPROVEN_PATIENCE_S = 5.0
@@ -177,6 +175,7 @@ class Engine:
         """Ends a request wherever it is; its blocks are free at once. Harmless for one that is finished."""
         for replica in self.replicas:
             replica.cancel(request)
+            replica.dispatch()
 
     def set_deadline(self, request: RequestState, deadline_s: float | None) -> None:
         """When a request has to be finished, in seconds of time.monotonic(); None: whenever. It fails then."""
@@ -277,7 +276,7 @@ class Engine:
                 continue
             for request in lost.requests:
                 # It may be what broke one pipeline, and then another: it waits for this one rather than break a third.
-                if request.num_losses > MAX_LOSSES_TO_MOVE and lost.unproven_s < POISON_PATIENCE_S:
+                if request.is_suspect and lost.unproven_s < POISON_PATIENCE_S:
                     continue
                 loads = [
                     ReplicaLoad(
@@ -296,10 +295,13 @@ class Engine:
         return changed
 
     def _share_waiting(self, newcomer: Replica) -> set[Replica]:
-        """Moves requests that wait for a slot elsewhere to one that has become ready, the last ones in line first."""
+        """Moves requests that wait for a slot elsewhere to one that has become ready, the last ones in line first.
+
+        Suspects stay: what they have to wait for is the next trial.
+        """
         changed = set()
         for other in self.replicas:
-            waiting = [] if other is newcomer else other.waiting()
+            waiting = [] if other is newcomer else [each for each in other.waiting() if not each.is_suspect]
             while waiting and other.num_sequences > newcomer.num_sequences + len(waiting[-1].sequences):
                 request = waiting.pop()
                 if newcomer.fits(request):

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from stagecoach import errors
 from stagecoach.v1 import shard_pb2
 from stagecoach_router.engine.health_probe import HealthProbe
+from stagecoach_router.engine.poison_detector import PoisonDetector
 from stagecoach_router.engine.step_loop import StepLoop
 from stagecoach_router.engine.straggler import StragglerDetector
 from stagecoach_router.metrics.counters import Counters
@@ -29,8 +30,6 @@ logger = logging.getLogger(__name__)
 
 REOPEN_FIRST_DELAY_S = 0.1
 REOPEN_MAX_DELAY_S = 2.0
-# A sequence that ran each time a pipeline was lost, and made no progress in between, may be what breaks them.
-MAX_REPLAYS_WITHOUT_PROGRESS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +88,7 @@ class Replica:
         self._connect = connect
         self._probe = probe
         self._owner = owner
+        self._poison = PoisonDetector()
         self._requests: dict[int, RequestState] = {}  # by the seq_id of each sequence that runs or waits here
         self._steps: StepLoop | None = None  # of the pipeline; None once that is lost
         self._lost = asyncio.Event()
@@ -136,21 +136,24 @@ class Replica:
         self._requests[sequence.seq_id] = request
 
     def cancel(self, request: RequestState) -> None:
-        """Ends what this replica has of a request, in whatever state that is; its blocks are free at once."""
+        """Ends what this replica has of a request, in whatever state that is; its blocks are free at once.
+
+        `dispatch` has to follow.
+        """
         for sequence in request.sequences:
             if self._requests.pop(sequence.seq_id, None) is not None:
                 self.scheduler.remove(sequence)
-        self.dispatch()
 
     def fail(self, request: RequestState, error: errors.StagecoachError) -> None:
-        """Ends a request with an error."""
+        """Ends a request with an error. `dispatch` has to follow."""
         self.cancel(request)
         request.fail(error)
 
     def fail_all(self, error: errors.StagecoachError) -> None:
-        """Ends every request that runs or waits here."""
+        """Ends every request that runs or waits here. Nothing new is sent."""
         for request in self.requests:
             self.fail(request, error)
+        self._owner.work_changed()
 
     def set_deadline(self, request: RequestState, deadline_s: float | None) -> None:
         """When this replica has to be finished with a request, in seconds of time.monotonic(); None: whenever."""
@@ -160,10 +163,13 @@ class Replica:
 
     def expire(self, now_s: float) -> None:
         """Fails the requests whose deadline has passed."""
-        for sequence in self.scheduler.expire(now_s):
+        expired = self.scheduler.expire(now_s)
+        for sequence in expired:
             request = self._requests.get(sequence.seq_id)
             if request is not None:  # else it went with another of its request's completions
                 self.fail(request, errors.DeadlineExceeded("the deadline of the call has passed"))
+        if expired:
+            self.dispatch()
 
     def fits(self, request: RequestState) -> bool:
         """Whether a request that another replica has accepted can be finished here."""
@@ -258,6 +264,7 @@ class Replica:
     async def _reopen(self) -> None:
         """Opens a pipeline again; requests fail once that has taken too long, and the attempts go on."""
         await self.close()
+        self._fail_after_timeout()  # it may open well each time, and break with its probe
         while True:
             await asyncio.sleep(self._reopen_delay_s)  # also when it opens well, and breaks with its first step
             self._reopen_delay_s = min(2 * self._reopen_delay_s, REOPEN_MAX_DELAY_S)
@@ -271,12 +278,15 @@ class Replica:
                     self._reopen_delay_s = REOPEN_FIRST_DELAY_S
                 self.reason = f"{error!r}" if unforeseen else str(error)
                 self._owner.replica_changed(self)  # it may be time to let go of what it kept
-                if self.unproven_s > self._settings.recovery_timeout_s:
-                    self.fail_all(
-                        errors.Unavailable(f"the pipeline is lost: {error}", retry_after_s=REOPEN_MAX_DELAY_S)
-                    )
+                self._fail_after_timeout()
                 continue
             return
+
+    def _fail_after_timeout(self) -> None:
+        """Fails all requests if no token has come through any pipeline for too long."""
+        if self.unproven_s > self._settings.recovery_timeout_s:
+            text = f"the pipeline is lost: {self.reason}"
+            self.fail_all(errors.Unavailable(text, retry_after_s=REOPEN_MAX_DELAY_S))
 
     def result_came(self, result: shard_pb2.StepResult, payload: memoryview) -> None:
         """A step has come back. What this raises, the pipeline is lost by."""
@@ -297,8 +307,12 @@ class Replica:
         steps, self._steps = self._steps, None
         self._lost.set()  # first: whatever the rest comes to, it is opened again
         self._say_ready(False)
-        for sequence in [] if steps is None else steps.under_way():
-            self._suspect_poison(sequence, error)
+        poison = self._poison.pipeline_lost({} if steps is None else steps.under_way(), time.monotonic())
+        if poison is not None:
+            num_losses = poison.num_losses_alone
+            text = f"the pipeline was lost {num_losses} times while it computed this request alone: {error}"
+            logger.error("request %s fails: %s", poison.request.request_id, text)
+            self.fail(poison, errors.ShardFault(text))
         self.scheduler.preempt_all()
         self._owner.work_changed()
         self._owner.replica_changed(self)  # also where it never was: requests may be here all the same
@@ -311,17 +325,6 @@ class Replica:
             self.pipeline.give_up(errors.InternalError(f"an error that nobody foresaw: {error!r}"))
         except Exception:
             logger.exception("giving up a pipeline")
-
-    def _suspect_poison(self, sequence: Sequence, error: errors.StagecoachError) -> None:
-        """Fails the request of a sequence that was being computed at too many losses in a row.
-
-        A sequence that only waited for a step cannot have broken anything.
-        """
-        num_losses = sequence.lost_pipeline()
-        request = self._requests.get(sequence.seq_id)
-        if num_losses > MAX_REPLAYS_WITHOUT_PROGRESS and request is not None:
-            text = f"the pipeline was lost {num_losses} times while it computed this request: {error}"
-            self.fail(request, errors.ShardFault(text))
 
     def _set_ready(self, ready: bool) -> None:
         if ready != self.ready:

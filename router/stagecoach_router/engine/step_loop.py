@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -16,13 +17,15 @@ from stagecoach_router.metrics.counters import Counters
 from stagecoach_router.pipelines.pipeline import Pipeline
 from stagecoach_router.requests.completion import OutputDelta
 from stagecoach_router.requests.request_state import RequestState
-from stagecoach_router.sampling.outputs import InsufficientCandidates, wider_output
+from stagecoach_router.sampling.outputs import CandidateRows, InsufficientCandidates, WholeRows, wider_output
 from stagecoach_router.sampling.sampler import Choice, choose_tokens
 from stagecoach_router.scheduling.cost_model import StepShape
 from stagecoach_router.scheduling.pacing import StageSeconds
 from stagecoach_router.scheduling.plan import Plan
 from stagecoach_router.scheduling.scheduler import Scheduler
 from stagecoach_router.scheduling.sequence import Sequence
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,7 @@ class StepOwner(Protocol):
         """At least one token has come; `is_probe`: and it was only the probe's."""
 
     def fail(self, request: RequestState, error: errors.StagecoachError) -> None:
-        """Ends all of a request."""
+        """Ends all of a request, and sends nothing."""
 
 
 class StepLoop:
@@ -75,20 +78,27 @@ class StepLoop:
         assert scheduler.pacing is not None, "set when the pipeline was opened"
         self._pacing = scheduler.pacing
         self._next_step = 1
-        self._in_flight: deque[_Step] = deque()
+        self._in_flight: deque[_Step] = deque()  # the first one until all of its result is taken
+        # What breaks before any token has come is nobody's fault but the pipeline's: so no request is sent before.
+        self._is_proven = False
+        self._is_taking = False  # a step's tokens: what is scheduled meanwhile would leave half filled
 
     @property
     def num_in_flight(self) -> int:
         return len(self._in_flight)
 
-    def under_way(self) -> list[Sequence]:
-        """The sequences that have a row in a step that has not come back, first come first."""
+    def under_way(self) -> dict[RequestState, list[Sequence]]:
+        """The sequences that have a row in a step that has not come back, or whose result was no good, by request."""
         rows = {row.sequence.seq_id: row.sequence for step in self._in_flight for row in step.plan.rows}
-        return [rows[seq_id] for seq_id in self._requests if seq_id in rows]
+        under_way: dict[RequestState, list[Sequence]] = {}
+        for seq_id, request in self._requests.items():
+            if seq_id in rows:
+                under_way.setdefault(request, []).append(rows[seq_id])
+        return under_way
 
     def send_all(self) -> None:
         """Sends every step that can go now."""
-        if self._pipeline.lost is not None:
+        if self._pipeline.lost is not None or self._is_taking or not self._is_proven:
             return
         while (plan := self._scheduler.schedule()) is not None:
             self._send(plan)
@@ -106,24 +116,17 @@ class StepLoop:
         expected = (self._pipeline.epoch, self._in_flight[0].number if self._in_flight else None)
         if (result.epoch, result.step) != expected:
             raise errors.ShardFault(f"(epoch, step) {expected} expected, {(result.epoch, result.step)} came")
-        step = self._in_flight.popleft()
+        step = self._in_flight[0]
         round_trip_s = time.perf_counter() - step.sent_s
         outputs = read_outputs(result, payload, step.order, self._vocab_size)
         if step.is_probe:
             self._probe.take(outputs, time.perf_counter(), round_trip_s)
-            self._owner.token_came(is_probe=True)
+            self._in_flight.popleft()
+            self._prove(is_probe=True)
             return
-        deltas: list[tuple[RequestState, OutputDelta]] = []
-        try:
-            self._take_tokens(step, outputs, deltas)
-            self.send_all()
-        finally:  # whatever went wrong: their tokens are in the log, and would not come again
-            # Last: each wakes a call's task, and the next step's frame is not to wait behind them.
-            for request, delta in deltas:
-                request.put(delta)
-        if deltas:
+        if self._take_step(step, outputs):
             self._probe.token_came(time.perf_counter())
-            self._owner.token_came(is_probe=False)
+            self._prove(is_probe=False)
         stages = [StageSeconds(timing.queue_s, timing.compute_s) for timing in result.timings]
         self._pacing.observe(step.shape, stages, round_trip_s)
         slow = self._straggler.observe(step.shape, stages, round_trip_s, time.monotonic())
@@ -140,6 +143,33 @@ class StepLoop:
         self._next_step += 1
         pipeline.send(frame, self._probe.expected_s if is_probe else self._pacing.expected_s(shape))
 
+    def _prove(self, *, is_probe: bool) -> None:
+        was_proven, self._is_proven = self._is_proven, True
+        self._owner.token_came(is_probe=is_probe)
+        if not was_proven:
+            self.send_all()
+
+    def _take_step(self, step: _Step, outputs: list[GroupOutputs]) -> bool:
+        """Takes the tokens of a step that has come back, and sends the next. Returns whether there was a token."""
+        deltas: list[tuple[RequestState, OutputDelta]] = []
+        self._is_taking = True
+        try:
+            self._take_tokens(step, outputs, deltas)
+            self._in_flight.popleft()
+            self._is_taking = False
+            self.send_all()
+        finally:  # whatever went wrong: their tokens are in the log, and would not come again
+            # Last: each wakes a call's task, and the next step's frame is not to wait behind them.
+            for request, delta in deltas:
+                self._put(request, delta)
+        return bool(deltas)
+
+    def _put(self, request: RequestState, delta: OutputDelta) -> None:
+        try:
+            request.put(delta)
+        except Exception as error:  # a bug: the others are to get theirs
+            self._owner.fail(request, _unforeseen("delivering", request.sequences[delta.index], error))
+
     def _take_tokens(
         self, step: _Step, outputs: list[GroupOutputs], deltas: list[tuple[RequestState, OutputDelta]]
     ) -> None:
@@ -155,7 +185,7 @@ class StepLoop:
             ]
             live = group if len(indices) == len(rows) else group.take(indices)
             sequences = [rows[index].sequence for index in indices]
-            for sequence, choice in zip(sequences, choose_tokens(live, sequences), strict=True):
+            for sequence, choice in zip(sequences, _choose(live, sequences), strict=True):
                 if sequence.removed:  # with another of its request's completions, a moment ago
                     continue
                 request = requests[sequence.seq_id]
@@ -163,10 +193,12 @@ class StepLoop:
                 if delta is not None:
                     deltas.append((request, delta))
 
-    def _advance(self, request: RequestState, sequence: Sequence, sampled: Choice) -> OutputDelta | None:
+    def _advance(
+        self, request: RequestState, sequence: Sequence, sampled: Choice | errors.StagecoachError
+    ) -> OutputDelta | None:
         """Takes a sequence's next token; returns what it adds, None where there is no token."""
         counters = self._counters
-        if isinstance(sampled, errors.ShardFault):  # no number among this row's logits: nobody else's fault
+        if isinstance(sampled, errors.StagecoachError):  # of this row alone
             self._owner.fail(request, sampled)
             return None
         if isinstance(sampled, InsufficientCandidates):
@@ -180,9 +212,34 @@ class StepLoop:
             counters.looked_up_prompt_tokens += len(sequence.prompt_tokens)
             counters.cached_prompt_tokens += sequence.num_cached
         self._scheduler.append_token(sequence, sampled.token_id)
-        delta = request.completions[sequence.index].advance(sampled)
+        try:
+            delta = request.completions[sequence.index].advance(sampled)
+        except Exception as error:  # a bug: the others' texts are not to suffer from it
+            self._owner.fail(request, _unforeseen("detokenizing", sequence, error))
+            return None
         if delta.finish_reason is not None:
             del self._requests[sequence.seq_id]
             self._scheduler.remove(sequence)
             counters.num_finished += 1
         return delta
+
+
+def _choose(outputs: CandidateRows | WholeRows, sequences: list[Sequence]) -> list[Choice | errors.StagecoachError]:
+    """The next tokens. A row whose token cannot be chosen, for whatever reason, gets an error and no other row does."""
+    try:
+        return [*choose_tokens(outputs, sequences)]
+    except Exception:  # a bug: whose row it is shows when each is by itself
+        return [_choose_one(outputs.take([index]), sequence) for index, sequence in enumerate(sequences)]
+
+
+def _choose_one(output: CandidateRows | WholeRows, sequence: Sequence) -> Choice | errors.StagecoachError:
+    try:
+        [choice] = choose_tokens(output, [sequence])
+    except Exception as error:
+        return _unforeseen("sampling", sequence, error)
+    return choice
+
+
+def _unforeseen(doing: str, sequence: Sequence, error: Exception) -> errors.InternalError:
+    logger.error("%s for sequence %d", doing, sequence.seq_id, exc_info=error)
+    return errors.InternalError(f"{doing} has failed: {type(error).__name__}")

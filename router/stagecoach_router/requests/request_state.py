@@ -60,9 +60,14 @@ class RequestState:
         return sum(completion.num_tokens for completion in self.completions)
 
     @property
-    def num_losses(self) -> int:
-        """How many pipelines in a row were lost while they computed one of its sequences."""
-        return max(sequence.num_losses for sequence in self.sequences)
+    def is_suspect(self) -> bool:
+        """Whether one of its sequences may be what breaks pipelines."""
+        return any(sequence.is_suspect for sequence in self.sequences)
+
+    @property
+    def num_losses_alone(self) -> int:
+        """How many pipelines in a row were lost while they computed one of its sequences, and nobody else's."""
+        return max(sequence.num_losses_alone for sequence in self.sequences)
 
     def replay(self, index: int, past: Many[Sampled]) -> bool:
         """Takes a completion's tokens that a former process sampled, and charged. Returns whether they finish it."""

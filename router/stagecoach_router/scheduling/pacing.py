@@ -14,7 +14,7 @@ lane adds to the first, and few lanes are best.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import ceil, isfinite
 from statistics import median
 from typing import NamedTuple
@@ -40,6 +40,10 @@ CROWDING_WEIGHT = 8.0
 SPARE_CHUNKS = 1
 # A prompt gets on by at least so many tokens a step.
 MIN_SHARED_CHUNK_TOKENS = 4
+# Prefill that does not fill the lanes is spread over them, so that the stages work on it at the same time; but until
+# it is known what a chunk costs, not in chunks below this, which could cost more than the waiting they save.
+MIN_EVEN_CHUNK_TOKENS = 64
+EVEN_CHUNKS_PER_LANE = 2
 # How many chunks a prompt is tried to be cut into: 1, 2, 3, 4, 6, 8, 11, ... 362.
 CHUNK_COUNTS = sorted({round(2 ** (exponent / 2)) for exponent in range(18)})
 # What a step costs that is so many times as large as any before is not predicted.
@@ -73,6 +77,21 @@ class Pace(NamedTuple):
 
 
 NO_PROMPTS = Prompts()
+
+
+def even_chunk_tokens(num_left: Iterable[int], num_lanes: int, max_batch_tokens: int) -> int:
+    """The chunk where nothing is known of costs, and `num_left` tokens of each prompt are to be prefilled.
+
+    It is a part of a lane's share of them: the second stage waits for the first chunk, so that is to be short. Where
+    one lane serves, nobody waits.
+    """
+    num_chunks = num_lanes * EVEN_CHUNKS_PER_LANE if num_lanes > 1 else 1
+    num_tokens = 0
+    for tokens in num_left:
+        num_tokens += tokens
+        if num_tokens >= num_chunks * max_batch_tokens:
+            return max_batch_tokens
+    return max(MIN_EVEN_CHUNK_TOKENS, -(-num_tokens // num_chunks))
 
 
 class Pacing:

@@ -55,7 +55,7 @@ class RunningSequences:
         self._blocks.commit(sequence, sequence.num_computed)
         self._blocks.release(sequence)
         sequence.slot = None
-        sequence.num_computed = sequence.num_sent_blocks = 0
+        sequence.num_computed = sequence.num_reused = sequence.num_sent_blocks = 0
         sequence.awaiting_token = sequence.sampling = False
         sequence.incarnation += 1
 

@@ -13,24 +13,21 @@ go, and a block can be shared the moment the row that fills it is dispatched.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import chain, islice
+from itertools import chain
 from typing import Any
 
 from stagecoach.errors import OutOfRange
+from stagecoach_router.scheduling.admission import Admission
 from stagecoach_router.scheduling.block_manager import BlockManager
 from stagecoach_router.scheduling.deadlines import Deadlines
-from stagecoach_router.scheduling.pacing import NO_PROMPTS, Pace, Pacing, Prompts
+from stagecoach_router.scheduling.pacing import NO_PROMPTS, Pace, Pacing, Prompts, even_chunk_tokens
 from stagecoach_router.scheduling.plan import BlockTableUpdate, Draft, Plan, Row
 from stagecoach_router.scheduling.running import RunningSequences
 from stagecoach_router.scheduling.sequence import Sequence
-from stagecoach_router.scheduling.waiting_queue import WaitingQueue, by_priority_then_arrival, token_limit
+from stagecoach_router.scheduling.waiting_queue import by_priority_then_arrival, token_limit
 
 # Where decodes fill whole steps, every other step keeps this part of its tokens for prefill.
 MIN_PREFILL_FRACTION = 4
-# Prefill that does not fill the lanes is spread over them, so that the stages work on it at the same time; but until
-# it is known what a chunk costs, not in chunks below this, which could cost more than the waiting they save.
-MIN_CHUNK_TOKENS = 64
-CHUNKS_PER_LANE = 2
 
 
 class Scheduler:
@@ -68,8 +65,8 @@ class Scheduler:
         self.num_preemptions = 0  # for want of blocks; preempt_all does not count
         self._order_key = order_key
         self._fixed_pace = Pace(num_lanes)
-        self._waiting = WaitingQueue(blocks, max_waiting)
         self._running = RunningSequences(blocks, max_running)
+        self._admission = Admission(blocks, self._running, max_waiting)
         self._in_flight: set[Plan] = set()
         self._deadlines = Deadlines()
         self._prefill_is_due = False
@@ -80,12 +77,12 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._admission)
 
     @property
     def num_lanes(self) -> int:
         """Steps that may be in flight now."""
-        return self._pace().num_lanes
+        return self._pace(self._admission.on_trial).num_lanes
 
     @property
     def num_in_flight(self) -> int:
@@ -94,12 +91,12 @@ class Scheduler:
 
     def has_work(self) -> bool:
         """Whether any sequence waits or runs."""
-        return bool(self._waiting) or bool(self._running)
+        return bool(self._admission) or bool(self._running)
 
     @property
     def retry_after_s(self) -> float:
         """The last estimate of when a refused caller may come again."""
-        return self._waiting.retry_after_s
+        return self._admission.retry_after_s
 
     def check_room(self, num_sequences: int, now_s: float) -> None:
         """Raises Overloaded, with when to come again, if `add` would not take so many more now.
@@ -114,7 +111,7 @@ class Scheduler:
                 limit=most,
                 value=num_sequences,
             )
-        self._waiting.check_room(self._running.num_free_slots, num_sequences=num_sequences, now_s=now_s)
+        self._admission.check_room(num_sequences=num_sequences, now_s=now_s)
 
     def add(self, sequence: Sequence, *, was_accepted: bool = False) -> None:
         """Queues a sequence; sets its `token_limit`, at which the caller has to remove it.
@@ -127,16 +124,33 @@ class Scheduler:
             sequence, context_length=self.context_length, capacity=self.blocks.capacity_tokens
         )
         if not was_accepted:
-            self._waiting.check_room(self._running.num_free_slots, num_tokens=sequence.num_tokens)
+            self._admission.check_room(num_tokens=sequence.num_tokens)
         sequence.order = (self._order_key(sequence), sequence.seq_id)
-        self._waiting.join(sequence)
+        self._admission.join(sequence)
 
     def schedule(self) -> Plan | None:
         """The next step. None: nothing can be computed before a step completes or a token is appended."""
-        pace = self._pace()
+        self._admission.begin_trial(is_idle=not (self._in_flight or self._running))
+        suspect = self._admission.on_trial
+        pace = self._pace(suspect)
         if len(self._in_flight) >= pace.num_lanes:
             return None
         draft = Draft(self.max_batch_tokens, self.max_logit_rows)
+        if suspect is None:
+            self._plan_together(draft, pace)
+        elif all(
+            plan.rows[0].sequence is suspect for plan in self._in_flight
+        ):  # else the others' steps come back first
+            self._plan_alone(suspect, draft, pace)
+        if not draft.rows:
+            return None
+        self._admission.stepped()
+        plan = Plan(tuple(draft.rows.values()), tuple(draft.block_table_updates), self.max_batch_tokens - draft.room)
+        self._in_flight.add(plan)
+        return plan
+
+    def _plan_together(self, draft: Draft, pace: Pace) -> None:
+        """Adds decodes and prefill of all that may run."""
         # Decodes of one step, so that all lanes get as many. The ones left over go into the next step.
         share = -(-self._running.num_decoding // pace.num_lanes)
         if self._prefill_is_due:
@@ -151,12 +165,23 @@ class Scheduler:
             self._plan_prefill(draft, draft.room, pace)
             num_prefill_rows = len(draft.rows) - num_decodes
         is_full = not (draft.room and draft.logit_room)
-        self._prefill_is_due = is_full and not num_prefill_rows and bool(self._running.prefilling or self._waiting)
-        if not draft.rows:
-            return None
-        plan = Plan(tuple(draft.rows.values()), tuple(draft.block_table_updates), self.max_batch_tokens - draft.room)
-        self._in_flight.add(plan)
-        return plan
+        self._prefill_is_due = is_full and not num_prefill_rows and bool(self._running.prefilling or self._admission)
+
+    def _plan_alone(self, suspect: Sequence, draft: Draft, pace: Pace) -> None:
+        """Adds the next row of a sequence on trial."""
+        running = self._running
+        if suspect in running.prefilling:
+            num_left = suspect.num_tokens - suspect.num_computed
+            chunk_tokens = pace.chunk_tokens or even_chunk_tokens([num_left], pace.num_lanes, self.max_batch_tokens)
+            self._dispatch(suspect, min(draft.room, chunk_tokens, num_left), draft)
+            if suspect.awaiting_token:
+                running.prefilling.remove(suspect)
+        elif suspect in running.ready:
+            if self._make_room(suspect, draft):
+                del running.ready[suspect]
+                self._dispatch(suspect, 1, draft)
+            else:
+                self._admission.end_trial(suspect)
 
     def complete(self, plan: Plan) -> list[Row]:
         """A step came back: the rows whose logits are to be sampled from.
@@ -189,7 +214,7 @@ class Scheduler:
         if sequence.slot is not None:
             self._running.unseat(sequence)
         elif sequence.order is not None and not sequence.removed:
-            self._waiting.leave(sequence)
+            self._admission.leave(sequence)
         sequence.removed = True
         self._deadlines.discard(sequence)
 
@@ -198,13 +223,13 @@ class Scheduler:
         if sequence.slot is not None:
             self._running.unseat(sequence)
         else:
-            self._waiting.release(sequence)
+            self._admission.release(sequence)
         return self._deadlines.discard(sequence)
 
     def adopt(self, sequence: Sequence, deadline_s: float | None) -> None:
         """Queues a sequence that another scheduler has released, however many wait: it was accepted once."""
         assert sequence.token_limit <= self.blocks.capacity_tokens, f"{sequence} does not fit"
-        self._waiting.adopt(sequence)
+        self._admission.adopt(sequence)
         self.set_deadline(sequence, deadline_s)
 
     @property
@@ -231,9 +256,7 @@ class Scheduler:
 
         Logits that `complete` handed out, and that no token came from yet, will be computed again.
         """
-        for sequence in list(self._running):
-            self._running.unseat(sequence)
-            self._waiting.join(sequence)
+        self._admission.take_back_all()
         self._in_flight.clear()
         self.blocks.reset()
         if self.pacing is not None:
@@ -243,55 +266,26 @@ class Scheduler:
 
     def _plan_prefill(self, draft: Draft, max_tokens: int, pace: Pace) -> None:
         """Adds chunks of up to `max_tokens` tokens in all, first in order first."""
-        chunk_tokens = pace.chunk_tokens or self._even_chunk_tokens(pace.num_lanes)
+        left = (each.num_tokens - each.num_computed for each in chain(self._running.prefilling, self._admission))
+        chunk_tokens = pace.chunk_tokens or even_chunk_tokens(left, pace.num_lanes, self.max_batch_tokens)
         room = min(max_tokens, draft.room, chunk_tokens)
-        while room and draft.logit_room and (sequence := self._next_to_prefill()):
+        while room and draft.logit_room and (sequence := self._admission.next_to_prefill()):
             num_tokens = min(room, sequence.num_tokens - sequence.num_computed)
             self._dispatch(sequence, num_tokens, draft)
             room -= num_tokens
             if sequence.awaiting_token:
                 del self._running.prefilling[0]
 
-    def _even_chunk_tokens(self, num_lanes: int) -> int:
-        """A part of a lane's share of the prefill at hand.
-
-        The second stage waits for the first chunk, so that is to be short; where one lane serves, nobody waits.
-        """
-        num_chunks = num_lanes * CHUNKS_PER_LANE if num_lanes > 1 else 1
-        enough = num_chunks * self.max_batch_tokens
-        num_tokens = 0
-        for sequence in chain(self._running.prefilling, self._waiting):
-            num_tokens += sequence.num_tokens - sequence.num_computed
-            if num_tokens >= enough:
-                return self.max_batch_tokens
-        return max(MIN_CHUNK_TOKENS, -(-num_tokens // num_chunks))
-
-    def _pace(self) -> Pace:
+    def _pace(self, suspect: Sequence | None = None) -> Pace:
+        """The pace of what is computed now: all that runs, or only a sequence on trial."""
         if self.pacing is None:
             return self._fixed_pace
-        return self.pacing.pace(self._running.num_decoding, self._prompts())
-
-    def _prompts(self) -> Prompts:
-        """What is prefilled now, or as soon as there is room."""
-        num_starting = self._waiting.num_starting(self._running.num_free_slots)
-        if not self._running.prefilling and not num_starting:
-            return NO_PROMPTS
-        num_tokens = 0
-        for sequence in chain(self._running.prefilling, islice(self._waiting, num_starting)):
-            num_tokens += sequence.num_tokens - sequence.num_cached
-        start = self._running.prefilling[0].num_computed if self._running.prefilling else 0
-        return Prompts(len(self._running.prefilling) + num_starting, num_tokens, start)
-
-    def _next_to_prefill(self) -> Sequence | None:
-        """The first in order of those that are being prefilled and those that can be admitted; admits it."""
-        first = self._running.prefilling[0] if self._running.prefilling else None
-        if not self._running.num_free_slots:
-            return first
-        newcomer = self._waiting.admit(self.num_running, before=first.order if first else None)
-        if newcomer is None:
-            return first
-        self._running.seat(newcomer)
-        return newcomer
+        if suspect is None:
+            prompts = [*self._running.prefilling, *self._admission.starting()]
+            return self.pacing.pace(self._running.num_decoding, _prefill_of(prompts))
+        if suspect in self._running.prefilling:
+            return self.pacing.pace(0, _prefill_of([suspect]))
+        return self.pacing.pace(1)
 
     # ---- decodes and preemption
 
@@ -325,7 +319,7 @@ class Scheduler:
             if victim is None:
                 return False
             self._running.unseat(victim)
-            self._waiting.join(victim)
+            self._admission.join(victim)
             self.num_preemptions += 1
         return True
 
@@ -346,3 +340,11 @@ class Scheduler:
         draft.rows[sequence] = Row(sequence, slot, start, num_tokens, wants_logits, sequence.incarnation)
         draft.room -= num_tokens
         draft.logit_room -= wants_logits
+
+
+def _prefill_of(prompts: list[Sequence]) -> Prompts:
+    """What of these is to be computed or is under way: what was found in the prefix cache is neither."""
+    if not prompts:
+        return NO_PROMPTS
+    num_tokens = sum(sequence.num_tokens - sequence.num_reused for sequence in prompts)
+    return Prompts(len(prompts), num_tokens, prompts[0].num_computed)

@@ -12,6 +12,9 @@ from stagecoach_router.sampling.penalties import TokenCounts
 # So many tokens after a replay clear a sequence of the suspicion that it breaks pipelines. The first of them comes from
 # its prefill and the second from a decode: what breaks on either of these is not cleared by the other.
 MIN_PROGRESS_TOKENS = 2
+# A sequence that was being computed at so many losses in a row may be what breaks pipelines. At one, everything is that
+# happened to run.
+MIN_SUSPECT_LOSSES = 2
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -44,6 +47,7 @@ class Sequence:
     want: OutputWant = field(default=WHOLE_ROW, repr=False)
     next_want: OutputWant = field(init=False, repr=False)
     num_losses: int = field(default=0, init=False, repr=False)  # pipelines lost in a row while they computed it
+    num_losses_alone: int = field(default=0, init=False, repr=False)  # of these, while they computed nobody else's
     num_tokens_since_loss: int = field(default=0, init=False, repr=False)
 
     # ---- the scheduler's, of which the waiting queue and the running sequences are parts
@@ -52,6 +56,7 @@ class Sequence:
     slot: int | None = field(default=None, init=False)  # None: it does not run
     num_computed: int = field(default=0, init=False)  # positions dispatched, or found in the prefix cache
     num_cached: int = field(default=0, init=False)  # positions found in the prefix cache when first admitted
+    num_reused: int = field(default=0, init=False, repr=False)  # the same, when last admitted
     num_sent_blocks: int = field(default=0, init=False, repr=False)  # block table entries the shards have been told
     awaiting_token: bool = field(default=False, init=False)  # the whole log is dispatched: the next token comes first
     sampling: bool = field(default=False, init=False)  # its logits were handed out, its token is not appended yet
@@ -86,11 +91,16 @@ class Sequence:
             return self.output_tokens[start - num_prompt : end - num_prompt]
         return [*self.prompt_tokens[start:], *self.output_tokens[: end - num_prompt]]
 
-    def lost_pipeline(self) -> int:
-        """A pipeline was lost while it computed this. Returns how many that makes without progress in between."""
+    @property
+    def is_suspect(self) -> bool:
+        """Whether it may be what breaks pipelines: it is computed alone until it has made progress."""
+        return self.num_losses >= MIN_SUSPECT_LOSSES
+
+    def lost_pipeline(self, *, alone: bool) -> None:
+        """A pipeline was lost while it computed this; `alone`: and no other request."""
         self.num_losses += 1
+        self.num_losses_alone += alone
         self.num_tokens_since_loss = 0
-        return self.num_losses
 
     def got_token(self) -> None:
         """A token was sampled: the next logits are asked for as usual, and losses may be forgotten."""
@@ -98,4 +108,4 @@ class Sequence:
         if self.num_losses:
             self.num_tokens_since_loss += 1
             if self.num_tokens_since_loss >= MIN_PROGRESS_TOKENS:
-                self.num_losses = 0
+                self.num_losses = self.num_losses_alone = 0

@@ -54,6 +54,20 @@ def token_limit(sequence: Sequence, *, context_length: int, capacity: int) -> in
     return limit
 
 
+def give_blocks(sequence: Sequence, blocks: BlockManager, num_running: int, least_reserve: int = 0) -> bool:
+    """Gives a sequence that is to run the blocks of its whole log. False, and nothing is changed: there are too few.
+
+    `least_reserve`: at least so many stay free.
+    """
+    reserve = max(least_reserve, min(num_running, blocks.num_blocks // MAX_RESERVE_FRACTION))
+    if not blocks.allocate(sequence, reserve=reserve):
+        return False
+    sequence.num_computed = sequence.num_reused = sequence.num_committed * blocks.block_size
+    if sequence.incarnation == 0:
+        sequence.num_cached = sequence.num_computed
+    return True
+
+
 class WaitingQueue:
     """Sequences that do not run, in order. Each has its `order` set."""
 
@@ -62,7 +76,7 @@ class WaitingQueue:
         self._max_waiting = max_waiting
         self._queue: list[Sequence] = []
         self._num_tokens = 0  # of all that wait
-        self._num_left = 0  # so far, those that will be back left out
+        self.num_left = 0  # so far, those that will be back left out; those that are replayed count as waiting, too
         self._retry_after = RetryAfter()
         # Who found too few blocks, and blocks.num_releases then: no use in trying again before that has risen.
         self._blocked: Sequence | None = None
@@ -84,39 +98,45 @@ class WaitingQueue:
         return 0 if self._lacks_blocks() else min(len(self._queue), num_free_slots)
 
     def check_room(
-        self, num_free_slots: int, *, num_sequences: int = 1, num_tokens: int = 0, now_s: float | None = None
+        self,
+        num_free_slots: int,
+        *,
+        num_sequences: int = 1,
+        num_tokens: int = 0,
+        num_ahead: int = 0,
+        now_s: float | None = None,
     ) -> None:
         """Raises Overloaded if not so many more may wait, or not with so many tokens together.
 
-        Those that wait only for the next step do not count, and tokens do not where nobody else waits. With the clock's
-        reading, `retry_after_s` is an estimate of now, else the last one.
+        Those that wait only for the next step do not count, and tokens do not where nobody else waits. `num_ahead` wait
+        elsewhere, and go first. With the clock's reading, `retry_after_s` is an estimate of now, else the last one.
         """
-        num_waiting = len(self._queue)
+        num_waiting = len(self._queue) + num_ahead
         num_starting = 0 if self._lacks_blocks() else num_free_slots
         if num_waiting + num_sequences > self._max_waiting + num_starting:
             raise Overloaded(
                 f"{num_waiting} sequences are waiting; at most {self._max_waiting} may",
                 limit=self._max_waiting,
                 value=num_waiting,
-                retry_after_s=self._retry_after_s(now_s),
+                retry_after_s=self._retry_after_s(num_waiting, now_s),
             )
         if num_waiting and self._num_tokens + num_tokens > MAX_WAITING_TOKENS:
             raise Overloaded(
                 f"the sequences that wait have {self._num_tokens} tokens; at most {MAX_WAITING_TOKENS} may wait",
                 limit=MAX_WAITING_TOKENS,
                 value=self._num_tokens,
-                retry_after_s=self._retry_after_s(now_s),
+                retry_after_s=self._retry_after_s(num_waiting, now_s),
             )
 
-    def _retry_after_s(self, now_s: float | None) -> float:
+    def _retry_after_s(self, num_waiting: int, now_s: float | None) -> float:
         if now_s is None:
             return self.retry_after_s
-        return self._retry_after.after_s(len(self._queue), self._num_left, now_s)
+        return self._retry_after.after_s(num_waiting, self.num_left, now_s)
 
     def join(self, sequence: Sequence) -> None:
         """A new sequence, or one that was preempted."""
         self.adopt(sequence)
-        self._num_left -= sequence.incarnation > 0
+        self.num_left -= sequence.incarnation > 0
 
     def adopt(self, sequence: Sequence) -> None:
         """A sequence that another queue has released."""
@@ -126,7 +146,7 @@ class WaitingQueue:
     def leave(self, sequence: Sequence) -> None:
         """A waiting sequence that is not wanted any more."""
         self.release(sequence)
-        self._num_left += 1
+        self.num_left += 1
 
     def release(self, sequence: Sequence) -> None:
         """A sequence that goes to another queue, which says nothing of how fast this one moves."""
@@ -154,7 +174,7 @@ class WaitingQueue:
             if not self._allocate(sequence, num_running):
                 return None
             self._take_out(index)
-            self._num_left += 1
+            self.num_left += 1
             return sequence
         return None
 
@@ -166,13 +186,10 @@ class WaitingQueue:
         blocks = self._blocks
         if self._blocked is sequence and self._blocked_at == blocks.num_releases:
             return False
-        if not blocks.allocate(sequence, reserve=min(num_running, blocks.num_blocks // MAX_RESERVE_FRACTION)):
+        if not give_blocks(sequence, blocks, num_running):
             self._blocked, self._blocked_at = sequence, blocks.num_releases
             return False
         self._blocked = None
-        sequence.num_computed = sequence.num_committed * blocks.block_size
-        if sequence.incarnation == 0:
-            sequence.num_cached = sequence.num_computed
         return True
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from stagecoach.errors import DeadlineExceeded, OutOfRange, Overloaded, ShardFault
 from stagecoach_router.engine import engine
-from stagecoach_router.engine.replica import MAX_REPLAYS_WITHOUT_PROGRESS
+from stagecoach_router.engine.poison_detector import MAX_LOSSES_ALONE
 from stagecoach_router.sampling.outputs import Sampled
 from tests.unit.router.fake_pipelines import TOKEN, FakeCluster, FakePipeline, request
 
@@ -156,7 +156,7 @@ async def test_what_was_under_way_at_two_losses_in_a_row_does_not_break_a_third_
     assert [replica.num_sequences for replica in replicas] == [0, 1, 1], "it waits for the one it may have broken"
     pipelines[1].answer_all()
     assert tokens_of(waiting_elsewhere) == [TOKEN] * 2
-    for _ in range(MAX_REPLAYS_WITHOUT_PROGRESS - 1):
+    for _ in range(MAX_LOSSES_ALONE - 1):
         await replicas[2].open()
         pipelines[2].answer()
         pipelines[2].break_down()
@@ -185,7 +185,7 @@ async def test_a_token_of_the_replay_alone_is_no_progress():
     cluster = FakeCluster(pipeline)
     replica = await cluster.open(answered=True)
     poison = cluster.submit(request("poison", max_tokens=30))
-    for _ in range(MAX_REPLAYS_WITHOUT_PROGRESS + 1):
+    for _ in range(MAX_LOSSES_ALONE + 1):
         pipeline.answer()  # its prefill; the decode is under way now
         pipeline.break_down()
         await replica.open()

@@ -460,7 +460,7 @@ def test_lone_sequence_can_use_every_block():
 # ---- when the pipeline is lost
 
 
-def test_after_a_lost_pipeline_everything_is_computed_again_in_order():
+def test_after_a_lost_pipeline_everything_is_computed_again_the_shortest_first():
     scheduler = make_scheduler(num_lanes=2, max_batch_tokens=100)
     first, second = add(scheduler, 1, 5), add(scheduler, 2, 5)
     step(scheduler)
@@ -472,7 +472,7 @@ def test_after_a_lost_pipeline_everything_is_computed_again_in_order():
     scheduler.preempt_all()
     assert (scheduler.num_running, scheduler.num_waiting, scheduler.num_in_flight) == (0, 3, 0)
     plan = scheduler.schedule()
-    assert rows_of(plan) == [(1, 0, 6, True), (2, 0, 6, True), (3, 0, 5, True)]
+    assert rows_of(plan) == [(3, 0, 5, True), (1, 0, 6, True), (2, 0, 6, True)]
     assert all(update.first == 0 for update in plan.block_table_updates)
     assert lost is None or scheduler.complete(lost) == []
     assert scheduler.num_in_flight == 1

@@ -82,6 +82,6 @@ def test_a_newcomer_that_waited_for_blocks_is_paced_like_any_other():
     add(scheduler, 2, 24, max_tokens=4)
     finish(scheduler, scheduler.schedule())
     assert scheduler.num_waiting == 1
-    assert scheduler._prompts().num_sequences == 0, "it lacks blocks"
+    assert len(scheduler._admission.starting()) == 0, "it lacks blocks"
     scheduler.remove(first)
-    assert scheduler._prompts().num_sequences == 1
+    assert len(scheduler._admission.starting()) == 1

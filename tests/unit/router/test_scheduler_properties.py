@@ -129,8 +129,14 @@ class World:
                 was_held = any(held_block == block for held_block, _, _ in held)
                 still_cached = cached.get(block) is not None and cached[block] == self.blocks._digest_of[block]
                 assert not (was_held and still_cached), "a block in the prefix cache is written"
+            self.check_trial(row, plan)
         self.pipeline.send(plan)
         return plan
+
+    def check_trial(self, row, plan):
+        if row.sequence.is_suspect:
+            under_way = [each for sent, _ in self.pipeline.queue for each in sent.rows] + list(plan.rows)
+            assert all(each.sequence is row.sequence for each in under_way), "a suspect has company"
 
     def check_row(self, row, update):
         sequence = row.sequence
@@ -164,6 +170,7 @@ class World:
 
     def append(self, sequence, token, stop=False):
         self.handed_out.remove(sequence)
+        sequence.got_token()
         self.scheduler.append_token(sequence, token)
         if stop or sequence.num_tokens == sequence.token_limit:
             self.remove(sequence)
@@ -182,6 +189,8 @@ class World:
 
     def lose_pipeline(self):
         self.abandoned += [plan for plan, _ in self.pipeline.queue]
+        for sequence in {row.sequence for plan, _ in self.pipeline.queue for row in plan.rows}:
+            sequence.lost_pipeline(alone=False)
         self.pipeline = SimulatedPipeline(self.blocks.block_size)
         self.handed_out.clear()
         self.scheduler.preempt_all()
