@@ -85,7 +85,7 @@ async def eventually(attempt, expected):
             await asyncio.sleep(0.05)
 
 
-async def test_strangers_get_nowhere(tiny_model, tmp_path, monkeypatch):
+async def test_strangers_get_nowhere(tiny_model, tmp_path, monkeypatch, caplog):
     methods = [f"/{SERVICE.full_name}/{method.name}" for method in SERVICE.methods]
     others = ["/grpc.health.v1.Health/Watch", "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", "/a/b"]
     async with (
@@ -101,6 +101,10 @@ async def test_strangers_get_nowhere(tiny_model, tmp_path, monkeypatch):
                     await anext(aiter(call))
                 assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED, method
                 assert type(errors.from_rpc_error(caught.value, "h:1")) is errors.Unauthenticated
+        told = [record.getMessage() for record in caplog.records if record.getMessage().startswith("refused")]
+        assert len(told) == 1  # for all of them, as they come from one host
+        assert "refused ipv4:127.0.0.1:" in told[0]
+        assert keys["operator"][-12:-4] not in caplog.text
         health = await HealthStub(channel).Check(HealthCheckRequest())
         assert health.status == HealthCheckResponse.SERVING
         for client in (await cluster.client(), await cluster.client(wrong)):

@@ -127,15 +127,20 @@ async def test_strangers_do_not_get_into_a_shard(tiny_model, issued, tmp_path):
         assert await shard_client.describe(address, shard_dial(we, SHARD_NAME))
 
 
-async def test_a_good_certificate_of_a_wrong_name_is_refused_by_name(tiny_model, tmp_path):
+async def test_a_good_certificate_of_a_wrong_name_is_refused_by_name(tiny_model, tmp_path, caplog):
     authority = ThrowawayCA(tmp_path)
     own, other = authority.issue(SHARD_NAME), authority.issue("intruder")
     colleague = shard_dial(Identity(*own, authority.ca), SHARD_NAME)
     intruder = shard_dial(Identity(*other, authority.ca), SHARD_NAME)
     async with one_shard(tiny_model, colleague, **tls_settings(own, authority.ca)) as address:
-        with pytest.raises(errors.PermissionDenied, match="intruder") as caught:
-            await shard_client.describe(address, intruder)
+        for _ in range(2):
+            with pytest.raises(errors.PermissionDenied, match="intruder") as caught:
+                await shard_client.describe(address, intruder)
         assert "stagecoach-router" in caught.value.message
+        told = [record.getMessage() for record in caplog.records if record.getMessage().startswith("refused")]
+        assert len(told) == 1
+        assert "refused ipv4:127.0.0.1:" in told[0]
+        assert "certificate is for intruder" in told[0]
     async with one_shard(tiny_model, intruder, allow_peer="intruder", **tls_settings(own, authority.ca)) as address:
         with pytest.raises(errors.PermissionDenied, match="stagecoach-shard"):
             await shard_client.describe(address, colleague)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections import Counter
+from urllib.parse import unquote
 
 from stagecoach.errors import InvalidArgument
 
 # How many addresses one list may have.
 MAX_ADDRESSES = 1024
 
+# Whoever has one IPv6 address has, as a rule, all of its /64.
+_IPV6_HOST_BITS = 64
 _MAX_HOST_LENGTH = 253
 _HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
 
@@ -28,6 +31,26 @@ def is_loopback(host: str) -> bool:
         return False
     mapped = ip.ipv4_mapped if isinstance(ip, ipaddress.IPv6Address) else None
     return (mapped or ip).is_loopback
+
+
+def host_of(peer: str) -> str:
+    """The host of a connection, as gRPC names it: "ipv4:1.2.3.4:5", "ipv6:%5B::1%5D:5".
+
+    All of an IPv6 /64 are one host, and so are all that come without an address, through a Unix socket.
+    """
+    kind, _, address = peer.partition(":")
+    host = address.rpartition(":")[0]
+    if kind == "ipv4":
+        return host
+    if kind != "ipv6":
+        return ""
+    try:
+        ip = ipaddress.IPv6Address(unquote(host).strip("[]").partition("%")[0])
+    except ValueError:
+        return host
+    if ip.ipv4_mapped is not None:
+        return str(ip.ipv4_mapped)
+    return str(ipaddress.IPv6Network((ip, _IPV6_HOST_BITS), strict=False))
 
 
 def check_address(address: str, field: str, *, listening: bool = False) -> str:

@@ -11,6 +11,7 @@ import grpc.aio
 
 from stagecoach import errors
 from stagecoach.errors.status import abort
+from stagecoach.security.refusals import RefusalLog
 from stagecoach_router.tenants.tenants import Tenant, Tenants
 
 # What probes ask. Not Watch: it keeps a call open, and strangers are not to use up those that there may be.
@@ -38,6 +39,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
 
     def __init__(self, tenants: Tenants) -> None:
         self._tenants = tenants
+        self._refusals = RefusalLog()
 
     async def intercept_service(
         self, continuation: Find, handler_call_details: grpc.HandlerCallDetails
@@ -47,14 +49,14 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
             try:
                 _calling_tenant.set(self._tenants.identify(handler_call_details.invocation_metadata))
             except errors.Unauthenticated as error:
-                return _refusal(error)
+                return self._refusal(error)
         return await continuation(handler_call_details)
 
+    def _refusal(self, error: errors.Unauthenticated) -> grpc.RpcMethodHandler[Any, Any]:
+        async def refuse(requests: object, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+            self._refusals.refused(context.peer(), error)
+            await abort(context, error)
 
-def _refusal(error: errors.Unauthenticated) -> grpc.RpcMethodHandler[Any, Any]:
-    async def refuse(requests: object, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        await abort(context, error)
-
-    # A handler of streams, whatever the method is: it reads nothing until asked to, so a stranger's message is neither
-    # received nor parsed.
-    return grpc.stream_stream_rpc_method_handler(refuse)
+        # A handler of streams, whatever the method is: it reads nothing until asked to, so a stranger's message is
+        # neither received nor parsed.
+        return grpc.stream_stream_rpc_method_handler(refuse)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from stagecoach import errors
 from stagecoach.errors.status import abort
 from stagecoach.security import tls
+from stagecoach.security.refusals import RefusalLog
 from stagecoach.v1 import shard_pb2
 from stagecoach_shard.rpc.service import Context, ShardService
 
@@ -33,6 +34,7 @@ class AccessControl:
 
     def __init__(self, allowed: AllowedNames | None = None) -> None:
         self._allowed = allowed
+        self._refusals = RefusalLog()
         self.service: ShardService | None = None
 
     async def describe(self, request: shard_pb2.DescribeRequest, context: Context) -> shard_pb2.DescribeResponse:
@@ -61,6 +63,7 @@ class AccessControl:
                 if assigns:
                     tls.check_caller(context, self._allowed.assigners, "allow_assign")
             except errors.PermissionDenied as error:
+                self._refusals.refused(context.peer(), error)
                 await abort(context, error)
         if self.service is None:
             await abort(context, errors.Unavailable("the shard is reading its checkpoint", retry_after_s=1.0))
