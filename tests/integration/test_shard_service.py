@@ -1,10 +1,13 @@
 """One shard, spoken to over gRPC: what it says of itself, whom it lets in, and what it refuses."""
 
 import asyncio
+import shutil
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import grpc
 import grpc.aio
+import psutil
 import pytest
 import torch
 
@@ -326,3 +329,18 @@ async def test_a_next_hop_that_is_not_there_fails_the_open(tiny_model):
         await call.write(open_request(description, next_hop="127.0.0.1:1"))
         assert type(await refusal(call)) is errors.Unavailable
         assert (await stub.describe(pb.DescribeRequest())).num_free_blocks == description.num_blocks
+
+
+async def test_callers_who_do_not_read_a_file_hold_little_of_it(tiny_model, tmp_path):
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    size = 24 << 20
+    with (model / "tokenizer.json").open("r+b") as file:
+        file.truncate(size)
+    async with running_shard(model, "0:2") as (stub, _):
+        before = psutil.Process().memory_info().rss
+        calls = [stub.fetch_files(pb.FetchFilesRequest()) for _ in range(20)]
+        for call in calls:
+            assert (await call.read()).name == "tokenizer.json"
+        assert psutil.Process().memory_info().rss - before < 10 * size
+        for call in calls:
+            call.cancel()

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from stagecoach.errors import CheckpointError
 from stagecoach.model_files import MAX_FILE_BYTES, files_digest
+from stagecoach_shard.checkpoints.file_stamps import FileStamps
 from stagecoach_shard.checkpoints.fingerprint import fingerprint
 from stagecoach_shard.checkpoints.json_file import read_json_object
 from stagecoach_shard.checkpoints.model_config import ModelConfig
 from stagecoach_shard.checkpoints.raw_config import RawConfig
 from stagecoach_shard.checkpoints.tensor_files import TensorFiles
-from stagecoach_shard.checkpoints.tensor_table import TensorEntry, read_tensor_table
+from stagecoach_shard.checkpoints.tensor_table import INDEX_FILE, TensorEntry, read_tensor_table
 
 _MAX_CONFIG_BYTES = 8 << 20  # a real one has kilobytes
 _LAYER = re.compile(r"model\.layers\.([0-9]+)(?:\.|$)")
@@ -36,6 +37,7 @@ class Checkpoint:
     config: ModelConfig
     fingerprint: str  # two checkpoints with the same one are taken for the same model
     tensors: dict[str, TensorEntry]
+    weight_stamps: FileStamps  # of config.json and the tensor files
     files_digest: str = ""  # of the small files that a router needs; "": there is no tokenizer among them
     names_read: list[str] = field(default_factory=list)  # tensors whose data was read, in order
 
@@ -48,6 +50,8 @@ class Checkpoint:
         """
         if not path.is_dir():
             raise CheckpointError(f"{path} is not a folder", field="path", value=path)
+        # Before anything is read, so that no change after it goes unseen.
+        weight_stamps = FileStamps([path / "config.json", path / INDEX_FILE, *path.glob("*.safetensors")])
         config = read_config(RawConfig(read_json_object(path / "config.json", _MAX_CONFIG_BYTES)))
         tensors = read_tensor_table(path)
         for name in tensors:
@@ -60,7 +64,15 @@ class Checkpoint:
                     value=layer[1],
                 )
         digest = files_digest({name: file.read_bytes() for name, file in _small_files(path).items()})
-        return cls(path.resolve().name, path, config, fingerprint(config, tensors), tensors, digest)
+        return cls(
+            name=path.resolve().name,
+            path=path,
+            config=config,
+            fingerprint=fingerprint(config, tensors),
+            tensors=tensors,
+            weight_stamps=weight_stamps,
+            files_digest=digest,
+        )
 
     def tokenizer_files(self) -> dict[str, Path]:
         """By name, the files that a router needs to tokenize and to render chats, as far as they are there."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import grpc.aio
@@ -26,6 +28,8 @@ from stagecoach_shard.rpc.session_stream import serve_session
 
 # A router that gets no chunk for a while takes another shard: so they are small enough for a slow link.
 FILE_CHUNK_BYTES = 64 << 10
+# What is read at a time.
+FILE_PIECE_BYTES = 1 << 20
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -80,12 +84,12 @@ class ShardService:
     async def fetch_files(
         self, request: shard_pb2.FetchFilesRequest, context: Context
     ) -> AsyncIterator[shard_pb2.FileChunk]:
+        """A piece at a time, so that callers who do not read have little of this process's memory."""
         try:
             paths = await read_in_time(self._checkpoint.tokenizer_files, str(self._checkpoint.path))
             for name, path in paths.items():
-                data = await read_in_time(path.read_bytes, str(path))
-                for start in range(0, max(len(data), 1), FILE_CHUNK_BYTES):
-                    yield shard_pb2.FileChunk(name=name, data=data[start : start + FILE_CHUNK_BYTES])
+                async for chunk in _chunks(path):
+                    yield shard_pb2.FileChunk(name=name, data=chunk)
         except OSError as error:  # TimeoutError is one
             await abort(context, errors.Unavailable(str(error)))
 
@@ -145,3 +149,23 @@ class ShardService:
                 value=wanted,
             )
         return wanted
+
+
+async def _chunks(path: Path) -> AsyncIterator[bytes]:
+    """What is in the file, at least one chunk. Between two pieces it is not even open. Raises OSError."""
+    num_bytes = 0
+    while True:
+        piece = await read_in_time(functools.partial(_piece, path, num_bytes), str(path))
+        for start in range(0, len(piece), FILE_CHUNK_BYTES):
+            yield piece[start : start + FILE_CHUNK_BYTES]
+        num_bytes += len(piece)
+        if len(piece) < FILE_PIECE_BYTES:
+            break
+    if num_bytes == 0:
+        yield b""
+
+
+def _piece(path: Path, offset: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(FILE_PIECE_BYTES)

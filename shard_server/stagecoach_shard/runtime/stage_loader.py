@@ -45,9 +45,10 @@ class Loader:
     def load(self, layers: LayerRange) -> StageRunner:
         """Loads the stage of `layers`, takes K/V memory out of what is then free, and starts the compute thread.
 
-        Raises Unavailable where the load was abandoned, what `Stage.load` raises, and ConfigError where weights or K/V
-        memory do not fit.
+        Raises Unavailable where the load was abandoned, what `Stage.load` raises, CheckpointError where the files have
+        changed since the checkpoint was opened, and ConfigError where weights or K/V memory do not fit.
         """
+        self.checkpoint.weight_stamps.check()
         self._check_room(layers)
         self.checkpoint.names_read.clear()
         with tqdm(desc=f"layers {layers}", unit="tensor", disable=None, leave=False) as bar:
@@ -66,6 +67,7 @@ class Loader:
                 progress=progress,
                 kernels=self.kernels,
             )
+        self.checkpoint.weight_stamps.check()  # again: weights of two models may have been read
         cache = self._allocate(layers)
         logger.info(
             "%s layers %s on %s (%s kernels): weights %.0f MiB, K/V %.0f MiB in %d blocks of %d",
