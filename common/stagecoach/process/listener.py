@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import grpc.aio
 
 from stagecoach.errors import ConfigError
+from stagecoach.process.listen_addresses import listen_addresses
 from stagecoach.rpc.addresses import check_address, is_loopback, split_address
 from stagecoach.rpc.channel import public_limits, server_options
 from stagecoach.security.tls import Identity
@@ -31,7 +32,8 @@ def listen(
     RESOURCE_EXHAUSTED, and there are limits on connections. With an `identity` the server speaks TLS only. Without one
     it listens on loopback only, unless it is told to be `insecure`.
 
-    Raises ConfigError where it may not listen there, and where another process has the port.
+    It listens on every address that the host stands for. Raises ConfigError where it may not listen there, and where
+    another process has the port of one of them.
     """
     check_address(address, "listen", listening=True)
     if identity is None and not insecure:
@@ -39,18 +41,19 @@ def listen(
     options = server_options(max_message_bytes)
     if max_calls is not None:
         options += public_limits(max_connections())
+    credentials = None if identity is None else identity.server_credentials()
     server = grpc.aio.server(interceptors=interceptors, options=options, maximum_concurrent_rpcs=max_calls)
-    try:
-        if identity is None:
-            port = server.add_insecure_port(address)
-        else:
-            port = server.add_secure_port(address, identity.server_credentials())
-    except RuntimeError as error:
-        raise ConfigError(
-            f"listen: cannot listen on {address}: is the port in use?", field="listen", value=address
-        ) from error
-    if port == 0:
-        raise ConfigError(f"listen: cannot listen on {address}: is the port in use?", field="listen", value=address)
+    port = 0
+    for each in listen_addresses(address):
+        if identity is None and not insecure:
+            _check_loopback(each)  # wherever the name leads to
+        try:
+            port = server.add_insecure_port(each) if credentials is None else server.add_secure_port(each, credentials)
+        except RuntimeError:
+            port = 0
+        if port == 0:
+            text = f"listen: cannot listen on {address}: another process took it just now"
+            raise ConfigError(text, field="listen", value=address)
     return server, port
 
 
