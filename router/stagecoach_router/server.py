@@ -200,7 +200,8 @@ class Router:
         model.name = settings.model_name or model.name
         files = await self._when_possible(lambda: self._model_files(shard.address))
         tokenizer = await asyncio.to_thread(Tokenizer, files)
-        encoder = PromptEncoder(tokenizer, ChatTemplate.from_files(files, TemplateProcess()))
+        chat_template = ChatTemplate.from_files(files, TemplateProcess())
+        encoder = PromptEncoder(tokenizer, chat_template, max_tokens=model.context_length)
         engine = self._make_engine(tokenizer, model, shard.facts.block_size)
         await self._when_possible(engine.open_replica)
         requests = RequestRegistry(engine, max_linger_s=settings.max_linger_s, log=self._journal)

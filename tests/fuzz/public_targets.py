@@ -21,6 +21,7 @@ from stagecoach.topology import LayerRange
 from stagecoach.v1 import inference_pb2 as pb
 from stagecoach.v1 import model_pb2
 from stagecoach_router.frontend.convert import read_request
+from stagecoach_router.tenants.caller import Caller
 from stagecoach_router.tenants.tenants import Tenants
 from stagecoach_router.text import tokenizer as router_tokenizer
 from stagecoach_router.text.chat_template import ChatTemplate
@@ -31,6 +32,7 @@ from tests.fuzz.engine import Target
 from tests.fuzz.service_targets import PROTOBUF_WORDS
 
 CONTEXT_LENGTH = 512
+ANYONE = Caller("host", Tenants(None, 0.0).identify(()))
 SPECIAL_TOKENS = ("<|end|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m.role not in ('user', 'assistant') %}{{ raise_exception('role ' + m.role) }}"
@@ -72,9 +74,8 @@ def generate(scratch: Path) -> Target:
     """A GenerateRequest, up to the request that the engine is given."""
     tokenizer = router_tokenizer.Tokenizer(ModelFiles(_files()))
     engine: Any = SimpleNamespace(usual_capacity_tokens=lambda num_prompt_tokens: 64 * 16)
-    tenant = Tenants(None, 0.0).identify(())
     model = model_pb2.ModelDescription(name="m", vocab_size=tokenizer.vocab_size, context_length=CONTEXT_LENGTH)
-    encoder = PromptEncoder(tokenizer, ChatTemplate.from_files(ModelFiles(_files()), TemplateProcess()))
+    encoder = PromptEncoder(tokenizer, ChatTemplate.from_files(ModelFiles(_files()), TemplateProcess()), CONTEXT_LENGTH)
     loop = asyncio.new_event_loop()
     sampling = pb.SamplingParams(
         temperature=0.7,
@@ -105,7 +106,7 @@ def generate(scratch: Path) -> Target:
             message = pb.GenerateRequest.FromString(data)
         except DecodeError as error:
             raise errors.InvalidArgument(str(error)) from error
-        reading = read_request(message, model=model, encoder=encoder, engine=engine, tenant=tenant)
+        reading = read_request(message, model=model, encoder=encoder, engine=engine, caller=ANYONE)
         request = loop.run_until_complete(asyncio.wait_for(reading, WAIT_S))
         assert request.params.max_tokens is not None
         assert 1 <= request.params.max_tokens <= CONTEXT_LENGTH - len(request.prompt_tokens)
@@ -189,7 +190,7 @@ def chat_template(scratch: Path) -> Target:
     def check(data: bytes) -> None:
         template = ChatTemplate(data.decode("utf-8", "replace"), {"bos_token": "<s>"}, process)
         messages = [{"role": "user", "content": "hello world"}, {"role": "assistant", "content": "x" * 200}]
-        text = loop.run_until_complete(asyncio.wait_for(template.render(messages), WAIT_S))
+        text = loop.run_until_complete(asyncio.wait_for(template.render(messages, ANYONE), WAIT_S))
         assert len(text) <= 16 << 20
 
     words = tuple(word.encode() for word in _TEMPLATE_WORDS)
@@ -227,8 +228,8 @@ def tokenizer_files(scratch: Path) -> Target:
             detokenizer.feed(token_id)
             made.token_text(token_id)
         detokenizer.flush()
-        conversation = template.render([{"role": "user", "content": "hi"}])
-        made.encode_chat(loop.run_until_complete(asyncio.wait_for(conversation, WAIT_S)))
+        conversation = template.render([{"role": "user", "content": "hi"}], ANYONE)
+        made.encode(loop.run_until_complete(asyncio.wait_for(conversation, WAIT_S)), router_tokenizer.TextKind.CHAT)
 
     keys = (
         "decoder type ByteLevel Metaspace Sequence decoders Replace Fuse Strip pattern String content Regex (a+)+$ id"

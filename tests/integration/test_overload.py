@@ -18,7 +18,7 @@ from stagecoach.errors.status import STATUS_METADATA_KEY
 from stagecoach.v1 import inference_pb2 as pb
 from stagecoach.v1.inference_pb2_grpc import InferenceStub
 from stagecoach_client import AsyncClient
-from stagecoach_router.text.tokenizer import Tokenizer
+from stagecoach_router.text.tokenizer import Encoded, TextKind, Tokenizer
 from tests.cluster import cluster, free_port, status_becomes
 from tests.held_stage import held_stages
 from tests.tiny_model import greedy, random_prompts, reference_tokens
@@ -153,13 +153,13 @@ async def test_callers_that_never_read_lose_their_calls_and_others_are_served_me
 
 async def test_who_is_refused_costs_no_tokenizing_and_who_comes_back_for_an_answer_is_let_in(tiny_model, monkeypatch):
     encoded: list[str] = []
-    encode = Tokenizer.encode
+    encode = Tokenizer.encode_within
 
-    def recorded(self, text: str) -> list[int]:
+    def recorded(self, text: str, max_tokens: int, kind: TextKind) -> Encoded:
         encoded.append(text)
-        return encode(self, text)
+        return encode(self, text, max_tokens, kind)
 
-    monkeypatch.setattr(Tokenizer, "encode", recorded)
+    monkeypatch.setattr(Tokenizer, "encode_within", recorded)
     [prompt] = random_prompts(1, 20)
     async with overloaded(tiny_model, ["0:4"], max_running=1, max_waiting=1) as (client, stub, _):
         with held_stages(monkeypatch) as goes_on:

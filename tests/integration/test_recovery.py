@@ -270,16 +270,19 @@ async def test_a_caller_that_does_not_read_is_cut_off(tiny_model, monkeypatch):
     await shard.close()
 
 
-async def test_a_long_text_is_tokenized_off_the_event_loop_and_alike(tiny_model):
-    from stagecoach_router.text.prompt_encoder import MAX_LENGTH_ON_LOOP
+async def test_a_long_text_is_tokenized_off_the_event_loop_and_alike(tiny_model, monkeypatch):
+    from stagecoach_router.text import prompt_encoder
 
-    text = "Hü! " * MAX_LENGTH_ON_LOOP
+    monkeypatch.setattr(prompt_encoder, "MAX_LENGTH_ON_LOOP", 100)
     shard = start_shard(tiny_model, "0:4")
     router = start_router([shard.address])
     async with AsyncClient(router.address, max_retries=0) as client:
         await wait_until_ready(client, router, shard)
-        long, short = await asyncio.gather(client.tokenize(text), client.tokenize("Hü! "))
-        assert long.token_ids == short.token_ids * MAX_LENGTH_ON_LOOP
+        long, short = await asyncio.gather(client.tokenize("Hü! " * 100), client.tokenize("Hü! "))
+        assert long.token_ids == short.token_ids * 100
+        with pytest.raises(errors.OutOfRange) as caught:
+            await client.tokenize("Hü! " * 200)
+        assert (caught.value.field, caught.value.limit, caught.value.value) == ("prompt", "512", "1000")
     await router.close()
     await shard.close()
 

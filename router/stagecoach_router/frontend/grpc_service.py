@@ -19,14 +19,22 @@ from stagecoach.v1 import inference_pb2_grpc, model_pb2
 from stagecoach_router.durability.request_registry import RequestRegistry
 from stagecoach_router.engine.engine import Engine
 from stagecoach_router.frontend.auth_interceptor import calling_tenant
+from stagecoach_router.frontend.callers import caller_of
 from stagecoach_router.frontend.cluster_status import write_status
-from stagecoach_router.frontend.convert import check_answer_size, content_digest, encode, read_request, write_deltas
+from stagecoach_router.frontend.convert import (
+    check_answer_size,
+    content_digest,
+    encode_text,
+    read_request,
+    write_deltas,
+)
 from stagecoach_router.frontend.write_timeouts import WriteTimeouts
 from stagecoach_router.pipelines.pipeline_manager import PipelineManager
 from stagecoach_router.requests.output_stream import OutputReader
 from stagecoach_router.requests.request import check_delivery
 from stagecoach_router.requests.request_state import RequestState
 from stagecoach_router.scheduling.retry_after import FIRST_S
+from stagecoach_router.tenants.caller import Caller
 from stagecoach_router.tenants.tenants import Tenant
 from stagecoach_router.text.prompt_encoder import PromptEncoder
 from stagecoach_router.text.tokenizer import Tokenizer
@@ -78,7 +86,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             serving = self._require(request.model, tenant)
             tenant.check_priority(request.priority)
             check_delivery(request.from_tokens, request.linger_s)
-            state = await self._find_or_accept(request, serving, tenant)
+            state = await self._find_or_accept(request, serving, _caller(tenant, context))
             from_tokens, linger_s = tuple(request.from_tokens), request.linger_s
             del request  # it may be large, and the call may last
             with serving.requests.reading(
@@ -111,7 +119,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             tenant = calling_tenant()
             serving = self._require(request.model, tenant)
             with tenant.admit(time.monotonic()):
-                token_ids = await encode(request, serving.encoder)
+                token_ids = await encode_text(request, serving.encoder, _caller(tenant, context))
             response = pb.TokenizeResponse(token_ids=token_ids, context_length=serving.model.context_length)
             check_answer_size(response)
         except errors.StagecoachError as error:
@@ -136,8 +144,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         await asyncio.gather(*(pipeline.refresh_loads(LOAD_REPORT_TIMEOUT_S) for pipeline in open_ones))
         return write_status(serving.model, serving.engine, serving.pipelines, uptime_s)
 
-    async def _find_or_accept(self, request: pb.GenerateRequest, serving: Serving, tenant: Tenant) -> RequestState:
+    async def _find_or_accept(self, request: pb.GenerateRequest, serving: Serving, caller: Caller) -> RequestState:
         """The request of this id, where it is known, or a new one. What is refused is refused before it costs much."""
+        tenant = caller.tenant
         request.request_id = request.request_id or uuid.uuid4().hex
         key = (tenant.name, request.request_id)
         if serving.requests.knows(key):
@@ -147,13 +156,16 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self._check_new(request, serving)
         with tenant.admit(time.monotonic()):
             checked = await read_request(
-                request, model=serving.model, encoder=serving.encoder, engine=serving.engine, tenant=tenant
+                request, model=serving.model, encoder=serving.encoder, engine=serving.engine, caller=caller
             )
-            tenant.charge(len(checked.prompt_tokens), time.monotonic())
             digest = content_digest(request)
-            # While it was read, another call may have brought the same.
             known = serving.requests.find(key, digest)
-            return known or serving.requests.accept(key, digest, checked, tenant=tenant)
+            if known is not None:  # while this one was read, another call brought the same
+                return known
+            state = serving.requests.accept(key, digest, checked, tenant=tenant)
+        if request.WhichOneof("input") == "token_ids":  # a text's tokens were charged when there were some
+            tenant.charge(len(checked.prompt_tokens), time.monotonic())
+        return state
 
     def _check_new(self, request: pb.GenerateRequest, serving: Serving) -> None:
         """Raises Unavailable, FailedPrecondition or Overloaded where no request that is not known can be taken."""
@@ -179,3 +191,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 value=model,
             )
         return self.serving
+
+
+def _caller(tenant: Tenant, context: Context) -> Caller:
+    return Caller(caller_of(tenant, context.peer()), tenant)

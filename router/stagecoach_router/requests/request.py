@@ -26,16 +26,21 @@ class Request:
     cache_salt: bytes = field(default=b"", repr=False)  # requests of different salts share no blocks
 
 
-def check_prompt(token_ids: Sequence[int], *, vocab_size: int, context_length: int) -> None:
-    """Raises OutOfRange for an empty or over-long prompt, InvalidArgument for an id outside the vocabulary."""
+def check_prompt_length(num_tokens: int, *, context_length: int) -> None:
+    """Raises OutOfRange for an empty or over-long prompt."""
     limit = context_length - 1
-    if not 1 <= len(token_ids) <= limit:
+    if not 1 <= num_tokens <= limit:
         raise OutOfRange(
-            f"prompt: {len(token_ids)} tokens; the context length of {context_length} has room for 1 to {limit}",
+            f"prompt: {num_tokens} tokens; the context length of {context_length} has room for 1 to {limit}",
             field="prompt",
             limit=context_length,
-            value=len(token_ids),
+            value=num_tokens,
         )
+
+
+def check_prompt(token_ids: Sequence[int], *, vocab_size: int, context_length: int) -> None:
+    """Raises OutOfRange for an empty or over-long prompt, InvalidArgument for an id outside the vocabulary."""
+    check_prompt_length(len(token_ids), context_length=context_length)
     highest = max(token_ids)
     if highest >= vocab_size or min(token_ids) < 0:
         raise InvalidArgument(

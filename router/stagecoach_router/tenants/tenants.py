@@ -73,14 +73,7 @@ class Tenant:
             "tokens_per_minute": 0.0 if self.tokens is None else self.tokens.wait_s(now_s),
             "requests_per_minute": 0.0 if self.requests is None else self.requests.wait_s(now_s),
         }
-        field, wait_s = max(waits.items(), key=lambda item: item[1])
-        if wait_s > 0:
-            raise RateLimited(
-                f"{self.name} has used up its {field.replace('_', ' ')}; again in {wait_s:.1f} s",
-                field=field,
-                limit=getattr(self.grant, field),
-                retry_after_s=wait_s,
-            )
+        self._check_wait(*max(waits.items(), key=lambda item: item[1]))
         if self.requests is not None:
             self.requests.take(1, now_s)
         self.begin()
@@ -97,6 +90,13 @@ class Tenant:
         """A request runs no more."""
         self.num_running -= 1
 
+    def check_tokens(self, now_s: float) -> None:
+        """Raises RateLimited where no token of the minute's is left: of requests that came in together, not all may
+        have been let in if the first had been charged by then.
+        """
+        if self.tokens is not None:
+            self._check_wait("tokens_per_minute", self.tokens.wait_s(now_s))
+
     @property
     def is_metered(self) -> bool:
         """Whether its tokens are counted."""
@@ -106,6 +106,15 @@ class Tenant:
         """Takes tokens of a request off the minute's, also more than are left: later requests wait for them."""
         if self.tokens is not None:
             self.tokens.take(num_tokens, now_s)
+
+    def _check_wait(self, field: str, wait_s: float) -> None:
+        if wait_s > 0:
+            raise RateLimited(
+                f"{self.name} has used up its {field.replace('_', ' ')}; again in {wait_s:.1f} s",
+                field=field,
+                limit=getattr(self.grant, field),
+                retry_after_s=wait_s,
+            )
 
     def cache_salt(self, chosen: str) -> bytes:
         """What parts the tenant's blocks in the prefix cache from others', and by `chosen` its own from each other.

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stagecoach.errors import FailedPrecondition, InvalidArgument
+from stagecoach_router.tenants.caller import Caller
 from stagecoach_router.text.model_files import ModelFiles, named_tokens
 from stagecoach_router.text.template_process import TemplateProcess
 from stagecoach_router.text.template_worker import Outcome
@@ -43,8 +44,10 @@ class ChatTemplate:
             entry = templates[-1].get("template") if templates else None
         return cls(entry if isinstance(entry, str) else None, variables, process)
 
-    async def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+    async def render(self, messages: Sequence[Message], caller: Caller, *, add_generation_prompt: bool = True) -> str:
         """The conversation as one text, to be encoded without adding special tokens: the template writes them.
+
+        The caller is charged `tokens_for_rendering`, whatever comes of it.
 
         Raises FailedPrecondition where there is no usable template, and InvalidArgument(field="messages") where the
         template refuses the messages, fails on them, or passes a limit. Also see TemplateProcess.render.
@@ -63,7 +66,7 @@ class ChatTemplate:
             "documents": None,
         }
         num_characters = sum(len(str(text)) + 1 for message in messages for text in message.values())
-        outcome, text = await self._process.render(self._source, variables, num_characters)
+        outcome, text = await self._process.render(self._source, variables, num_characters, caller)
         if outcome is Outcome.UNUSABLE:
             raise FailedPrecondition(f"the checkpoint's chat template cannot be used: {text}", field="messages")
         if outcome is Outcome.REFUSED:

@@ -105,7 +105,7 @@ class _TokenTexts(dict[int, str | bytes]):
         self._spelling = spelling
 
     def __missing__(self, token_id: int) -> str | bytes:
-        data = _bytes_of(self._spelling(token_id) or "")
+        data = bytes_of_token(self._spelling(token_id) or "")
         text: str | bytes
         try:
             text = data.decode("utf-8")
@@ -152,7 +152,7 @@ def _byte_of_character() -> dict[str, int]:
 _BYTE_OF_CHARACTER = _byte_of_character()
 
 
-def _bytes_of(token: str) -> bytes:
+def bytes_of_token(token: str) -> bytes:
     """The bytes a token stands for. An added token with other characters stands for itself."""
     try:
         return bytes([_BYTE_OF_CHARACTER[character] for character in token])

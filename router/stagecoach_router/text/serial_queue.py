@@ -1,4 +1,4 @@
-"""Work on callers' texts that takes a while: one job at a time, and only so much of it waits."""
+"""Work on callers' texts that takes a while: one job at a time, and each caller has its share of the line."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from stagecoach.errors import Overloaded
+from stagecoach_router.tenants.fair_share import FairShare
+from stagecoach_router.tenants.fair_turns import FairTurns
 
 Result = TypeVar("Result")
 
@@ -18,7 +20,7 @@ RETRY_AFTER_S = 2.0
 
 
 class SerialQueue:
-    """Runs one job at a time, so that the event loop keeps a core; the others wait in the order they came.
+    """Runs one job at a time, so that the event loop keeps a core. Of those that wait, each caller has its turns.
 
     A caller that goes away leaves the queue at once. If its job has begun, which nothing can stop, the next job still
     waits for its end. `awaited` is what the texts wait for, as a refusal says it: "to be tokenized".
@@ -26,48 +28,76 @@ class SerialQueue:
 
     def __init__(self, awaited: str, max_characters: int = MAX_CHARACTERS, max_wait_s: float = MAX_WAIT_S) -> None:
         self._awaited = awaited
-        self._max_characters = max_characters
         self._max_wait_s = max_wait_s
-        self._num_characters = 0
-        self._turn = asyncio.Semaphore(1)
+        self._characters = FairShare(f"characters of text that may wait {awaited}", max_characters)
+        self._turns: FairTurns[asyncio.Future[None]] = FairTurns()
+        self._has_job = False
 
     @property
     def num_characters(self) -> int:
         """Of the job that runs and of those that wait."""
-        return self._num_characters
+        return self._characters.num_held
 
-    async def run(self, num_characters: int, start: Callable[[], asyncio.Future[Result]]) -> Result:
+    async def run(self, caller: str, num_characters: int, start: Callable[[], asyncio.Future[Result]]) -> Result:
         """What the job that `start` begins returns. `num_characters` is the size of its text.
 
         Raises what the job raises, and Overloaded where too much waits, or has waited for too long.
         """
-        if self._num_characters and self._num_characters + num_characters > self._max_characters:
-            raise self._overloaded(f"at most {self._max_characters} may")
-        self._num_characters += num_characters
+        if self._characters.num_held:
+            self._characters.check(caller, num_characters, retry_after_s=RETRY_AFTER_S)
+        self._characters.force(caller, num_characters)
         try:
-            async with asyncio.timeout(self._max_wait_s):
-                await self._turn.acquire()
-        except BaseException as error:
-            self._num_characters -= num_characters
-            if isinstance(error, TimeoutError):
-                raise self._overloaded(f"no turn came in {self._max_wait_s:g} s") from None
+            await self._turn(caller)
+        except BaseException:
+            self._characters.give_back(caller, num_characters)
             raise
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
+
+        def end(_: object = None) -> None:
+            self._characters.give_back(caller, num_characters)
+            self._turns.used(caller, loop.time() - began_s)
+            self._pass_on()
+
         try:
             job = start()
         except BaseException:  # as that of an executor that has been shut down
-            self._leave(num_characters)
+            end()
             raise
-        job.add_done_callback(lambda _: self._leave(num_characters))
+        job.add_done_callback(end)
         return await asyncio.shield(job)
 
-    def _overloaded(self, reason: str) -> Overloaded:
+    async def _turn(self, caller: str) -> None:
+        """Returns when the caller's turn has come, which then has to be passed on. Raises Overloaded."""
+        if not self._has_job:
+            self._has_job = True
+            return
+        turn = asyncio.get_running_loop().create_future()
+        self._turns.wait(caller, turn)
+        try:
+            async with asyncio.timeout(self._max_wait_s):
+                await turn
+        except BaseException as error:
+            if turn.done() and not turn.cancelled():  # it came just when its caller went
+                self._pass_on()
+            else:
+                self._turns.leave(caller, turn)
+            if isinstance(error, TimeoutError):
+                raise self._no_turn() from None
+            raise
+
+    def _pass_on(self) -> None:
+        """A job has ended: the next may begin."""
+        while (turn := self._turns.next()) is not None:
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._has_job = False
+
+    def _no_turn(self) -> Overloaded:
         return Overloaded(
-            f"{self._num_characters} characters of text wait {self._awaited}; {reason}",
-            limit=self._max_characters,
-            value=self._num_characters,
+            f"{self.num_characters} characters of text wait {self._awaited}; no turn came in {self._max_wait_s:g} s",
+            limit=self._characters.size,
+            value=self.num_characters,
             retry_after_s=RETRY_AFTER_S,
         )
-
-    def _leave(self, num_characters: int) -> None:
-        self._num_characters -= num_characters
-        self._turn.release()

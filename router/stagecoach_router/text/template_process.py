@@ -8,11 +8,13 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from stagecoach.errors import InvalidArgument, Unavailable
+from stagecoach_router.tenants.caller import Caller
 from stagecoach_router.text import template_worker
 from stagecoach_router.text.serial_queue import SerialQueue
 from stagecoach_router.text.template_worker import ANSWER_HEAD, REQUEST_HEAD, Outcome
@@ -20,6 +22,8 @@ from stagecoach_router.text.template_worker import ANSWER_HEAD, REQUEST_HEAD, Ou
 # Of our environment, what says where libraries are and what time it is. Nothing else: keys may be in it.
 _KEPT_VARIABLES = ("LD_LIBRARY_PATH", "PYTHONHOME", "TZ")
 
+# Of a text that is rendered, those that are charged as one token.
+CHARACTERS_PER_TOKEN = 8
 # Until another router, or this one when it is back, takes the request.
 STOPPING_RETRY_AFTER_S = 1.0
 
@@ -32,6 +36,11 @@ class RenderLimits:
     max_memory_bytes: int = 512 << 20  # of address space, of which Python and jinja take some 30 MiB
     max_cpu_s: int = 5  # the kernel counts whole seconds
     max_wall_s: float = 10.0  # from asking to the whole answer; more than CPU time, as other processes want the CPU
+
+
+def tokens_for_rendering(num_characters: int) -> int:
+    """What rendering so much is charged as: fewer tokens than a text of that length has, as a rule."""
+    return num_characters // CHARACTERS_PER_TOKEN
 
 
 class TemplateProcess:
@@ -50,13 +59,31 @@ class TemplateProcess:
     def limits(self) -> RenderLimits:
         return self._limits
 
-    async def render(self, source: str, variables: Mapping[str, Any], num_characters: int) -> tuple[Outcome, str]:
+    async def render(
+        self, source: str, variables: Mapping[str, Any], num_characters: int, caller: Caller
+    ) -> tuple[Outcome, str]:
         """What the worker answers. `num_characters` is about what there is to render.
 
-        Raises InvalidArgument(field="messages") past a limit, Overloaded where too much waits, and Unavailable where
-        no worker can be started, or after `close`.
+        The caller is charged for what the worker did, also where that led to nothing. Raises
+        InvalidArgument(field="messages") past a limit, Overloaded where too much waits, RateLimited for a caller that
+        has no tokens left, and Unavailable where no worker can be started, or after `close`.
         """
-        return await self._queue.run(num_characters, lambda: asyncio.create_task(self._ask(source, variables)))
+
+        def charge(job: asyncio.Task[tuple[Outcome, str]]) -> None:
+            if job.cancelled() or isinstance(job.exception(), Unavailable):
+                return
+            num_written = len(job.result()[1]) if job.exception() is None else 0
+            num_tokens = tokens_for_rendering(max(num_characters, num_written))
+            caller.tenant.charge(num_tokens, time.monotonic())
+
+        def start() -> asyncio.Task[tuple[Outcome, str]]:
+            self._check_open()
+            caller.tenant.check_tokens(time.monotonic())
+            job = asyncio.create_task(self._ask(source, variables))
+            job.add_done_callback(charge)
+            return job
+
+        return await self._queue.run(caller.name, num_characters, start)
 
     async def close(self) -> None:
         """Ends the worker, for good: what is being rendered, or asked for later, fails with Unavailable."""

@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
+import enum
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import tokenizers
 from tokenizers import AddedToken
 
-from stagecoach.errors import CheckpointError, InvalidArgument
+from stagecoach.errors import CheckpointError, InvalidArgument, OutOfRange
 from stagecoach_router.text.detokenizer import IncrementalDetokenizer, TokenSpelling, text_decoder
+from stagecoach_router.text.least_tokens import least_tokens
 from stagecoach_router.text.model_files import ModelFiles, named_tokens
+
+# How long a text may be for each token that there is room for, where a vocabulary has no bound that surely holds.
+MAX_CHARACTERS_PER_TOKEN = 64
+
+# The library would have a thread for each core of the machine, for batches; ours are of one text. It looks at this
+# whenever it encodes.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+class TextKind(enum.Enum):
+    """What a text is, by the field that it came in."""
+
+    PROMPT = "prompt"  # gets what tokenizer.json puts around one, such as bos
+    CHAT = "messages"  # a rendered conversation: its special tokens are written in it, and none are added
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What a text came to. `token_ids` is None where there are more tokens than were wanted."""
+
+    num_tokens: int
+    token_ids: list[int] | None = field(repr=False)
 
 
 class Tokenizer:
@@ -21,13 +47,14 @@ class Tokenizer:
     """
 
     def __init__(self, files: ModelFiles) -> None:
+        saved = files.json("tokenizer.json")
         self._tokenizer = _load(files)
         named = named_tokens(files)
         self._mark_special(list(named.values()))
-        self._special_ids = frozenset(
-            token_id for token_id, token in self._tokenizer.get_added_tokens_decoder().items() if token.special
-        )
-        decoder = files.json("tokenizer.json").get("decoder")
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._least_tokens = least_tokens(saved, list(added.values()))
+        decoder = saved.get("decoder")
         self._decoders = {skips: text_decoder(decoder, self._spelling(skips)) for skips in (True, False)}
         config = files.json("config.json")
         self.num_known_ids: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
@@ -41,16 +68,41 @@ class Tokenizer:
             ]
         )
 
-    def encode(self, text: str) -> list[int]:
-        """The tokens of a plain prompt, with what tokenizer.json puts around one, such as bos.
+    def encode(self, text: str, kind: TextKind = TextKind.PROMPT) -> list[int]:
+        """All tokens of a text. Raises InvalidArgument for what is no text.
 
         As with transformers, `add_bos_token` in tokenizer_config.json has no say where there is a tokenizer.json.
         """
-        return self._encode(text, "prompt", add_special_tokens=True)
+        token_ids: list[int] = self._encode(text, kind).ids
+        return token_ids
 
-    def encode_chat(self, text: str) -> list[int]:
-        """The tokens of a rendered conversation: its special tokens are written in it, and none are added."""
-        return self._encode(text, "messages", add_special_tokens=False)
+    def encode_within(self, text: str, max_tokens: int, kind: TextKind) -> Encoded:
+        """The same, unless there are more than `max_tokens`: a list of a million takes some 30 ms to make.
+
+        Nothing else of Python runs in that time, while it does where the library encodes. Raises InvalidArgument.
+        """
+        encoding = self._encode(text, kind)
+        num_tokens = len(encoding)
+        return Encoded(num_tokens, encoding.ids if num_tokens <= max_tokens else None)
+
+    def check_length(self, text: str, max_tokens: int, kind: TextKind) -> None:
+        """Raises OutOfRange for a text that cannot be of `max_tokens` tokens, which is told from its bytes.
+
+        Where nothing certain can be told of a vocabulary, that is a text of more than 64 characters for each of them.
+        """
+        if self._least_tokens is not None:
+            num_tokens = self._least_tokens.of(text, enough=max_tokens)
+            if num_tokens > max_tokens:
+                reason = f"{kind.value}: at least {num_tokens} tokens; the context has room for {max_tokens}"
+                raise OutOfRange(reason, field=kind.value, limit=max_tokens, value=num_tokens)
+        elif len(text) > MAX_CHARACTERS_PER_TOKEN * max_tokens:
+            limit = MAX_CHARACTERS_PER_TOKEN * max_tokens
+            raise OutOfRange(
+                f"{kind.value}: {len(text)} characters; for a context of {max_tokens} tokens there may be {limit}",
+                field=kind.value,
+                limit=limit,
+                value=len(text),
+            )
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of a whole sequence. For tokens that come one by one, see `detokenizer`."""
@@ -78,13 +130,12 @@ class Tokenizer:
 
         return spelling
 
-    def _encode(self, text: str, field: str, *, add_special_tokens: bool) -> list[int]:
+    def _encode(self, text: str, kind: TextKind) -> tokenizers.Encoding:
+        # Not `encode`, which keeps the interpreter's lock to its end; and without offsets it takes two thirds as long.
         try:
-            encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+            return self._tokenizer.encode_batch_fast([text], add_special_tokens=kind is TextKind.PROMPT)[0]
         except (TypeError, UnicodeEncodeError) as error:
-            raise InvalidArgument(f"{field} is not text: {error}", field=field) from error
-        ids: list[int] = encoding.ids
-        return ids
+            raise InvalidArgument(f"{kind.value} is not text: {error}", field=kind.value) from error
 
     def _mark_special(self, tokens: Sequence[str]) -> None:
         """Tells the library of tokens that only tokenizer_config.json calls special, if they have an id already."""
@@ -98,7 +149,6 @@ class Tokenizer:
 
 
 def _load(files: ModelFiles) -> tokenizers.Tokenizer:
-    files.json("tokenizer.json")  # a typed error for what is not JSON at all
     try:
         tokenizer = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
     except Exception as error:  # the library raises the bare class

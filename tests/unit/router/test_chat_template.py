@@ -15,11 +15,13 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from stagecoach.errors import FailedPrecondition, InvalidArgument
+from stagecoach_router.tenants.caller import Caller
 from stagecoach_router.text.chat_template import MAX_TEMPLATE_LENGTH, ChatTemplate
 from stagecoach_router.text.model_files import ModelFiles
 from stagecoach_router.text.template_process import RenderLimits, TemplateProcess
 from stagecoach_router.text.template_sandbox import chat_environment
 from stagecoach_router.text.template_worker import Outcome, answer
+from tests.unit.router.anyone import ANYONE
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -68,7 +70,9 @@ def reference(source: str, messages: list[dict[str, str]], *, add_generation_pro
 async def test_renders_as_transformers_does(
     process: TemplateProcess, messages: list[dict[str, str]], prompt: bool
 ) -> None:
-    text = await ChatTemplate(RICH, {"bos_token": "<s>"}, process).render(messages, add_generation_prompt=prompt)
+    text = await ChatTemplate(RICH, {"bos_token": "<s>"}, process).render(
+        messages, ANYONE, add_generation_prompt=prompt
+    )
     assert text == reference(RICH, messages, add_generation_prompt=prompt)
 
 
@@ -87,7 +91,7 @@ async def test_renders_as_transformers_does(
 )
 async def test_what_templates_do_every_day_is_as_with_transformers(process: TemplateProcess, source: str) -> None:
     messages = [*USER, {"role": "assistant", "content": "<b> & ü"}]
-    text = await ChatTemplate(source, {}, process).render(messages)
+    text = await ChatTemplate(source, {}, process).render(messages, ANYONE)
     assert text == reference(source, messages, add_generation_prompt=True)
 
 
@@ -100,7 +104,7 @@ async def test_tells_the_time_by_its_clock() -> None:
 async def test_the_templates_own_refusal_is_the_callers_fault(process: TemplateProcess) -> None:
     template = ChatTemplate("{{ raise_exception('roles must alternate') }}", {}, process)
     with pytest.raises(InvalidArgument, match="roles must alternate") as caught:
-        await template.render(USER)
+        await template.render(USER, ANYONE)
     assert caught.value.field == "messages"
 
 
@@ -117,7 +121,7 @@ async def test_the_templates_own_refusal_is_the_callers_fault(process: TemplateP
 )
 async def test_an_error_inside_the_template_is_typed(process: TemplateProcess, source: str) -> None:
     with pytest.raises(InvalidArgument) as caught:
-        await ChatTemplate(source, {}, process).render(USER)
+        await ChatTemplate(source, {}, process).render(USER, ANYONE)
     assert caught.value.field == "messages"
 
 
@@ -126,7 +130,7 @@ async def test_an_error_inside_the_template_is_typed(process: TemplateProcess, s
 )
 async def test_without_a_usable_template_the_setup_is_at_fault(process: TemplateProcess, source: str | None) -> None:
     with pytest.raises(FailedPrecondition, match="chat template"):
-        await ChatTemplate(source, {}, process).render(USER)
+        await ChatTemplate(source, {}, process).render(USER, ANYONE)
 
 
 @pytest.mark.parametrize(
@@ -143,26 +147,26 @@ async def test_without_a_usable_template_the_setup_is_at_fault(process: Template
 )
 async def test_a_template_cannot_reach_out(process: TemplateProcess, source: str) -> None:
     with pytest.raises(InvalidArgument):
-        await ChatTemplate(source, {}, process).render(USER)
+        await ChatTemplate(source, {}, process).render(USER, ANYONE)
 
 
 async def test_a_template_may_look_at_every_message_for_each_message(process: TemplateProcess) -> None:
     source = "{% for m in messages %}{% for n in messages[:loop.index] %}{% endfor %}{{ m.content }}{% endfor %}"
     messages = [{"role": "user", "content": str(index % 10)} for index in range(1000)]
-    assert len(await ChatTemplate(source, {}, process).render(messages)) == 1000
+    assert len(await ChatTemplate(source, {}, process).render(messages, ANYONE)) == 1000
 
 
 async def test_the_file_comes_before_the_configuration_and_default_before_the_others(process: TemplateProcess) -> None:
     several = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
     config = json.dumps({"chat_template": several}).encode()
     files = {"tokenizer_config.json": config}
-    assert await ChatTemplate.from_files(ModelFiles(files), process).render(USER) == "d"
+    assert await ChatTemplate.from_files(ModelFiles(files), process).render(USER, ANYONE) == "d"
     both = ModelFiles({**files, "chat_template.jinja": b"file"})
-    assert await ChatTemplate.from_files(both, process).render(USER) == "file"
+    assert await ChatTemplate.from_files(both, process).render(USER, ANYONE) == "file"
     one = {"tokenizer_config.json": b'{"chat_template": "one"}'}
-    assert await ChatTemplate.from_files(ModelFiles(one), process).render(USER) == "one"
+    assert await ChatTemplate.from_files(ModelFiles(one), process).render(USER, ANYONE) == "one"
     with pytest.raises(FailedPrecondition):
-        await ChatTemplate.from_files(ModelFiles({}), process).render(USER)
+        await ChatTemplate.from_files(ModelFiles({}), process).render(USER, ANYONE)
 
 
 async def test_all_that_a_caller_wrote_counts_as_text_that_waits() -> None:
@@ -171,14 +175,16 @@ async def test_all_that_a_caller_wrote_counts_as_text_that_waits() -> None:
     class Counting:
         limits = RenderLimits()
 
-        async def render(self, source: str, variables: Mapping[str, Any], num_characters: int) -> tuple[Outcome, str]:
+        async def render(
+            self, source: str, variables: Mapping[str, Any], num_characters: int, caller: Caller
+        ) -> tuple[Outcome, str]:
             counted.append(num_characters)
             return Outcome.RENDERED, "text"
 
     counting: Any = Counting()
     template = ChatTemplate("{{ messages }}", {}, counting)
-    await template.render([{"role": "r" * 1000, "content": ""}])
-    await template.render([{"role": "", "content": "c" * 1000}])
-    await template.render([{"role": "", "content": ""}] * 1000)
+    await template.render([{"role": "r" * 1000, "content": ""}], ANYONE)
+    await template.render([{"role": "", "content": "c" * 1000}], ANYONE)
+    await template.render([{"role": "", "content": ""}] * 1000, ANYONE)
     assert len(counted) == 3
     assert all(1000 <= each <= 2002 for each in counted)

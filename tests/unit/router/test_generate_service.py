@@ -38,7 +38,7 @@ async def test_a_request_that_is_forgotten_between_two_looks_is_not_known(monkey
 
     monkeypatch.setattr(grpc_service, "abort", abort)
     service = make_service(requests=JustLapsed())
-    context: Any = None
+    context: Any = SimpleNamespace(peer=lambda: "ipv4:127.0.0.1:1")
     with pytest.raises(FailedPrecondition, match="not known here, or not any more"):
         await service.Generate(pb.GenerateRequest(request_id="old", from_tokens=[3]), context)
 

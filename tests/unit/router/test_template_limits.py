@@ -19,6 +19,7 @@ import pytest_asyncio
 from stagecoach.errors import InvalidArgument, Unavailable
 from stagecoach_router.text.chat_template import ChatTemplate
 from stagecoach_router.text.template_process import RenderLimits, TemplateProcess
+from tests.unit.router.anyone import ANYONE
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -100,7 +101,7 @@ async def test_a_template_without_end_or_of_gigabytes_is_stopped(source: str) ->
     begin = time.monotonic()
     try:
         with pytest.raises(InvalidArgument) as caught:
-            await ChatTemplate(source, {}, process).render(USER)
+            await ChatTemplate(source, {}, process).render(USER, ANYONE)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -120,8 +121,8 @@ async def test_a_template_without_end_or_of_gigabytes_is_stopped(source: str) ->
 )
 async def test_each_limit_holds_by_itself_and_only_for_who_passes_it(source: str, limits: RenderLimits) -> None:
     process = TemplateProcess(limits)
-    hostile = asyncio.create_task(ChatTemplate(source, {}, process).render(USER))
-    others = [asyncio.create_task(ChatTemplate(f"{index}", {}, process).render(USER)) for index in range(5)]
+    hostile = asyncio.create_task(ChatTemplate(source, {}, process).render(USER, ANYONE))
+    others = [asyncio.create_task(ChatTemplate(f"{index}", {}, process).render(USER, ANYONE)) for index in range(5)]
     with pytest.raises(InvalidArgument, match="more time or memory") as caught:
         await hostile
     assert caught.value.field == "messages"
@@ -134,7 +135,7 @@ async def test_the_time_of_one_rendering_does_not_count_for_the_next() -> None:
     source = "{% for a in range(9999) %}{% for b in range(30) %}{% endfor %}{% endfor %}."
     before_s = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     for _ in range(50):
-        assert await ChatTemplate(source, {}, process).render(USER) == "."
+        assert await ChatTemplate(source, {}, process).render(USER, ANYONE) == "."
     await process.close()
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before_s > 1.0
 
@@ -142,32 +143,32 @@ async def test_the_time_of_one_rendering_does_not_count_for_the_next() -> None:
 async def test_output_is_bounded() -> None:
     process = TemplateProcess(RenderLimits(max_output_length=500))
     with pytest.raises(InvalidArgument) as caught:
-        await ChatTemplate("{% for a in range(100) %}0123456789{% endfor %}", {}, process).render(USER)
+        await ChatTemplate("{% for a in range(100) %}0123456789{% endfor %}", {}, process).render(USER, ANYONE)
     assert caught.value.limit == "500"
-    assert await ChatTemplate("{{ 'ä' * 500 }}", {}, process).render(USER) == "ä" * 500
+    assert await ChatTemplate("{{ 'ä' * 500 }}", {}, process).render(USER, ANYONE) == "ä" * 500
     await process.close()
 
 
 async def test_a_caller_that_goes_away_takes_nobody_elses_answer(process: TemplateProcess) -> None:
     for index in range(20):
-        gone = asyncio.create_task(ChatTemplate("gone", {}, process).render(USER))
+        gone = asyncio.create_task(ChatTemplate("gone", {}, process).render(USER, ANYONE))
         for _ in range(index):
             await asyncio.sleep(0)
         gone.cancel()
-        assert await ChatTemplate("mine", {}, process).render(USER) == "mine"
+        assert await ChatTemplate("mine", {}, process).render(USER, ANYONE) == "mine"
 
 
 async def test_a_worker_that_somebody_killed_is_replaced(started: tuple[TemplateProcess, int]) -> None:
     process, pid = started
     os.kill(pid, signal.SIGKILL)
     await ended(pid)
-    assert await ChatTemplate("hi", {}, process).render(USER) == "hi"
+    assert await ChatTemplate("hi", {}, process).render(USER, ANYONE) == "hi"
 
 
 async def test_what_is_rendered_while_the_router_stops_is_nobodys_mistake() -> None:
     others, process = worker_pids(), TemplateProcess()
-    await ChatTemplate("hi", {}, process).render(USER)
-    waiting = [asyncio.create_task(ChatTemplate(ENDLESS[0], {}, process).render(USER)) for _ in range(3)]
+    await ChatTemplate("hi", {}, process).render(USER, ANYONE)
+    waiting = [asyncio.create_task(ChatTemplate(ENDLESS[0], {}, process).render(USER, ANYONE)) for _ in range(3)]
     await asyncio.sleep(0)
     await process.close()
     for each in waiting:
@@ -175,7 +176,7 @@ async def test_what_is_rendered_while_the_router_stops_is_nobodys_mistake() -> N
             await each
     assert worker_pids() <= others
     with pytest.raises(Unavailable, match="stopping"):
-        await ChatTemplate("hi", {}, process).render(USER)
+        await ChatTemplate("hi", {}, process).render(USER, ANYONE)
 
 
 async def test_the_worker_has_no_files_and_variables_of_ours(started: tuple[TemplateProcess, int]) -> None:
@@ -201,7 +202,8 @@ async def test_the_worker_imports_little_so_that_it_starts_fast_and_stays_small(
 async def test_a_worker_ends_with_its_router() -> None:
     script = (
         "import asyncio; from stagecoach_router.text.template_process import *;"
-        "asyncio.run(TemplateProcess().render('hi', {}, 2));"
+        "from tests.unit.router.anyone import ANYONE;"
+        "asyncio.run(TemplateProcess().render('hi', {}, 2, ANYONE));"
         "import os; print(open(f'/proc/self/task/{os.getpid()}/children').read(), flush=True); os.kill(os.getpid(), 9)"
     )
     router = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stdout=asyncio.subprocess.PIPE)
@@ -217,7 +219,7 @@ async def started(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[Templa
     process = TemplateProcess()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.set_inheritable(True)
-        await ChatTemplate("hi", {}, process).render(USER)
+        await ChatTemplate("hi", {}, process).render(USER, ANYONE)
     (pid,) = worker_pids() - before
     yield process, pid
     await process.close()
@@ -245,11 +247,11 @@ async def ended(pid: int) -> None:
 async def test_every_message_may_be_gathered_into_a_list(process: TemplateProcess) -> None:
     gather = "{% for m in messages %}{% set ns.l = ns.l + [m] %}{% endfor %}"
     source = "{% set ns = namespace(l=[]) %}" + gather + "{{ ns.l | length }}"
-    assert await ChatTemplate(source, {}, process).render(USER * 1000) == "1000"
+    assert await ChatTemplate(source, {}, process).render(USER * 1000, ANYONE) == "1000"
 
 
 async def test_a_deep_expression_compiles_in_no_time(process: TemplateProcess) -> None:
     begin = time.monotonic()
     with pytest.raises(InvalidArgument, match="no attribute"):
-        await ChatTemplate("{{ messages" + ".s" * 190 + " is defined }}", {}, process).render(USER)
+        await ChatTemplate("{{ messages" + ".s" * 190 + " is defined }}", {}, process).render(USER, ANYONE)
     assert time.monotonic() - begin < 1.5  # with jinja's optimizer: two seconds and more

@@ -15,7 +15,8 @@ from stagecoach.errors import CheckpointError, InvalidArgument
 from stagecoach_router.text.chat_template import ChatTemplate
 from stagecoach_router.text.model_files import ModelFiles
 from stagecoach_router.text.template_process import TemplateProcess
-from stagecoach_router.text.tokenizer import Tokenizer
+from stagecoach_router.text.tokenizer import TextKind, Tokenizer
+from tests.unit.router.anyone import ANYONE
 
 TEXTS = [
     "The capital of France is",
@@ -29,8 +30,9 @@ TEXTS = [
 ]
 
 
-def library(*, bos: bool = False) -> LibraryTokenizer:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+def library(*, bos: bool = False, longest: str = "") -> LibraryTokenizer:
+    """A token for every byte, the special ones, and `longest`, which nothing comes to: there are no merges."""
+    alphabet = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *filter(None, [longest])]
     tokenizer = LibraryTokenizer(models.BPE({char: index for index, char in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -86,10 +88,10 @@ class TestSmolLM2:
         expected = reference.apply_chat_template(dicts, add_generation_prompt=prompt, return_dict=False)
         process = TemplateProcess()
         text = await ChatTemplate.from_files(ModelFiles.from_folder(smollm2), process).render(
-            dicts, add_generation_prompt=prompt
+            dicts, ANYONE, add_generation_prompt=prompt
         )
         await process.close()
-        assert ours.encode_chat(text) == expected
+        assert ours.encode(text, TextKind.CHAT) == expected
 
     def test_knows_its_sizes_and_its_end(self, ours: Tokenizer) -> None:
         assert (ours.vocab_size, ours.num_known_ids) == (49152, 49152)
@@ -124,7 +126,7 @@ def test_special_tokens_go_around_a_prompt_as_with_transformers(
 
 def test_a_conversation_gets_no_second_bos() -> None:
     tokenizer = Tokenizer(files(library(bos=True), tokenizer_config={"bos_token": "<s>"}))
-    assert tokenizer.encode_chat("<s>hi") == tokenizer.encode("hi")
+    assert tokenizer.encode("<s>hi", TextKind.CHAT) == tokenizer.encode("hi")
     assert tokenizer.encode("hi")[0] == tokenizer.bos_token_id == 256
 
 
@@ -159,9 +161,9 @@ def test_saved_truncation_and_padding_do_not_touch_prompts() -> None:
 
 def test_text_that_is_not_unicode_is_refused() -> None:
     tokenizer = Tokenizer(files(library()))
-    for encode, field in ((tokenizer.encode, "prompt"), (tokenizer.encode_chat, "messages")):
+    for kind, field in ((TextKind.PROMPT, "prompt"), (TextKind.CHAT, "messages")):
         with pytest.raises(InvalidArgument) as caught:
-            encode("\ud800")
+            tokenizer.encode("\ud800", kind)
         assert caught.value.field == field
 
 

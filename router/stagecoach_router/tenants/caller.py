@@ -1,0 +1,15 @@
+"""Whoever makes a call: by which share it is let in, and whom its work is charged to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stagecoach_router.tenants.tenants import Tenant
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """`name` tells callers apart where they share something; all hosts that call without keys are one `tenant`."""
+
+    name: str
+    tenant: Tenant
