@@ -109,11 +109,13 @@ async def _is_ready(client: AsyncClient) -> bool:
 
 
 async def status_becomes(client: AsyncClient, holds: Callable[[ClusterStatus], bool]) -> ClusterStatus:
-    """The router's status, once `holds(status)`."""
+    """The router's status, once `holds(status)`. One that does not listen yet is waited for."""
     async with asyncio.timeout(READY_TIMEOUT_S):
-        while not holds(status := await client.status()):
+        while True:
+            with contextlib.suppress(Unavailable):
+                if holds(status := await client.status()):
+                    return status
             await asyncio.sleep(0.01)
-    return status
 
 
 @asynccontextmanager

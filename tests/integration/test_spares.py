@@ -67,6 +67,20 @@ async def test_a_spare_takes_the_place_of_a_lost_stage(tiny_model, reference, sp
         assert "refused" in gone.reason or "connect" in gone.reason
 
 
+async def test_spares_load_ahead_what_serves_and_are_there_at_once(tiny_model, reference):
+    """Also the ranges in use, however even or uneven: nothing is split anew."""
+    async with shards_and_router(tiny_model, ["0:1", "1:4", "auto", "auto"]) as (client, shards):
+        status = await status_becomes(client, lambda now: all(spare.has_layers for spare in now.spares))
+        held = {(spare.first_layer, spare.end_layer): spare.address for spare in status.spares}
+        assert set(held) == {(0, 1), (1, 4)}
+        assert len(status.pipelines) == 1, "they stand by"
+        prompts, streams = await started_streams(client, 4)
+        await shards[1].close()
+        await all_end_exactly(reference, prompts, streams)
+        status = await client.status()
+        assert addresses(status.pipelines[0]) == [shards[0].address, held[1, 4]], "the one that had them already"
+
+
 async def test_a_shard_that_comes_back_stands_by_for_the_one_that_took_its_place(tiny_model, reference):
     async with shards_and_router(tiny_model, ["0:2", "2:4", "auto"]) as (client, shards):
         first, fixed, auto = shards
@@ -123,8 +137,10 @@ async def test_shards_without_layers_make_as_many_pipelines_as_are_wanted(tiny_m
         for pipeline in status.pipelines:
             ranges = [(stage.first_layer, stage.end_layer) for stage in pipeline.stages]
             assert [ranges[0][0], ranges[-1][1], len(ranges)] == [0, 4, 2]
+        # The fifth makes no third one, though it loads layers ahead.
+        status = await status_becomes(client, lambda now: any(spare.has_layers for spare in now.spares))
         [spare] = status.spares
-        assert (spare.has_layers, spare.assignable, spare.reason) == (False, True, "")
+        assert (spare.assignable, spare.reason, len(status.pipelines)) == (True, "", 2)
         prompts, streams = await started_streams(client, 4)
         by_address = {shard.address: shard for shard in shards}
         await by_address[addresses(status.pipelines[0])[1]].close()

@@ -45,6 +45,9 @@ class ShardSupply(Protocol):
     def is_ready_for(self, num_replicas: int) -> bool:
         """Whether there are shards for so many pipelines. All but the last of them are open."""
 
+    def stand_by(self) -> None:
+        """Nothing is lost, and no further pipeline wanted: those that are left get ready to take a lost one's place."""
+
     async def changed(self) -> None:
         """Returns when that may have changed."""
 
@@ -117,6 +120,8 @@ class Engine:
                     # A replica that has lost its pipeline comes first, and looks for shards itself.
                     all_open = all(replica.is_open for replica in self.replicas)
                     if not (all_open and shards.is_ready_for(len(self.replicas) + 1)):
+                        if all_open:
+                            shards.stand_by()
                         await shards.changed()
                         continue
                     tasks.create_task((await self.open_replica()).run())

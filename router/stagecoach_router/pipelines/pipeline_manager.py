@@ -15,6 +15,7 @@ from stagecoach_router.pipelines.shard_choice import Choice, Wish, choose_shards
 from stagecoach_router.pipelines.shard_client import describe
 from stagecoach_router.pipelines.shard_description import ShardDescription
 from stagecoach_router.pipelines.shard_registry import ShardRegistry
+from stagecoach_router.pipelines.standby import plan_standbys
 
 logger = logging.getLogger(__name__)
 
@@ -80,9 +81,16 @@ class PipelineManager:
     def is_ready_for(self, num_replicas: int) -> bool:
         """Whether there are shards for so many pipelines, all but the last of which are open.
 
-        Where shards are to load layers for so many, and have to for this one, they are told to.
+        Where shards are to load layers for so many, and have to for this one, they are told to. More pipelines than
+        that are made of shards with layers of their own only: the others stand by.
         """
-        return bool(self._choose([], may_load=num_replicas <= self._settings.num_replicas).stages)
+        is_wanted = num_replicas <= self._settings.num_replicas
+        return bool(self._choose([], may_load=is_wanted, is_extra=not is_wanted).stages)
+
+    def stand_by(self) -> None:
+        """While all pipelines are open: has shards without layers load what the loss of a stage would need."""
+        for stage in plan_standbys(self.registry.candidates, self.registry.layers_in_use):
+            self.registry.load(stage.address, stage.layers)
 
     async def changed(self) -> None:
         """Returns when something was learnt about a shard, or after a while: quarantines end by themselves."""
@@ -94,13 +102,13 @@ class PipelineManager:
         Raises Unavailable or KVCacheFull where that cannot be done yet, and TopologyError, ConfigError or ModelMismatch
         where it never can.
         """
-        may_load = bool(former) or self._num_replicas < max(1, self._settings.num_replicas)
-        pipeline = await self._open(await self._find(former, may_load=may_load), listener)
+        is_wanted = bool(former) or self._num_replicas < max(1, self._settings.num_replicas)
+        pipeline = await self._open(await self._find(former, is_wanted=is_wanted), listener)
         self._num_replicas += not former
         return pipeline
 
-    async def _find(self, former: Sequence[str], *, may_load: bool) -> list[str]:
-        """The next pipeline's shards.
+    async def _find(self, former: Sequence[str], *, is_wanted: bool) -> list[str]:
+        """The next pipeline's shards; `is_wanted`: not one more than was asked for.
 
         Raises Unavailable where there are none for a while, TopologyError where all have answered and cannot be one.
         """
@@ -108,7 +116,8 @@ class PipelineManager:
         while True:
             waited_s = time.monotonic() - began
             were_asked = all(self.registry.shards[address].was_asked for address in former)
-            choice = self._choose(former, may_load=may_load and (were_asked or waited_s >= ASK_PATIENCE_S))
+            may_load = is_wanted and (were_asked or waited_s >= ASK_PATIENCE_S)
+            choice = self._choose(former, may_load=may_load, is_extra=not is_wanted)
             patience_s = QUARANTINE_PATIENCE_S if choice.is_second_choice else FIND_TIMEOUT_S
             if choice.stages and not (choice.is_second_choice and waited_s < patience_s):
                 return choice.addresses
@@ -116,8 +125,10 @@ class PipelineManager:
                 raise self._explained(choice.error)
             await self.registry.changed(patience_s - waited_s)
 
-    def _choose(self, former: Sequence[str], *, may_load: bool) -> Choice:
+    def _choose(self, former: Sequence[str], *, may_load: bool, is_extra: bool = False) -> Choice:
         """The shards for a pipeline. Those that have to load layers for it are told to.
+
+        is_extra: it is one more than was asked for, and takes no shard that was started without layers.
 
         Raises ModelMismatch where the shards do not fit together.
         """
@@ -132,7 +143,8 @@ class PipelineManager:
             num_stages=self._settings.num_stages,
             may_load=may_load and started,
         )
-        choice = choose_shards(self.registry.candidates, wish)
+        candidates = self.registry.own_candidates if is_extra else self.registry.candidates
+        choice = choose_shards(candidates, wish)
         for stage in choice.loads:
             self.registry.load(stage.address, stage.layers)
         return choice

@@ -87,6 +87,11 @@ class Shard:
         return self.description is not None and self.description.facts.assignable
 
     @property
+    def has_own_layers(self) -> bool:
+        """Whether it is known that it was started with a layer range of its own."""
+        return self.layers is not None and not self.assignable
+
+    @property
     def is_quarantined(self) -> bool:
         """Whether a pipeline was lost lately that the process that answers now was in, and may have broken."""
         return self.description is not None and time.monotonic() < self.process.quarantined_until_s

@@ -57,6 +57,17 @@ class ShardRegistry:
         candidates = [shard.candidate for shard in self.shards.values()]
         return [candidate for candidate in candidates if candidate is not None]
 
+    @property
+    def own_candidates(self) -> list[Candidate]:
+        """Those of them that were started with layers of their own."""
+        return [candidate for candidate in self.candidates if self.shards[candidate.address].has_own_layers]
+
+    @property
+    def layers_in_use(self) -> list[LayerRange]:
+        """The layer ranges of all shards that are in a pipeline."""
+        serving = [shard.layers for shard in self.shards.values() if shard.epoch is not None]
+        return [layers for layers in serving if layers is not None]
+
     def model(self) -> ShardDescription | None:
         """The shard whose model is this router's: the first one that has answered. None: none has.
 

@@ -24,6 +24,7 @@ from stagecoach.v1 import model_pb2, shard_pb2
 from stagecoach_router.pipelines import pipeline_manager, shard_client
 from stagecoach_router.pipelines.pipeline import PipelineContext
 from stagecoach_router.pipelines.pipeline_manager import PipelineManager, PipelineSettings, _TakenShards
+from stagecoach_router.pipelines.shard import Shard
 from stagecoach_router.pipelines.shard_description import ShardDescription
 from stagecoach_router.pipelines.shard_registry import ShardRegistry
 
@@ -31,7 +32,7 @@ NUM_LAYERS = 4
 A, B, C, D = "a:1", "b:1", "c:1", "d:1"
 
 
-def describe(registry, address, layers, *, num_free_blocks=100, process_id=""):
+def describe(registry, address, layers, *, num_free_blocks=100, process_id="", assignable=None):
     """The shard has answered: `layers` is "START:END", or "auto"."""
     start, end = (0, 0) if layers == "auto" else map(int, layers.split(":"))
     description = ShardDescription(
@@ -41,7 +42,7 @@ def describe(registry, address, layers, *, num_free_blocks=100, process_id=""):
             shard_id=f"{process_id or address} with {layers}",
             model=model_pb2.ModelDescription(fingerprint="f", num_layers=NUM_LAYERS),
             layers=model_pb2.LayerRange(start=start, end=end),
-            assignable=layers == "auto" or address == D,
+            assignable=layers == "auto" or address == D if assignable is None else assignable,
             num_free_blocks=num_free_blocks,
         ),
     )
@@ -182,12 +183,12 @@ async def test_a_quarantined_shard_is_taken_again_only_when_the_spare_takes_too_
             describe(registry, C, "2:4")
 
     registry.changed = changed
-    assert await manager._find([A, B], may_load=True) == [A, C]
+    assert await manager._find([A, B], is_wanted=True) == [A, C]
     assert len(waits) == 3
     monkeypatch.setattr(pipeline_manager, "QUARANTINE_PATIENCE_S", 0.0)
     registry.shards[C].description = None
     registry.shards[C].begin_load(LayerRange(2, 4))
-    assert await manager._find([A, B], may_load=True) == [A, B]
+    assert await manager._find([A, B], is_wanted=True) == [A, B]
 
 
 def test_a_refusal_for_want_of_room_is_nobodys_fault():
@@ -214,7 +215,7 @@ async def test_shards_without_room_are_asked_all_the_same_where_there_are_no_oth
         describe(registry, address, layers, num_free_blocks=0)
     if quarantined:
         registry.quarantine([B])
-    assert await manager._find([], may_load=True) == [A, B]
+    assert await manager._find([], is_wanted=True) == [A, B]
 
 
 def test_a_spare_loads_what_is_missing_once():
@@ -278,3 +279,31 @@ def test_shards_with_layers_make_further_pipelines_whether_they_are_wanted_or_no
     manager, _, loads = make_manager(a="0:2", b="2:4")
     assert manager.is_ready_for(7)
     assert loads == []
+
+
+def test_spares_that_have_loaded_ahead_make_no_pipeline_that_nobody_asked_for():
+    """Standing by is what they are for: with their layers they would else be taken at once."""
+    layers = {A: "0:2", B: "2:4", C: "auto", D: "auto"}
+    manager, registry, loads = make_manager_of(layers)
+    registry.take([A, B], epoch=1)
+    manager.stand_by()
+    assert loads == [(C, "0:2"), (D, "2:4")]
+    for address, held in loads:
+        describe(registry, address, held, assignable=True)
+    assert not manager.is_ready_for(2)
+    manager.stand_by()
+    assert len(loads) == 2
+    wanted = PipelineManager(registry, PipelineSettings(num_replicas=2), PipelineContext(lease_id=1))
+    assert wanted.is_ready_for(2)
+    registry.release([A, B], epoch=1)
+    describe(registry, A, "0:2")
+    assert chosen(manager, [A, B]) == [A, D], "at once"
+
+
+def test_what_a_lost_stage_needs_is_loaded_over_what_was_loaded_ahead():
+    manager, registry, loads = make_manager(a="0:2", b="2:4")
+    registry.shards[C] = Shard(C)
+    describe(registry, C, "0:2", assignable=True)
+    registry.shards[B].learn(None, Unavailable("connection refused"))
+    assert chosen(manager, [A, B]) == []
+    assert loads == [(C, "2:4")], "the range in use, and no other split"

@@ -36,6 +36,9 @@ class Shards:
     def is_ready_for(self, num_replicas):
         return num_replicas <= 2
 
+    def stand_by(self):
+        pass
+
     async def changed(self):
         await asyncio.Event().wait()
 
@@ -43,7 +46,7 @@ class Shards:
 @asynccontextmanager
 async def running(cluster, shards=None):
     task = asyncio.create_task(
-        cluster.engine.run(shards or SimpleNamespace(is_ready_for=lambda _: False, changed=wait))
+        cluster.engine.run(shards or SimpleNamespace(is_ready_for=lambda _: False, stand_by=lambda: None, changed=wait))
     )
     try:
         yield task
