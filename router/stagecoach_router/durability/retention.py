@@ -11,7 +11,7 @@ KeyT = TypeVar("KeyT", bound=Hashable)
 # How long an answer waits for a caller whose connection broke before its end.
 MAX_AGE_S = 60.0
 MAX_REQUESTS = 1024
-# Prompts and outputs together. A token that is kept costs some 300 bytes with its delta; log-probabilities count extra.
+# Prompts and outputs together. A token that is kept costs some 100 bytes with its delta; log-probabilities count extra.
 MAX_TOKENS = 131_072
 
 

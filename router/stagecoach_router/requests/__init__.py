@@ -6,6 +6,7 @@ These objects carry it, and no others:
     Request          what was asked of this router, checked and in tokens; it never changes, so the journal may keep it
     SamplingParams   the part of it that the SDK shares: how tokens are chosen
     RequestState     everything that changes about the request, and the stream of its output
+    OutputLog        all of that stream, packed: it may be long, and is kept for who comes back
     OutputReader     one call's place in that stream: a request may be read again, or by two calls
     Demand           who wants the request, and until when
     Sequence         one completion's token log, with what scheduling and sampling know of it; knows no text

@@ -14,6 +14,7 @@ from collections.abc import Sequence as Many
 from stagecoach.errors import StagecoachError
 from stagecoach_router.requests.completion import Completion, OutputDelta
 from stagecoach_router.requests.demand import Demand
+from stagecoach_router.requests.output_log import OutputLog
 from stagecoach_router.requests.request import Request, RequestKey
 from stagecoach_router.sampling.outputs import Sampled
 from stagecoach_router.scheduling.sequence import Sequence
@@ -46,7 +47,7 @@ class RequestState:
         self.tap: Callable[[OutputDelta], None] | None = None
         self.on_end: Callable[[StagecoachError | None], None] | None = None
         self.error: StagecoachError | None = None
-        self._log: list[OutputDelta] = []
+        self._log = OutputLog()
         self._num_shown = 0
         self._num_unfinished = request.params.n
         self._waiting: list[asyncio.Future[None]] = []  # of readers that have read everything
@@ -114,7 +115,7 @@ class RequestState:
         """Lets so many more be read."""
         if self.ended:  # it failed while they were held back
             return
-        shown = self._log[self._num_shown : self._num_shown + num_deltas]
+        shown = self._log.read(self._num_shown, self._num_shown + num_deltas)
         self._num_shown += len(shown)
         for delta in shown:
             self._num_unfinished -= delta.finish_reason is not None
@@ -134,7 +135,7 @@ class RequestState:
 
         Raises the error that ended the request where there is nothing else.
         """
-        deltas = self._log[position : min(self._num_shown, position + MAX_DELTAS_READ)]
+        deltas = self._log.read(position, min(self._num_shown, position + MAX_DELTAS_READ))
         if not deltas and self.error is not None:
             raise self.error
         return deltas
