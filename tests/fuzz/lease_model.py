@@ -16,7 +16,7 @@ MAX_SLOTS = 3
 CONTEXT_LENGTH = 22
 MAX_BATCH_TOKENS = 16
 MAX_UPDATES = 4 * MAX_SLOTS
-_MAX_BLOCKS = -(-CONTEXT_LENGTH // BLOCK_SIZE)
+_MAX_BLOCKS = min(-(-CONTEXT_LENGTH // BLOCK_SIZE), NUM_BLOCKS)
 
 # What one position of a row must be found under: (block in the shard's cache, offset in it).
 Place = tuple[int, int]

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from stagecoach import errors
 from stagecoach.topology import LayerRange
-from stagecoach_shard.leases.served_stage import STOPPING_RETRY_AFTER_S, ServedStage
+from stagecoach_shard.leases.served_stage import ServedStage
 from stagecoach_shard.memory import give_back_unused
 from stagecoach_shard.runtime.stage_runner import StageRunner
 
@@ -25,6 +25,8 @@ ALIVE_CHECK_INTERVAL_S = 1.0
 STOP_COMPUTING_TIMEOUT_S = 10.0
 # When to ask again, for those who ask while layers are loaded.
 LOADING_RETRY_AFTER_S = 1.0
+# The same while the process stops: another shard may have taken its place.
+STOPPING_RETRY_AFTER_S = 1.0
 
 LoadLayers = Callable[[LayerRange], StageRunner]
 
@@ -132,10 +134,7 @@ class Assignment:
     def drain(self) -> int:
         """Opens no lease and loads nothing from now on. Returns how many leases are open."""
         self._is_stopping = True
-        if self.stage is None:
-            return 0
-        self.stage.drain()
-        return self.stage.num_leases
+        return 0 if self.stage is None else self.stage.num_leases
 
     async def leases_ended(self) -> None:
         """Returns when no lease is open."""

@@ -48,8 +48,10 @@ class Lease:
         self._max_batch_tokens = max_batch_tokens
         self._next_step = 1
         # The lease's own block ids. A slot's table is as long as `_lengths` says; what is past that means nothing.
-        # Zeros take no memory before they are written over, whatever number of slots was asked for.
-        self._tables = np.zeros((max_slots, -(-context_length // block_size)), dtype=np.int32)
+        # Zeros take no memory before they are written over, whatever number of slots was asked for. A table that is
+        # longer than the lease has blocks would name one twice: so leases of one block cannot take much beside it.
+        max_blocks = min(-(-context_length // block_size), num_blocks)
+        self._tables = np.zeros((max_slots, max_blocks), dtype=np.int32)
         self._lengths = np.zeros(max_slots, dtype=np.int64)
         self._written = WrittenPositions(first_block, num_blocks, block_size, max_slots)
 

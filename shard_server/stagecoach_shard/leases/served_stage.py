@@ -23,9 +23,6 @@ from stagecoach_shard.runtime.stage_runner import StageRunner
 
 logger = logging.getLogger(__name__)
 
-# When a router that wants a lease of a stopping shard should ask again: another shard may have taken its place.
-STOPPING_RETRY_AFTER_S = 1.0
-
 
 @dataclass(frozen=True, slots=True)
 class StepLimits:
@@ -47,7 +44,6 @@ class ServedStage:
         self._checkpoint = checkpoint
         self._blocks = BlockRanges(runner.cache.num_blocks)
         self._sessions: dict[int, LeaseSession] = {}
-        self._draining = False
         self._lease_ended = asyncio.Event()
 
     @property
@@ -68,11 +64,8 @@ class ServedStage:
     def open(self, request: shard_pb2.OpenRequest) -> LeaseSession:
         """A session with the lease that `request` asks for.
 
-        Raises ModelMismatch where it expects another stage than this, StaleEpoch, KVCacheFull, InvalidArgument, and
-        Unavailable while draining.
+        Raises ModelMismatch where it expects another stage than this, StaleEpoch, KVCacheFull and InvalidArgument.
         """
-        if self._draining:
-            raise errors.Unavailable("the shard is stopping", retry_after_s=STOPPING_RETRY_AFTER_S)
         check_open(request, self.runner.stage, self._checkpoint.fingerprint, self.limits.block_size)
         former = self._sessions.get(request.lease_id)
         if former is not None:
@@ -96,7 +89,7 @@ class ServedStage:
                 context_length=self._checkpoint.config.context_length,
                 max_batch_tokens=self.limits.max_batch_tokens,
             )
-        except errors.StagecoachError:
+        except BaseException:  # there may be no memory for its tables
             self._blocks.free(first_block)
             raise
         session = LeaseSession(lease, request.silence_timeout_s)
@@ -133,10 +126,6 @@ class ServedStage:
         """The frame of a load report for the router of `session`, as of now."""
         return wire.write_load_report(*self.runner.meter.read(session.load), self.frames, number)
 
-    def drain(self) -> None:
-        """Opens no lease from now on."""
-        self._draining = True
-
     async def leases_ended(self) -> None:
         """Returns when no lease is open."""
         while self._sessions:
@@ -147,4 +136,3 @@ class ServedStage:
         """Tells every router that this shard stops."""
         for session in list(self._sessions.values()):
             session.fail(errors.Unavailable("the shard is stopping"))
-            session.outbox.put_nowait(None)

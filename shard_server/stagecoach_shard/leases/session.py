@@ -98,17 +98,22 @@ class LeaseSession:
         logger.warning("lease %x: its router has been silent for %g s", self.lease.lease_id, self._silence.timeout_s)
 
     def fail(self, error: errors.StagecoachError, step: int = 0) -> None:
-        """Ends the lease with a fault, which the router is told. Only the first one counts."""
+        """Ends the lease with a fault, which is the last that the router is told. Only the first one counts.
+
+        The session ends when the fault has left, whether its router then hangs up or not: nobody else is to wait for
+        the blocks of a lease that computes nothing more.
+        """
         if self.ended:
             return
         self.ended = True
         logger.warning("lease %x, epoch %d: %s", self.lease.lease_id, self.lease.epoch, error)
         fault = shard_pb2.Fault(epoch=self.lease.epoch, step=step, status=to_status(error))
         self.outbox.put_nowait((write_frame(shard_pb2.SessionResponse(fault=fault)), None))
+        self.outbox.put_nowait(None)
 
 
 def check_open(request: shard_pb2.OpenRequest, stage: Stage, fingerprint: str, block_size: int) -> None:
-    """Raises ModelMismatch where the router expects another stage than this, InvalidArgument for a wrong next hop."""
+    """Raises ModelMismatch where the router expects another stage, InvalidArgument for what makes no sense."""
     check_agreement(
         protocol_version=(request.protocol_version, PROTOCOL_VERSION),
         model_fingerprint=(request.model_fingerprint, fingerprint),
@@ -116,6 +121,8 @@ def check_open(request: shard_pb2.OpenRequest, stage: Stage, fingerprint: str, b
         dtype=(request.dtype, wire.DTYPES[stage.dtype]),
         block_size=(request.block_size, block_size),
     )
+    if not request.lease_id:  # it means "none" to whoever asks what is free beside the lease that it has
+        raise errors.InvalidArgument("lease_id must not be 0", field="lease_id", value=0)
     timeout_s = request.silence_timeout_s
     if timeout_s and not MIN_SILENCE_TIMEOUT_S <= timeout_s <= MAX_SILENCE_TIMEOUT_S:
         limit = f"0 or [{MIN_SILENCE_TIMEOUT_S}, {MAX_SILENCE_TIMEOUT_S}]"

@@ -7,6 +7,7 @@ import logging
 from typing import Any
 
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from stagecoach import errors
 from stagecoach.errors.status import abort
@@ -29,9 +30,10 @@ Context = grpc.aio.ServicerContext[Any, Any]
 async def serve_session(assignment: Assignment, dial: Dial, context: Context) -> None:
     """Opens the lease that the first request asks for, and holds it until either side ends the stream."""
     try:
-        request = await context.read()
-        if request is grpc.aio.EOF or request.WhichOneof("kind") != "open":
+        request = await _read(context)
+        if request is None or request.WhichOneof("kind") != "open":
             raise errors.InvalidArgument("the first request of a session must be `open`", field="kind")
+        assignment.check_available()
         stage = assignment.served()
         session = stage.open(request.open)
     except errors.StagecoachError as error:
@@ -65,6 +67,15 @@ async def serve_session(assignment: Assignment, dial: Dial, context: Context) ->
         logger.info("lease %x closed: epoch %d", session.lease.lease_id, session.lease.epoch)
 
 
+async def _read(context: Context) -> shard_pb2.SessionRequest | None:
+    """The next request; None where the router has ended its side. Raises InvalidArgument for what is none."""
+    try:
+        request = await context.read()
+    except DecodeError as error:
+        raise errors.InvalidArgument(f"not a request of a session: {error}", field="kind") from error
+    return request if isinstance(request, shard_pb2.SessionRequest) else None
+
+
 async def _connect(session: LeaseSession, next_hop: str, dial: Dial) -> None:
     if not next_hop:
         return
@@ -84,13 +95,18 @@ async def _send(stage: ServedStage, session: LeaseSession, context: Context) -> 
 
 
 async def _watch(session: LeaseSession, context: Context) -> None:
-    """Answers what the router asks, until it ends its side."""
-    while (request := await context.read()) is not grpc.aio.EOF:
-        if request.WhichOneof("kind") == "report_load":
+    """Answers what the router asks, until it ends its side, or asks what makes no sense."""
+    try:
+        while (request := await _read(context)) is not None:
+            if request.WhichOneof("kind") != "report_load":
+                raise errors.InvalidArgument("a session is opened once", field="kind")
             session.asked_for_report(request.report_load.number)
-        else:
-            session.fail(errors.InvalidArgument("a session is opened once", field="kind"))
-    session.outbox.put_nowait(None)
+        session.outbox.put_nowait(None)
+    except errors.StagecoachError as error:
+        session.fail(error)
+    except Exception as error:  # a bug: without this nobody would hear the router any more
+        logger.exception("reading a session")
+        session.fail(errors.InternalError(f"the shard cannot read the session: {error!r}"))
 
 
 async def _report_load_regularly(session: LeaseSession) -> None:

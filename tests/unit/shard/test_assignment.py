@@ -52,7 +52,7 @@ class Scene:
 
     @staticmethod
     def _serve(runner: Any) -> Any:
-        return SimpleNamespace(runner=runner, layers=runner.layers, num_leases=0, drain=lambda: None)
+        return SimpleNamespace(runner=runner, layers=runner.layers, num_leases=0)
 
     def assign(self, layers: LayerRange) -> asyncio.Task[Any]:
         return asyncio.ensure_future(self.assignment.assign(layers))

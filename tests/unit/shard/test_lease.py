@@ -136,3 +136,10 @@ def test_slots_that_nobody_uses_take_no_memory():
     grown = psutil.Process().memory_info().rss - before
     assert len(leases) == 8
     assert grown < 64 << 20, "tables of 8 x 128 MiB"
+
+
+def test_a_lease_of_few_blocks_has_no_tables_for_more_whatever_context_a_checkpoint_claims():
+    lease = make_lease(num_blocks=1, max_slots=4096, context_length=2**31 - 1, block_size=1)  # 32 TiB of numbers
+    with pytest.raises(OutOfRange) as caught:
+        lease.accept(header(rows=((0, 0, 2),), block_table_updates=((0, 0, [0, 0]),)))
+    assert (caught.value.field, caught.value.limit) == ("block_table_updates.first", "1")
