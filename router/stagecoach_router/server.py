@@ -56,8 +56,6 @@ STOP_GRACE_S = 2.0
 RETRY_PAUSE_S = 0.2
 # Beside the requests that run or wait: status, tokenize, and those that are only to be refused.
 SPARE_CALLS = 256
-# gRPC's own limit, beyond those: health checks, strangers, and those that the call limits refuse.
-UNCOUNTED_CALLS = 1024
 
 Result = TypeVar("Result")
 
@@ -95,7 +93,7 @@ class Router:
         self._files = files
         self._tenants = Tenants(None, time.monotonic()) if files.keys is None else files.keys.tenants
         self._journal = None if settings.journal is None else Journal(settings.journal)
-        self._service = InferenceService(max_stall_s=settings.max_stall_s)
+        self._service = InferenceService()
         self._server, self._port = self._listen()
         self._health = Health(self._server, SERVICE_NAME)
         self._dial = tls.shard_dial(files.identity, settings.tls_shard_name)
@@ -120,11 +118,11 @@ class Router:
         """The public server, not started yet, and its port."""
         settings, service = self._settings, self._service
         max_calls = settings.max_running + settings.max_waiting + SPARE_CALLS
-        limits = CallLimits(max_calls, lambda: service.retry_after_s)
+        limits = CallLimits(max_calls, lambda: service.retry_after_s, max_stall_s=settings.max_stall_s)
         server, port = listen(
             MAX_PUBLIC_MESSAGE_BYTES,
             settings.listen,
-            max_calls + UNCOUNTED_CALLS,
+            public=True,
             identity=self._files.edge_identity,
             insecure=settings.insecure_listen,
             interceptors=[AuthInterceptor(self._tenants), limits],

@@ -20,16 +20,16 @@ MAX_CONNECTIONS = 4096
 def listen(
     max_message_bytes: int,
     address: str,
-    max_calls: int | None = None,
     *,
+    public: bool = False,
     identity: Identity | None = None,
     insecure: bool = False,
     interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
 ) -> tuple[grpc.aio.Server, int]:
     """A gRPC server that is bound to `address` and not yet started, and its port (for port 0, one that is free).
 
-    `max_calls` is for a server that strangers can reach: beyond so many calls at a time, further ones are refused with
-    RESOURCE_EXHAUSTED, and there are limits on connections. With an `identity` the server speaks TLS only. Without one
+    A `public` server is one that strangers can reach: there are limits on connections, and on the calls of each. Those
+    of all connections together are for the server to count. With an `identity` the server speaks TLS only. Without one
     it listens on loopback only, unless it is told to be `insecure`.
 
     It listens on every address that the host stands for. Raises ConfigError where it may not listen there, and where
@@ -39,10 +39,10 @@ def listen(
     if identity is None and not insecure:
         _check_loopback(address)
     options = server_options(max_message_bytes)
-    if max_calls is not None:
+    if public:
         options += public_limits(max_connections())
     credentials = None if identity is None else identity.server_credentials()
-    server = grpc.aio.server(interceptors=interceptors, options=options, maximum_concurrent_rpcs=max_calls)
+    server = grpc.aio.server(interceptors=interceptors, options=options)
     port = 0
     for each in listen_addresses(address):
         if identity is None and not insecure:

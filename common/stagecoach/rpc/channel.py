@@ -26,6 +26,9 @@ MAX_IDLE_S = 300.0
 # How many calls may wait for the event loop to look at them, which takes it some 0.3 ms each. Beyond its own limit of
 # 1,000, gRPC cancels calls without saying why.
 MAX_UNSEEN_CALLS = 8192
+# How many calls one connection may have open: fewer than may wait unseen, so that it cannot take all of these places,
+# and more than callers send at once before they know of the limit.
+MAX_STREAMS = MAX_UNSEEN_CALLS // 2
 # The pause between two attempts to connect. It is short at first, because every call fails at once during it.
 FIRST_RECONNECT_DELAY_S = 0.1
 MAX_RECONNECT_DELAY_S = 3.0
@@ -86,10 +89,11 @@ def server_options(max_message_bytes: int) -> Options:
 def public_limits(max_connections: int) -> Options:
     """Further options, for a server that strangers can reach.
 
-    Beyond `max_connections` at a time, new ones are closed. The calls of one connection are not limited: gRPC would
-    reset those beyond the limit, and a caller would not learn when to come back.
+    Beyond `max_connections` at a time, new ones are closed. Of one connection, gRPC resets the calls beyond
+    MAX_STREAMS, and nobody tells the caller when to come back.
     """
     return [
+        ("grpc.max_concurrent_streams", MAX_STREAMS),
         ("grpc.server.max_pending_requests", MAX_UNSEEN_CALLS),
         ("grpc.server.max_pending_requests_hard_limit", MAX_UNSEEN_CALLS),
         ("grpc.max_allowed_incoming_connections", max_connections),

@@ -1,42 +1,61 @@
 """The calls that may be open at a time, and how their requests are read. In front of the router's services.
 
-gRPC has a limit of calls, but whom it refuses it does not tell when to come back; and it reads a request before
-anything of ours is asked, waits for it as long as the sender likes, and keeps its bytes as long as the call lasts.
+gRPC has a limit of calls, but whom it refuses it does not tell when to come back, and who comes first has them all. It
+reads a request before anything of ours is asked, waits for it as long as the sender likes, and for an answer to be
+taken as long as the caller likes. So here every call is counted, whatever it calls, as one of its caller's.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
+import math
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, TypeAlias
-from weakref import WeakValueDictionary
 
 import grpc
 import grpc.aio
 
 from stagecoach import errors
 from stagecoach.errors.status import abort
-from stagecoach_router.frontend.auth_interceptor import HEALTH_CHECK, Find
+from stagecoach_router.frontend.auth_interceptor import HEALTH_CHECK, Find, calling_tenant
+from stagecoach_router.frontend.callers import caller_of, host_of
+from stagecoach_router.frontend.open_calls import OpenCalls
+from stagecoach_router.frontend.reading_turns import READ_TIMEOUT_S, RETRY_AFTER_S, ReadingTurns
+from stagecoach_router.frontend.write_timeouts import TimedContext, WriteTimeouts
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Context = grpc.aio.ServicerContext[Any, Any]
-Serve = Callable[[Any, Context], Awaitable[Any]]
+Serve = Callable[[Any, Any], Awaitable[Any]]
 
+HEALTH_WATCH = "/grpc.health.v1.Health/Watch"
+
+# Calls of other sorts than those that work on something, which have a limit each, so that none is in another's way.
+MAX_HEALTH_CHECKS = 256
+MAX_HEALTH_WATCHES = 256  # open for as long as somebody wants to know
+MAX_REQUEST_STREAMS = 32  # each can make us hold a message between two requests: 4 MiB
 # Requests that are received at a time: with 4 MiB each, what senders that stop in the middle can make us hold.
-MAX_READING = 32
-# Of these from one host, so that none of them can keep all others waiting.
-MAX_READING_PER_HOST = MAX_READING // 4
-# For a request to be received, which callers usually send at once; half of it for its turn to come.
-READ_TIMEOUT_S = 10.0
-RETRY_AFTER_S = 1.0
+QUICK_TURNS, SLOW_TURNS = 64, 32
+QUICK_CHECK_TURNS, SLOW_CHECK_TURNS = 16, 8
+# A health check's request is a few bytes.
+CHECK_READ_TIMEOUT_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Sort:
+    """One sort of calls: how many may be open, and how many of their requests are received at a time."""
+
+    calls: OpenCalls
+    turns: ReadingTurns
 
 
 class CallLimits(grpc.aio.ServerInterceptor):
-    """Lets in at most `max_calls` at a time that bring one request each; more are refused before theirs is received.
+    """Lets in at most `max_calls` at a time, of which each caller has a share; more are refused unread.
 
-    The health check is always let in, or a busy router would be taken for a dead one. `retry_after_s` says when to come
-    back. Calls with a stream of requests, which only reflection has, are left to gRPC's own limit.
+    Health checks are counted apart, or a busy router would be taken for a dead one; so are health watches and calls
+    with a stream of requests. `retry_after_s` says when to come back. A caller that takes nothing of its answer for
+    `max_stall_s` is cut off, and so is one that leaves a stream of requests idle for so long.
     """
 
     def __init__(
@@ -44,84 +63,112 @@ class CallLimits(grpc.aio.ServerInterceptor):
         max_calls: int,
         retry_after_s: Callable[[], float] = lambda: RETRY_AFTER_S,
         *,
+        max_stall_s: float = math.inf,
         read_timeout_s: float = READ_TIMEOUT_S,
     ) -> None:
-        self._max_calls = max_calls
         self._retry_after_s = retry_after_s
-        self._read_timeout_s = read_timeout_s
-        self._reading = asyncio.Semaphore(MAX_READING)
-        # While anyone has one or waits for it.
-        self._reading_from: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
-        self.num_calls = 0
+        self._timeouts = WriteTimeouts(max_stall_s)
+        turns = ReadingTurns(QUICK_TURNS, SLOW_TURNS, read_timeout_s=read_timeout_s)
+        check_turns = ReadingTurns(
+            QUICK_CHECK_TURNS, SLOW_CHECK_TURNS, read_timeout_s=min(read_timeout_s, CHECK_READ_TIMEOUT_S)
+        )
+        self._usual = _Sort(OpenCalls("open calls", max_calls), turns)
+        self._checks = _Sort(OpenCalls("open health checks", MAX_HEALTH_CHECKS), check_turns)
+        self._watches = _Sort(OpenCalls("open health watches", MAX_HEALTH_WATCHES), turns)
+        self._streams = _Sort(OpenCalls("open streams of requests", MAX_REQUEST_STREAMS), turns)
+
+    @property
+    def num_calls(self) -> int:
+        """How many calls are open that are not of the sorts that are counted apart."""
+        return len(self._usual.calls)
 
     async def intercept_service(
         self, continuation: Find, handler_call_details: grpc.HandlerCallDetails
     ) -> Handler | None:
         """The method's handler, or one that refuses."""
         handler = await continuation(handler_call_details)
-        if handler is None or handler.request_streaming or handler_call_details.method == HEALTH_CHECK:
-            return handler
+        if handler is None:
+            return None
         # A handler of streams is the one that reads its request itself; callers cannot tell the difference.
         return grpc.stream_stream_rpc_method_handler(
-            self._guarded(handler),
+            self._guarded(handler, handler_call_details.method),
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
 
-    def _guarded(self, handler: Handler) -> Serve:
+    def _guarded(self, handler: Handler, method: str) -> Serve:
+        if handler.request_streaming:
+            return self._guarded_stream(handler.stream_stream)
+        sort = {HEALTH_CHECK: self._checks, HEALTH_WATCH: self._watches}.get(method, self._usual)
         handle: Any = handler.unary_stream if handler.response_streaming else handler.unary_unary
         serve: Serve = handle if handler.response_streaming else _answer_once(handle)
+        needs_no_key = method == HEALTH_CHECK  # so it is nobody's call, and its host's share counts
 
         async def guarded(_: object, context: Context) -> None:
-            if self.num_calls >= self._max_calls:
-                await abort(context, self._full())
-            self.num_calls += 1
-            try:
-                # Not kept in a variable: the service lets go of it when it has read it.
-                await serve(await self._read(context), context)
-            finally:
-                self.num_calls -= 1
+            caller = host_of(context.peer()) if needs_no_key else _caller(context)
+            # Not kept in a variable: the service lets go of it when it has read it.
+            await serve(await self._request(sort, caller, context), TimedContext(context, self._timeouts))
 
-        return guarded
+        return _forgetting_why_it_ended(guarded)
 
-    def _full(self) -> errors.Overloaded:
-        return errors.Overloaded(
-            f"{self.num_calls} calls are open; at most {self._max_calls} may be",
-            limit=self._max_calls,
-            value=self.num_calls,
-            retry_after_s=self._retry_after_s(),
-        )
+    def _guarded_stream(self, handle: Any) -> Serve:
+        async def guarded(_: object, context: Context) -> None:
+            requests, timed = self._requests(_caller(context), context), TimedContext(context, self._timeouts)
+            try:
+                async with aclosing(requests), aclosing(handle(requests, timed)) as responses:
+                    async for response in responses:
+                        await timed.write(response)
+            except errors.StagecoachError as error:
+                await abort(context, error)
 
-    async def _read(self, context: Context) -> Any:
-        """The call's request. Ends the call where it does not come in time, or its turn to be received does not."""
-        of_host = self._reading_from.setdefault(_host(context.peer()), asyncio.Semaphore(MAX_READING_PER_HOST))
-        async with AsyncExitStack() as turn:
-            try:
-                async with asyncio.timeout(self._read_timeout_s / 2):
-                    await turn.enter_async_context(of_host)  # who waits for these is not in the way of other hosts
-                    await turn.enter_async_context(self._reading)
-            except TimeoutError:
-                await abort(context, self._no_turn())
-            try:
-                async with asyncio.timeout(self._read_timeout_s):
-                    request = await context.read()
-            except TimeoutError:
-                text = f"the request was not received within {self._read_timeout_s:g} s"
-                await abort(context, errors.DeadlineExceeded(text, limit=self._read_timeout_s))
-        if request is grpc.aio.EOF:
-            await abort(context, errors.InvalidArgument("the call brought no request"))
+        return _forgetting_why_it_ended(guarded)
+
+    async def _request(self, sort: _Sort, caller: str, context: Context) -> Any:
+        """The request of a call that brings one. Ends the call where it is not let in, or brings none in time."""
+        try:
+            sort.calls.enter(caller, self._retry_after_s())
+            request = await sort.turns.read(context, caller)
+            if request is grpc.aio.EOF:
+                raise errors.InvalidArgument("the call brought no request")
+        except errors.StagecoachError as error:
+            await abort(context, error)
         return request
 
-    def _no_turn(self) -> errors.Overloaded:
-        limit, whose = (MAX_READING, "") if self._reading.locked() else (MAX_READING_PER_HOST, " from this host")
-        text = f"{limit} requests{whose} are being received, and none of them was through in time"
-        return errors.Overloaded(text, limit=limit, retry_after_s=self._retry_after_s())
+    async def _requests(self, caller: str, context: Context) -> AsyncGenerator[Any, None]:
+        """The requests of a call that brings a stream of them. Raises what `_request` ends a call with."""
+        sort, max_idle_s = self._streams, self._timeouts.max_stall_s
+        sort.calls.enter(caller, self._retry_after_s())
+        request = await sort.turns.read(context, caller)
+        while request is not grpc.aio.EOF:
+            yield request
+            del request
+            try:
+                async with asyncio.timeout(max_idle_s if math.isfinite(max_idle_s) else None):
+                    request = await context.read()
+            except TimeoutError:
+                text = f"no request has come for {max_idle_s:g} s"
+                raise errors.DeadlineExceeded(text, limit=max_idle_s) from None
 
 
-def _host(peer: str) -> str:
-    """Whose connection it is, as gRPC names it: "ipv4:1.2.3.4:5", "ipv6:[::1]:5". All that have no address are one."""
-    kind, _, address = peer.partition(":")
-    return address.rpartition(":")[0] if kind in ("ipv4", "ipv6") else ""
+def _forgetting_why_it_ended(serve: Serve) -> Serve:
+    """Lets go of what led to the end of a call.
+
+    gRPC keeps the error that ended a call with the call, and so all that its traceback leads to, such as the call's
+    task, on which the call's place depends: a circle that only the garbage collector would find.
+    """
+
+    async def forgetting(request: Any, context: Context) -> None:
+        try:
+            await serve(request, context)
+        except grpc.aio.AbortError as error:
+            error.__context__ = error.__cause__ = None
+            raise error.with_traceback(None)  # noqa: B904  # what it came from is what is forgotten
+
+    return forgetting
+
+
+def _caller(context: Context) -> str:
+    return caller_of(calling_tenant(), context.peer())
 
 
 def _answer_once(serve: Serve) -> Serve:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 import uuid
 from dataclasses import dataclass
@@ -28,7 +27,6 @@ from stagecoach_router.frontend.convert import (
     read_request,
     write_deltas,
 )
-from stagecoach_router.frontend.write_timeouts import WriteTimeouts
 from stagecoach_router.pipelines.pipeline_manager import PipelineManager
 from stagecoach_router.requests.output_stream import OutputReader
 from stagecoach_router.requests.request import check_delivery
@@ -60,14 +58,12 @@ class Serving:
 
 
 class InferenceService(inference_pb2_grpc.InferenceServicer):
-    """Answers Unavailable until `serving` is set; `reason` says why. Stands behind an AuthInterceptor.
+    """Answers Unavailable until `serving` is set; `reason` says why. Stands behind an AuthInterceptor and CallLimits.
 
-    While `draining`, it takes no request that is not known yet. A caller that takes nothing of its answer for
-    `max_stall_s` is cut off.
+    While `draining`, it takes no request that is not known yet.
     """
 
-    def __init__(self, *, max_stall_s: float = math.inf) -> None:
-        self._write_timeouts = WriteTimeouts(max_stall_s)
+    def __init__(self) -> None:
         self.serving: Serving | None = None
         self.reason = "starting"
         self.draining = False
@@ -98,16 +94,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def _deliver(self, state: RequestState, reader: OutputReader, tokenizer: Tokenizer, context: Context) -> None:
         """Sends the deltas as they come, up to the last one. Raises the error they end with."""
-        task, loop = asyncio.current_task(), asyncio.get_running_loop()
-        assert task is not None, "a call is a task"
         while deltas := await reader.read():
             state.charge(time.monotonic())
             for response in write_deltas(deltas, state, tokenizer):
-                self._write_timeouts.begin(task, context, loop.time())
-                try:
-                    await context.write(response)
-                finally:
-                    self._write_timeouts.end(task)
+                await context.write(response)
 
     async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:  # noqa: N802
         if self.serving is not None:

@@ -1,0 +1,39 @@
+"""The calls that are open, each with a place of its caller's until gRPC, too, is through with it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import weakref
+
+from stagecoach_router.tenants.fair_share import FairShare
+
+
+class OpenCalls:
+    """A pool of `max_calls` places for calls of one sort. To be used on one event loop.
+
+    A method that has returned does not end its call: while the peer takes nothing, its answer and its status wait in
+    gRPC, which keeps the call, its task and their memory. So a place is free when the call's task is gone, which gRPC
+    holds on to as long as to the call. Who takes no answers thereby uses up its own share, and nobody else's.
+    """
+
+    def __init__(self, what: str, max_calls: int) -> None:
+        self._shares = FairShare(what, max_calls)
+
+    def __len__(self) -> int:
+        return self._shares.num_held
+
+    def enter(self, caller: str, retry_after_s: float) -> None:
+        """Counts the call that runs in the current task. Raises Overloaded where its caller has too many."""
+        self._shares.take(caller, retry_after_s=retry_after_s)
+        task = asyncio.current_task()
+        assert task is not None, "a call is a task"
+        loop, thread_id = task.get_loop(), threading.get_ident()
+
+        def leave() -> None:
+            if threading.get_ident() == thread_id:
+                self._shares.give_back(caller)
+            elif not loop.is_closed():  # the garbage collector came by in another thread
+                loop.call_soon_threadsafe(self._shares.give_back, caller)
+
+        weakref.finalize(task, leave).atexit = False
