@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from stagecoach.process.output_relay import OutputRelay
 from stagecoach.rpc.addresses import check_address, split_address
 from stagecoach.security.tls import ROUTER_NAME
 from stagecoach_cli import extras
 from stagecoach_cli.options import DEFAULT_TARGET, DType, Stages
-from stagecoach_cli.output_relay import OutputRelay
 from stagecoach_cli.terminal import make_console, without_control, write_at_once
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ import grpc.aio
 from grpc_reflection.v1alpha import reflection
 
 from stagecoach.errors import ConfigError, KVCacheFull, Unavailable
-from stagecoach.process.listener import listen
+from stagecoach.process.listener import listen, stop_server
 from stagecoach.rpc.addresses import read_addresses
 from stagecoach.rpc.channel import MAX_PUBLIC_MESSAGE_BYTES, MAX_SHARD_MESSAGE_BYTES
 from stagecoach.rpc.health import Health
@@ -176,7 +176,7 @@ class Router:
             serving.requests.close()
             await serving.engine.close()
             await serving.encoder.close()
-        await self._server.stop(STOP_GRACE_S)
+        await stop_server(self._server, STOP_GRACE_S)
 
     async def _work(self) -> None:
         """Watches the shards and serves the model that they have. Only an error ends it."""

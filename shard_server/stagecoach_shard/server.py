@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch
 
 from stagecoach.errors import InternalError
-from stagecoach.process.listener import listen
+from stagecoach.process.listener import listen, stop_server
 from stagecoach.process.settings import parse_size
 from stagecoach.rpc.channel import MAX_SHARD_MESSAGE_BYTES, Dial
 from stagecoach.rpc.health import Health
@@ -76,7 +76,7 @@ async def serve(settings: ShardSettings, stop: asyncio.Event) -> None:
         await _end_loading(opening, assignment)
         if assignment is not None:
             assignment.end_sessions()
-        await server.stop(STOP_GRACE_S)
+        await stop_server(server, STOP_GRACE_S)
     if assignment is not None and not await assignment.stop_computing():
         logger.error("a step has not ended in %g s", STOP_COMPUTING_TIMEOUT_S)
         _exit_at_once(1)  # a thread that hangs in a kernel cannot be ended

@@ -51,6 +51,7 @@ def run(program: str, main: Callable[[asyncio.Event], Awaitable[None]]) -> int:
             logger.warning("stopped at once, as a second signal asked")
             status = 0
         except StagecoachError as error:
+            _end_in_time(status)  # already now: nobody may be reading what we say
             _say(f"{program}: error: {error}")
         finally:
             _end_in_time(status)
@@ -60,6 +61,8 @@ def run(program: str, main: Callable[[asyncio.Event], Awaitable[None]]) -> int:
 
 
 def _say(line: str) -> None:
+    for handler in logging.root.handlers:  # what was logged before comes before
+        handler.flush()
     with contextlib.suppress(OSError, ValueError):  # nobody reads it, or there is no room for it
         print(line, file=sys.stderr, flush=True)  # noqa: T201
 

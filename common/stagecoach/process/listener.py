@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import resource
 from collections.abc import Sequence
 
@@ -13,8 +15,12 @@ from stagecoach.rpc.addresses import check_address, is_loopback, split_address
 from stagecoach.rpc.channel import public_limits, server_options
 from stagecoach.security.tls import Identity
 
+# For a server to stop, beyond the time that calls have to end.
+STOP_TIMEOUT_S = 3.0
 # An idle connection takes some 50 KB.
 MAX_CONNECTIONS = 4096
+
+logger = logging.getLogger(__name__)
 
 
 def listen(
@@ -55,6 +61,17 @@ def listen(
             text = f"listen: cannot listen on {address}: another process took it just now"
             raise ConfigError(text, field="listen", value=address)
     return server, port
+
+
+async def stop_server(server: grpc.aio.Server, grace_s: float) -> None:
+    """Lets calls end for `grace_s`, then cuts them off. A server that does not stop by then is left to itself.
+
+    A thread of gRPC that hangs, as while it writes to a standard error that nobody reads, would keep it for good.
+    """
+    stopping = asyncio.ensure_future(server.stop(grace_s))
+    done, _ = await asyncio.wait([stopping], timeout=grace_s + STOP_TIMEOUT_S)
+    if not done:
+        logger.error("the server has not stopped in %g s", grace_s + STOP_TIMEOUT_S)
 
 
 def max_connections() -> int:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
 import textwrap
+from typing import Any
 
 import pytest
+
+from stagecoach.process import listener
 
 TIMEOUT_S = 20
 
@@ -71,3 +75,17 @@ def test_a_process_runs_without_its_standard_streams(closed: list[int]) -> None:
 
     main = "print('out'); print('err', file=sys.stderr); raise ConfigError('no')"
     assert run(main, preexec_fn=close).returncode == 1
+
+
+async def test_a_server_that_does_not_stop_is_left_to_itself(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Stuck:
+        async def stop(self, grace_s: float) -> None:
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr(listener, "STOP_TIMEOUT_S", 0.01)
+    stuck: Any = Stuck()
+    async with asyncio.timeout(TIMEOUT_S):
+        await listener.stop_server(stuck, 0.01)
+    assert "has not stopped" in caplog.text

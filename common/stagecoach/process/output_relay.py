@@ -28,7 +28,8 @@ class OutputRelay:
 
     def __init__(self, write_dropped: Callable[[int], None], max_waiting: int = MAX_WAITING_LINES) -> None:
         self._write_dropped = write_dropped
-        self._waiting: queue.Queue[Write | None] = queue.Queue(max_waiting)
+        # An event is set when what was put before it is written, and None ends the thread.
+        self._waiting: queue.Queue[Write | threading.Event | None] = queue.Queue(max_waiting)
         self._lock = threading.Lock()
         self._num_dropped = 0
         # A daemon, so that the process can end even while a write to a stopped terminal hangs.
@@ -42,6 +43,14 @@ class OutputRelay:
         except queue.Full:
             self._drop(1)
 
+    def drain(self, timeout_s: float = _CLOSE_TIMEOUT_S) -> None:
+        """Returns when everything that was put before has been written, and after `timeout_s` in any case."""
+        end_s = time.monotonic() + timeout_s
+        written = threading.Event()
+        with contextlib.suppress(queue.Full):
+            self._waiting.put(written, timeout=timeout_s)
+            written.wait(max(0.0, end_s - time.monotonic()))
+
     def close(self, timeout_s: float = _CLOSE_TIMEOUT_S) -> None:
         """Returns when everything has been written, and after `timeout_s` in any case."""
         end_s = time.monotonic() + timeout_s
@@ -50,9 +59,13 @@ class OutputRelay:
             self._thread.join(max(0.0, end_s - time.monotonic()))
 
     def _run(self) -> None:
-        while (write := self._waiting.get()) is not None:
-            self._write(write)
-        self._write(lambda: None)  # what was dropped last is said, too
+        while (item := self._waiting.get()) is not None:
+            if isinstance(item, threading.Event):
+                self._write(_nothing)
+                item.set()
+            else:
+                self._write(item)
+        self._write(_nothing)
 
     def _write(self, write: Write) -> None:
         num_dropped = self._take_dropped()
@@ -62,7 +75,7 @@ class OutputRelay:
                 num_dropped = 0
             write()
         except (OSError, ValueError):
-            self._drop(num_dropped + 1)
+            self._drop(num_dropped + (write is not _nothing))
 
     def _drop(self, count: int) -> None:
         with self._lock:
@@ -72,3 +85,7 @@ class OutputRelay:
         with self._lock:
             num_dropped, self._num_dropped = self._num_dropped, 0
         return num_dropped
+
+
+def _nothing() -> None:
+    """Written for the sake of the count that goes before it: what was dropped last is said, too."""

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from rich.console import Console
 
-from stagecoach_cli.output_relay import OutputRelay
+from stagecoach.process.output_relay import OutputRelay
 from stagecoach_cli.up import _Log
 
 TIMEOUT_S = 10.0
