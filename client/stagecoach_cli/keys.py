@@ -30,13 +30,19 @@ def new(
         typer.Option(help="Add the entry to this file, for the router's --api-keys. By default, print the entry."),
     ] = None,
     requests_per_minute: Annotated[
-        int | None, typer.Option(help="The most requests in a minute. By default, there is no limit.")
+        int | None,
+        typer.Option(
+            help="The most calls in a minute, of those that generate or tokenize. By default, there is no limit."
+        ),
     ] = None,
     tokens_per_minute: Annotated[
         int | None, typer.Option(help="The most tokens in a minute, of prompts and outputs. By default, no limit.")
     ] = None,
     max_concurrent: Annotated[
-        int | None, typer.Option(help="The most requests at the same time. By default, no limit.")
+        int | None,
+        typer.Option(
+            help="The most sequences at the same time, a request with n completions being n. By default, no limit."
+        ),
     ] = None,
     model: Annotated[
         list[str] | None, typer.Option(help="A model that the key may use. May be given again. By default, all.")

@@ -165,6 +165,22 @@ async def test_limits_are_each_callers_own(tiny_model, tmp_path, monkeypatch):
         await eventually(lambda: generate(clients["cat"]), None)
 
 
+async def test_completions_count_each_and_so_does_a_request_that_is_asked_for_again(tiny_model, tmp_path, monkeypatch):
+    grants = {"ann": Grant(max_concurrent=2), "bob": Grant(requests_per_minute=1)}
+    async with keyed_cluster(tiny_model, tmp_path, monkeypatch, **grants) as (_, _, clients):
+        await generate(clients["ann"], n=2)
+        with pytest.raises(errors.PermissionDenied) as caught:
+            await generate(clients["ann"], n=3)
+        assert (caught.value.field, caught.value.limit) == ("n", "2")
+
+        first = await generate(clients["bob"], request_id="same")
+        for _ in range(10):
+            assert (await generate(clients["bob"], request_id="same")).text == first.text
+        with pytest.raises(errors.RateLimited) as caught:
+            await generate(clients["bob"], request_id="same")
+        assert caught.value.field == "requests_per_minute"
+
+
 async def test_what_runs_on_without_its_call_still_counts_and_is_its_callers_alone(tiny_model, tmp_path, monkeypatch):
     grants = {"ann": Grant(max_concurrent=1), "bob": Grant()}
     async with (

@@ -47,7 +47,7 @@ class Grant:
 
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None  # of prompts and outputs together
-    max_concurrent: int | None = None  # requests at a time
+    max_concurrent: int | None = None  # sequences at a time: a request with n completions counts n times
     models: tuple[str, ...] | None = None
     max_priority: int | None = None
     shares_cache: bool = False  # the prefix cache, with all others who do

@@ -9,6 +9,7 @@ from stagecoach.errors import StagecoachError
 from stagecoach.v1 import model_pb2
 from stagecoach_router.durability.journal import Journal
 from stagecoach_router.durability.request_registry import RequestRegistry
+from stagecoach_router.tenants.caller import Caller
 from stagecoach_router.tenants.tenants import Tenants
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,8 @@ async def _begin_again(
         try:
             entry.check(vocab_size=model.vocab_size, context_length=model.context_length)
             tenant = tenants.former(entry.key[0])
-            state = requests.accept(entry.key, entry.digest, entry.request, entry.past, tenant=tenant)
+            caller = Caller(tenant.name, tenant)
+            state = requests.accept(entry.key, entry.digest, entry.request, entry.past, caller=caller)
         except StagecoachError as error:
             logger.warning("request %s of the journal cannot go on: %s", entry.request.request_id, error)
             journal.forget(entry.key)

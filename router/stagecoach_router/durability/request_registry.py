@@ -21,7 +21,8 @@ from stagecoach_router.requests.output_stream import OutputReader
 from stagecoach_router.requests.request import Request, RequestKey
 from stagecoach_router.requests.request_state import RequestState
 from stagecoach_router.sampling.outputs import Sampled
-from stagecoach_router.tenants.tenants import Tenant
+from stagecoach_router.tenants.caller import Caller
+from stagecoach_router.tenants.fair_share import FairShare
 
 
 class Log(Protocol):
@@ -38,7 +39,10 @@ class Log(Protocol):
 
 
 class RequestRegistry:
-    """The requests that one engine runs or has finished lately. `log`, where there is one, is told of all of them."""
+    """The requests that one engine runs or has finished lately. `log`, where there is one, is told of all of them.
+
+    Each caller has a share of the engine's places to run and to wait. Nobody who was accepted loses its place for that.
+    """
 
     def __init__(self, engine: Engine, *, max_linger_s: float, log: Log | None = None) -> None:
         self._engine = engine
@@ -47,6 +51,7 @@ class RequestRegistry:
         self._known: dict[RequestKey, RequestState] = {}
         self._retained: Retention[RequestKey] = Retention()
         self._num_running = 0
+        self._places = FairShare("places to run and to wait", 1)
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -76,6 +81,23 @@ class RequestRegistry:
             )
         return state
 
+    def check_room(self, caller: Caller, num_sequences: int) -> None:
+        """Raises what `accept` would raise for want of room: before anything is spent on a request.
+
+        Raises OutOfRange for more sequences than a caller could have at any time.
+        """
+        self._places.size = self._engine.num_places
+        most = self._places.most_for_one
+        if num_sequences > most:
+            raise errors.OutOfRange(
+                f"n: {num_sequences} completions; at most {most} sequences of one caller may run and wait",
+                field="n",
+                limit=most,
+                value=num_sequences,
+            )
+        self._engine.check_room(num_sequences)
+        self._places.check(caller.name, num_sequences, retry_after_s=self._engine.retry_after_s)
+
     def accept(
         self,
         key: RequestKey,
@@ -83,26 +105,32 @@ class RequestRegistry:
         request: Request,
         past: Sequence[Sequence[Sampled]] = (),
         *,
-        tenant: Tenant | None = None,
+        caller: Caller | None = None,
     ) -> RequestState:
         """Begins a request, or goes on with one that has had the tokens of `past`, by completion.
 
-        It counts as one of the tenant's, and is charged to it, until it ends. The prompt, and `past`, have been charged
-        already. Raises what Engine.submit raises, and then nothing was begun.
+        Its sequences count as the caller's, and are charged to its tenant, until it ends. The prompt, and `past`, have
+        been charged already. Raises what Engine.submit raises, and Overloaded where a new request would have more than
+        its caller's share of the places; then nothing was begun.
         """
         assert key not in self._known, "found before"
-        state = RequestState(request, key=key, digest=digest, tenant=tenant)
+        state = RequestState(request, key=key, digest=digest, tenant=None if caller is None else caller.tenant)
+        num_sequences, name = request.params.n, "" if caller is None else caller.name
+        if not past:
+            self._places.size = self._engine.num_places
+            self._places.check(name, num_sequences, retry_after_s=self._engine.retry_after_s)
         self._engine.submit(state, past)
         self._known[key] = state
-        if tenant is not None:
-            tenant.begin()
+        self._places.force(name, num_sequences)
+        if state.tenant is not None:
+            state.tenant.begin(num_sequences)
         self._num_running += 1
         self._idle.clear()
         if self._log is not None:
             self._log.begin(state)
-        state.on_end = lambda error: self._end(state, error)
+        state.on_end = lambda error: self._end(state, error, name)
         if state.ended:  # with the tokens of `past`
-            self._end(state, state.error)
+            self._end(state, state.error, name)
         return state
 
     @contextmanager
@@ -152,10 +180,11 @@ class RequestRegistry:
         self._engine.cancel(state)
         state.fail(errors.Cancelled("the request was cancelled"))
 
-    def _end(self, state: RequestState, error: errors.StagecoachError | None) -> None:
+    def _end(self, state: RequestState, error: errors.StagecoachError | None, caller_name: str) -> None:
+        self._places.give_back(caller_name, state.request.params.n)
         if state.tenant is not None:
             state.charge(time.monotonic())
-            state.tenant.end()
+            state.tenant.end(state.request.params.n)
         self._num_running -= 1
         if not self._num_running:
             self._idle.set()

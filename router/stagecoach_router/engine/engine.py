@@ -82,6 +82,11 @@ class Engine:
         return sum(replica.scheduler.num_waiting for replica in self.replicas)
 
     @property
+    def num_places(self) -> int:
+        """How many sequences may run and wait."""
+        return sum(replica.scheduler.max_running + replica.scheduler.max_waiting for replica in self.replicas)
+
+    @property
     def capacity_tokens(self) -> int:
         """The most tokens, prompt and output, that a sequence may come to."""
         return max(self._capacities)

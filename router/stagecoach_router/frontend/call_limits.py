@@ -19,8 +19,9 @@ import grpc.aio
 
 from stagecoach import errors
 from stagecoach.errors.status import abort
+from stagecoach.rpc.addresses import host_of
 from stagecoach_router.frontend.auth_interceptor import HEALTH_CHECK, Find, calling_tenant
-from stagecoach_router.frontend.callers import caller_of, host_of
+from stagecoach_router.frontend.callers import caller_of
 from stagecoach_router.frontend.open_calls import OpenCalls
 from stagecoach_router.frontend.reading_turns import READ_TIMEOUT_S, RETRY_AFTER_S, ReadingTurns
 from stagecoach_router.frontend.write_timeouts import TimedContext, WriteTimeouts

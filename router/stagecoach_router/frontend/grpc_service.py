@@ -140,11 +140,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         request.request_id = request.request_id or uuid.uuid4().hex
         key = (tenant.name, request.request_id)
         if serving.requests.knows(key):
+            tenant.admit_return(time.monotonic())
             known = serving.requests.find(key, content_digest(request))
             if known is not None:  # else its time was up just now
                 return known
-        self._check_new(request, serving)
-        with tenant.admit(time.monotonic()):
+        num_sequences = max(1, min(request.sampling.n, MAX_N))
+        self._check_new(request)
+        serving.requests.check_room(caller, num_sequences)
+        with tenant.admit(time.monotonic(), num_sequences):
             checked = await read_request(
                 request, model=serving.model, encoder=serving.encoder, engine=serving.engine, caller=caller
             )
@@ -152,13 +155,13 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             known = serving.requests.find(key, digest)
             if known is not None:  # while this one was read, another call brought the same
                 return known
-            state = serving.requests.accept(key, digest, checked, tenant=tenant)
+            state = serving.requests.accept(key, digest, checked, caller=caller)
         if request.WhichOneof("input") == "token_ids":  # a text's tokens were charged when there were some
             tenant.charge(len(checked.prompt_tokens), time.monotonic())
         return state
 
-    def _check_new(self, request: pb.GenerateRequest, serving: Serving) -> None:
-        """Raises Unavailable, FailedPrecondition or Overloaded where no request that is not known can be taken."""
+    def _check_new(self, request: pb.GenerateRequest) -> None:
+        """Raises Unavailable or FailedPrecondition where no request that is not known can be taken."""
         if self.draining:
             raise errors.Unavailable("the router is stopping", retry_after_s=STOPPING_RETRY_AFTER_S)
         if any(request.from_tokens):
@@ -167,7 +170,6 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 field="from_tokens",
                 value=request.request_id,
             )
-        serving.engine.check_room(max(1, min(request.sampling.n, MAX_N)))
 
     def _require(self, model: str, tenant: Tenant) -> Serving:
         if self.serving is None:

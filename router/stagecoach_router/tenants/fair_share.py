@@ -31,6 +31,11 @@ class FairShare:
         self._held: dict[str, int] = {}  # by caller, of those that hold any
 
     @property
+    def most_for_one(self) -> int:
+        """How much a caller may take where nobody else holds anything."""
+        return min(self.size, -(-ALPHA * self.size // (ALPHA + 1)))
+
+    @property
     def num_callers(self) -> int:
         """How many hold something."""
         return len(self._held)

@@ -20,10 +20,10 @@ class TokenBucket:
         self._units = float(per_minute)  # negative: owed
         self._filled_at_s = now_s
 
-    def wait_s(self, now_s: float) -> float:
-        """How long until a unit is there, if nobody takes any before; 0.0: now."""
+    def wait_s(self, now_s: float, owing: float = 0.0) -> float:
+        """How long until a unit may be taken, if nobody takes any before; 0.0: now. `owing` may be owed after that."""
         self._fill(now_s)
-        missing = 1.0 - self._units
+        missing = 1.0 - owing - self._units
         return missing * 60.0 / self._per_minute + _MARGIN_S if missing > 0 else 0.0
 
     def take(self, num_units: int, now_s: float) -> None:

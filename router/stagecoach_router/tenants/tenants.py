@@ -13,6 +13,8 @@ from stagecoach_router.tenants.rate_limit import TokenBucket
 AUTHORIZATION = "authorization"
 # When one of a tenant's requests will end is not known; soon, as a rule.
 CONCURRENCY_RETRY_AFTER_S = 1.0
+# Calls of the next minute that may be used up in advance by who comes back for a request, at least.
+MIN_RETURNS_IN_ADVANCE = 10
 # Compared with where there is no such id, so that this takes as long as a wrong key does.
 _NO_SHA256 = "0" * 64
 
@@ -23,7 +25,7 @@ class Tenant:
     def __init__(self, name: str, grant: Grant, now_s: float) -> None:
         self.name = name
         self.grant = grant
-        self.num_running = 0
+        self.num_running = 0  # sequences: a request with n completions counts n times
         self.requests = _bucket(None, grant.requests_per_minute, now_s)
         self.tokens = _bucket(None, grant.tokens_per_minute, now_s)
 
@@ -54,21 +56,13 @@ class Tenant:
             )
 
     @contextmanager
-    def admit(self, now_s: float) -> Iterator[None]:
+    def admit(self, now_s: float, num_sequences: int = 1) -> Iterator[None]:
         """Lets a request in, which counts as running within the `with` statement, and takes it off the minute's.
 
         Raises RateLimited, and then takes nothing: its `retry_after_s` is when the request would be let in, if the
-        tenant sent nothing else until then.
+        tenant sent nothing else until then. Raises PermissionDenied for more sequences than may ever run.
         """
-        limit = self.grant.max_concurrent
-        if limit is not None and self.num_running >= limit:
-            raise RateLimited(
-                f"{self.num_running} requests of {self.name} are running; {limit} may",
-                field="max_concurrent",
-                limit=limit,
-                value=self.num_running,
-                retry_after_s=CONCURRENCY_RETRY_AFTER_S,
-            )
+        self._check_concurrent(num_sequences)
         waits = {
             "tokens_per_minute": 0.0 if self.tokens is None else self.tokens.wait_s(now_s),
             "requests_per_minute": 0.0 if self.requests is None else self.requests.wait_s(now_s),
@@ -76,19 +70,51 @@ class Tenant:
         self._check_wait(*max(waits.items(), key=lambda item: item[1]))
         if self.requests is not None:
             self.requests.take(1, now_s)
-        self.begin()
+        self.begin(num_sequences)
         try:
             yield
         finally:
-            self.end()
+            self.end(num_sequences)
 
-    def begin(self) -> None:
-        """A request runs from now on, whatever the limits say, until `end`."""
-        self.num_running += 1
+    def admit_return(self, now_s: float) -> None:
+        """Lets a call in that comes back for a request which is known, and takes it off the minute's.
 
-    def end(self) -> None:
-        """A request runs no more."""
-        self.num_running -= 1
+        A caller whose connection broke is not to lose its answer because the minute's calls are used up. So some of the
+        next minute's may be used in advance, for which new requests wait. Raises RateLimited where those are gone, too.
+        """
+        limit = self.grant.requests_per_minute
+        if self.requests is None or limit is None:
+            return
+        owing = max(limit, MIN_RETURNS_IN_ADVANCE)
+        self._check_wait("requests_per_minute", self.requests.wait_s(now_s, owing))
+        self.requests.take(1, now_s)
+
+    def begin(self, num_sequences: int = 1) -> None:
+        """So many sequences run from now on, whatever the limits say, until `end`."""
+        self.num_running += num_sequences
+
+    def end(self, num_sequences: int = 1) -> None:
+        """So many sequences run no more."""
+        self.num_running -= num_sequences
+
+    def _check_concurrent(self, num_sequences: int) -> None:
+        limit = self.grant.max_concurrent
+        if limit is None or self.num_running + num_sequences <= limit:
+            return
+        if num_sequences > limit:
+            raise PermissionDenied(
+                f"n: {num_sequences} completions; {self.name} may have {limit} running",
+                field="n",
+                limit=limit,
+                value=num_sequences,
+            )
+        raise RateLimited(
+            f"{self.num_running} sequences of {self.name} are running; {limit} may",
+            field="max_concurrent",
+            limit=limit,
+            value=self.num_running,
+            retry_after_s=CONCURRENCY_RETRY_AFTER_S,
+        )
 
     def check_tokens(self, now_s: float) -> None:
         """Raises RateLimited where no token of the minute's is left: of requests that came in together, not all may

@@ -33,6 +33,11 @@ def test_a_small_pool_is_whoevers_comes() -> None:
         assert fill(FairShare("places", size), "alone") == size
 
 
+@given(st.integers(1, 3000))
+def test_the_most_that_one_may_have_is_what_a_lone_caller_gets(size: int) -> None:
+    assert fill(pool := FairShare("places", size), "alone") == pool.most_for_one
+
+
 def test_callers_who_take_turns_have_equal_parts() -> None:
     pool, callers = FairShare("places", 340), ["a", "b", "c"]
     while any(pool.room_for(caller) for caller in callers):

@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
-from stagecoach.errors import DeadlineExceeded
+from stagecoach.errors import DeadlineExceeded, OutOfRange, Overloaded
+from stagecoach.security.api_keys import Grant
 from stagecoach_router.durability.request_registry import RequestRegistry
 from stagecoach_router.requests.request_state import RequestState
+from stagecoach_router.tenants.caller import Caller
+from stagecoach_router.tenants.tenants import Tenant
 from tests.unit.router.fake_pipelines import FakeCluster, FakePipeline, request
 
 KEY = ("", "r")
@@ -102,3 +105,51 @@ async def test_nobody_comes_back_within_the_linger_time_and_the_request_ends() -
     async with asyncio.timeout(10):
         await scene.registry.all_ended()
     assert scene.cluster.engine.num_running == 0
+
+
+def caller(name: str, grant: Grant | None = None) -> Caller:
+    return Caller(name, Tenant(name, grant or Grant(), 0.0))
+
+
+async def test_each_caller_has_a_share_of_the_places_to_run_and_to_wait() -> None:
+    """Before, whoever came first could fill every place, with one request of 64 completions or with many."""
+    scene = Scene()
+    await scene.cluster.open(answered=True)
+    registry = scene.registry
+    assert scene.cluster.engine.num_places == 13
+    greedy, late = caller("greedy"), caller("late")
+    registry.accept(("", "many"), b"", request("many", n=8), caller=greedy)
+    registry.accept(("", "more"), b"", request("more", n=4), caller=greedy)
+    for check in (
+        lambda: registry.check_room(greedy, 1),
+        lambda: registry.accept(("", "x"), b"", request("x"), caller=greedy),
+    ):
+        with pytest.raises(Overloaded) as caught:
+            check()
+        assert (caught.value.limit, caught.value.value) == ("12", "13")
+        assert caught.value.retry_after_s > 0
+    registry.check_room(late, 1)
+    registry.accept(("", "late"), b"", request("late"), caller=late)
+    registry.cancel(("", "more"))
+    registry.check_room(greedy, 1)
+
+
+async def test_more_completions_than_a_caller_can_have_are_refused_for_good() -> None:
+    scene = Scene()
+    await scene.cluster.open(answered=True)
+    with pytest.raises(OutOfRange) as caught:
+        scene.registry.check_room(caller("greedy"), 13)
+    assert (caught.value.field, caught.value.limit, caught.value.value) == ("n", "12", "13")
+
+
+async def test_what_a_tenants_request_counts_for_ends_with_it_however_it_ends() -> None:
+    scene = Scene()
+    await scene.cluster.open(answered=True)
+    ann = caller("ann", Grant(max_concurrent=4))
+    scene.registry.accept(("ann", "a"), b"", request("a", n=3), caller=ann)
+    scene.registry.accept(("ann", "b"), b"", request("b"), caller=ann)
+    assert ann.tenant.num_running == 4
+    scene.registry.cancel(("ann", "a"))
+    assert ann.tenant.num_running == 1
+    scene.registry.close()
+    assert ann.tenant.num_running == 0

@@ -157,6 +157,55 @@ def test_requests_at_a_time_also_when_one_fails():
     assert tenant.num_running == 0
 
 
+def test_each_completion_of_a_request_counts_as_one_that_runs():
+    """Before, a tenant that may have one thing at a time could fill every slot with one request."""
+    tenant = Tenant("ann", Grant(max_concurrent=8, requests_per_minute=5), 0.0)
+    with tenant.admit(0.0, 5):
+        with pytest.raises(RateLimited) as caught, tenant.admit(0.0, 4):
+            pass
+        assert (caught.value.field, caught.value.limit, caught.value.value) == ("max_concurrent", "8", "5")
+        with tenant.admit(0.0, 3):
+            assert tenant.num_running == 8
+    with pytest.raises(PermissionDenied) as denied, tenant.admit(0.0, 9):
+        pass
+    assert (denied.value.field, denied.value.limit, denied.value.value) == ("n", "8", "9")
+    assert tenant.num_running == 0
+
+
+def returns(tenant, now_s):
+    """How often in a row a tenant may come back for a request that is known."""
+    for num in range(1000):
+        try:
+            tenant.admit_return(now_s)
+        except RateLimited:
+            return num
+    return None
+
+
+def test_who_comes_back_for_an_answer_may_use_up_the_next_minutes_calls_and_no_more():
+    """Before, a finished request could be asked for again and again, at no cost."""
+    tenant = Tenant("ann", Grant(requests_per_minute=60), 0.0)
+    for _ in range(60):
+        with tenant.admit(0.0):
+            pass
+    assert returns(tenant, 0.0) == 60, "a lost connection does not lose the answer"
+    with pytest.raises(RateLimited) as caught, tenant.admit(0.0):
+        pass
+    assert caught.value.retry_after_s == pytest.approx(61, abs=0.01)
+    with pytest.raises(RateLimited) as caught:
+        tenant.admit_return(0.0)
+    assert (caught.value.field, caught.value.retry_after_s) == ("requests_per_minute", pytest.approx(1, abs=0.01))
+    assert returns(tenant, 3.1) == 3
+
+
+def test_who_has_few_calls_a_minute_may_still_come_back_some_times():
+    tenant = Tenant("ann", Grant(requests_per_minute=1), 0.0)
+    with tenant.admit(0.0):
+        pass
+    assert returns(tenant, 0.0) == 10
+    assert returns(Tenant("", Grant(), 0.0), 0.0) is None
+
+
 def test_a_request_that_runs_on_counts_until_it_ends():
     tenant = Tenant("ann", Grant(max_concurrent=1), 0.0)
     with tenant.admit(0.0):
