@@ -11,6 +11,7 @@
 // the CPU that the compiler is told to build for.
 
 #include <math.h>
+#include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -143,9 +144,28 @@ INLINE vf exp_(vf x) {
 
 enum { TILED = 0, NORMED, QUERIES, ATTENDED, PROJECTED, ACTIVE, ATTENTION, SLOTS, WIDE, NUM_SCRATCH };
 
-// Memory of this thread for one purpose. It is kept from call to call, and only grows.
+typedef struct { float *at; size_t size; } Held;
+
+static pthread_key_t held_key;
+static pthread_once_t held_once = PTHREAD_ONCE_INIT;
+
+static void free_held(void *of_thread) {
+  for (int which = 0; which < NUM_SCRATCH; which++) free(((Held *)of_thread)[which].at);
+  free(of_thread);
+}
+
+static void make_held_key(void) { pthread_key_create(&held_key, free_held); }
+
+// Memory of this thread for one purpose. It is kept from call to call, only grows, and goes with the thread: a shard
+// that is given other layers computes them on new threads.
 static float *scratch(int which, size_t floats) {
-  static _Thread_local struct { float *at; size_t size; } held[NUM_SCRATCH];
+  static _Thread_local Held *held;
+  if (held == NULL) {
+    pthread_once(&held_once, make_held_key);
+    Held *fresh = calloc(NUM_SCRATCH, sizeof(Held));
+    if (fresh == NULL || pthread_setspecific(held_key, fresh) != 0) return free(fresh), NULL;
+    held = fresh;
+  }
   if (held[which].size < floats) {
     free(held[which].at);
     held[which].size = 0;

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stagecoach_shard.runtime.logit_reduction import log_sum_exp, top_candidates
 
@@ -82,6 +83,28 @@ def test_a_nan_anywhere_in_a_row_comes_first_and_leaves_other_rows_alone(num_nan
     expected_ids, expected_values = sorted_whole(logits[:1], num_candidates)
     assert torch.equal(ids[:1], expected_ids)
     assert torch.equal(values[:1], expected_values)
+
+
+class LargestResult(TorchDispatchMode):
+    """Notes the most bytes in any one operation's result."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, Tensor):
+                self.num_bytes = max(self.num_bytes, tensor.nbytes)
+        return result
+
+
+@pytest.mark.parametrize("value", [0.0, torch.nan, -torch.inf])
+def test_rows_that_cannot_be_told_apart_take_no_more_than_others(value: float) -> None:
+    """Hidden states of nothing, which a stage that lies may send, make every logit of a row the same."""
+    logits = torch.full((4, VOCAB_SIZE), value)
+    with LargestResult() as largest:
+        top_candidates(logits, 128)
+    assert largest.num_bytes <= logits.nbytes  # which a view of them has
 
 
 @pytest.mark.parametrize("num_candidates", [1, 40])

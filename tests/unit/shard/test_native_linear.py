@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from ctypes import CDLL, c_int64, c_void_p
 
+import psutil
 import pytest
 import torch
 from torch.nn import functional
@@ -156,3 +158,20 @@ def test_rounding_to_bfloat16_is_that_of_torch(build: str) -> None:
     assert torch.equal(y.isnan(), x.isnan())
     numbers = ~x.isnan()
     assert torch.equal(y[numbers].view(torch.int16), expected[numbers].view(torch.int16))
+
+
+def test_what_a_thread_computes_in_goes_with_the_thread() -> None:
+    """A shard that is given other layers begins a new compute thread, and may do so every minute."""
+    linear = NativeLinear(torch.zeros(1, 4096, dtype=torch.bfloat16), None, kernels(BUILDS[0]))
+    x = torch.zeros(2048, 4096)  # 32 MiB, which the kernel lays out anew
+
+    def compute() -> None:
+        thread = threading.Thread(target=linear, args=(x,))
+        thread.start()
+        thread.join()
+
+    compute()
+    before = psutil.Process().memory_info().rss
+    for _ in range(8):
+        compute()
+    assert psutil.Process().memory_info().rss - before < 64 << 20

@@ -27,7 +27,7 @@ from stagecoach_shard.runtime.stage_runner import (
     StageRunner,
 )
 from tests.unit.shard.stage_chain import CPU
-from tests.unit.shard.tiny_models import MODELS, reference_logits, save_tiny_model
+from tests.unit.shard.tiny_models import MODELS, VOCAB_SIZE, reference_logits, save_tiny_model
 
 BLOCK_SIZE, NUM_BLOCKS, TIMEOUT_S = 4, 8, 20.0
 TOKEN_IDS = [5, 60, 31, 7]
@@ -148,6 +148,37 @@ def test_the_last_stage_answers_with_the_outputs_that_were_asked_for(
     torch.testing.assert_close(values[0], expected[2].topk(3).values, atol=1e-4, rtol=0)
     torch.testing.assert_close(plain[0], expected[2].logsumexp(0), atol=1e-4, rtol=0)
     torch.testing.assert_close(scaled[0], (expected[2] / 0.5).logsumexp(0), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("max_rows", [1, 2, 3])
+def test_more_logits_than_there_may_be_at_a_time_come_in_runs_and_are_the_same(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, max_rows: int
+) -> None:
+    wanted = (
+        WantedOutput(torch.tensor([3, 0]), 0, None),
+        WantedOutput(torch.tensor([2]), 3, torch.tensor([0.5])),
+        WantedOutput(torch.tensor([1, 2, 3, 0]), 2, torch.tensor([1.0, 0.0, 0.5, 2.0])),
+        WantedOutput(torch.tensor([1]), 1, None),
+    )
+    scene.submit("at once", outputs=wanted)
+    at_once = scene.answer("at once")
+    seen: list[int] = []
+    compute = Stage.logits
+
+    def logits(stage: Stage, hidden_states: torch.Tensor) -> torch.Tensor:
+        seen.append(len(hidden_states))
+        return compute(stage, hidden_states)
+
+    monkeypatch.setattr(Stage, "logits", logits)
+    monkeypatch.setattr("stagecoach_shard.runtime.outputs._MAX_LOGITS_BYTES", max_rows * 4 * VOCAB_SIZE)
+    scene.submit("in runs", outputs=wanted)
+    in_runs = scene.answer("in runs")
+    assert (max(seen), sum(seen)) == (max_rows, 8)
+    assert isinstance(at_once, list)
+    assert isinstance(in_runs, list)
+    for one, other in zip(at_once, in_runs, strict=True):
+        for expected, array in zip(one.arrays, other.arrays, strict=True):
+            torch.testing.assert_close(array, expected, atol=1e-4, rtol=0)
 
 
 def test_other_stages_answer_with_hidden_states(tiny: tuple[Checkpoint, torch.Tensor]) -> None:
