@@ -39,9 +39,12 @@ class Supervisor:
         self._look = look
         self._on_event = on_event
         self._clock = clock
-        self._next_look_at = 0.0
+        self._wants_look = threading.Event()
+        self._seen: tuple[float, ClusterStatus | None] = (0.0, None)  # when the latest look began, and what it showed
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
+        # Of its own: a router that does not answer keeps whoever looks waiting, and no process may wait for that.
+        self._looker = threading.Thread(target=self._look_when_wanted, name="supervisor's look", daemon=True)
         self.failure: Exception | None = None
 
     def start(self) -> None:
@@ -50,10 +53,12 @@ class Supervisor:
             process.came_up = True
             process.started_at = self._clock()
         self._thread.start()
+        self._looker.start()
 
     def stop(self) -> None:
         """Ends the watch. Nothing is started any more once this has returned. It may be called again."""
         self._stopping.set()
+        self._wants_look.set()
         self._thread.join()
 
     def _run(self) -> None:
@@ -117,12 +122,24 @@ class Supervisor:
 
     def _note_who_came_up(self) -> None:
         waiting = [each for each in self._processes if not (each.came_up or each.given_up or each.again_at is not None)]
-        if not waiting or self._clock() < self._next_look_at:
+        if not waiting:
+            self._wants_look.clear()
             return
-        self._next_look_at = self._clock() + _LOOK_INTERVAL_S
-        status = self._look()
+        self._wants_look.set()
+        began_at, status = self._seen
         for process in waiting:
-            process.came_up = status is not None and process.does_its_job(status)
+            # What was seen before it started is of the process before.
+            process.came_up = status is not None and began_at >= process.started_at and process.does_its_job(status)
+
+    def _look_when_wanted(self) -> None:
+        try:
+            while not self._stopping.is_set():
+                self._wants_look.wait()
+                began_at = self._clock()
+                self._seen = (began_at, self._look())
+                self._stopping.wait(_LOOK_INTERVAL_S)
+        except Exception as error:
+            self.failure = error
 
     def _say(self, text: str) -> None:
         if self._on_event is not None:

@@ -1,9 +1,9 @@
 """`python -m tests.soak.frequent_kills --model DIR --seconds N --every N`: streams get on while stages keep dying.
 
 A cluster as `stagecoach up --spares 1` makes it, in float32, with its own supervisor. Eight streams run at a time, the
-next as soon as one ends. Every few seconds a random stage, of those that serve then, is killed with SIGKILL, however
-far the recovery from the kill before has come. Each stream has to end with the tokens of an undisturbed run, and tokens
-have to come all the while: the longest time without one, of any stream, is the figure that counts.
+next as soon as one ends. Every few seconds a random stage, of the pipeline that is open then or was last, is killed
+with SIGKILL, however far the recovery from the kill before has come. Each stream has to end with the tokens of an
+undisturbed run, and tokens have to come all the while: the longest time without one is the figure that counts.
 """
 
 from __future__ import annotations
@@ -32,9 +32,8 @@ from stagecoach_local import LocalCluster
 from tests.soak.failure import Failed
 
 VICTIMS = ("stage", "any")
-NUM_STREAMS = 8
 OUTPUT_TOKENS = 100
-WORDS = ("the coach rolled on", "seven horses", "rain fell on", "a stone", "nobody knew", "each night", "once", "it")
+PROMPTS = ("the coach rolled on", "seven horses", "rain fell on", "a stone", "nobody knew", "each night", "once", "it")
 # What is longer than this counts as no progress.
 MAX_SILENCE_S = 10.0
 MAX_DETECTION_S = 0.15
@@ -85,7 +84,7 @@ class Tally:
 
 
 class Streams:
-    """Runs one request after the other in each of NUM_STREAMS tasks, until it is told to finish."""
+    """Runs one request after the other for each of PROMPTS, until it is told to finish."""
 
     def __init__(self, client: AsyncClient, expected: dict[str, list[int]], tally: Tally) -> None:
         self._client = client
@@ -138,18 +137,19 @@ class Killer:
         while next_s < end_s:
             await asyncio.sleep(next_s - time.monotonic())
             next_s += every_s
-            pid = await self._victim(victims)
-            with contextlib.suppress(ProcessLookupError):  # its supervisor has yet to start it again
-                os.kill(pid, signal.SIGKILL)
-                self._tally.kills_s.append(time.monotonic())
+            pids = await self._pids(victims)
+            if pids:
+                with contextlib.suppress(ProcessLookupError):  # its supervisor has yet to start it again
+                    os.kill(self._dice.choice(pids), signal.SIGKILL)
+                    self._tally.kills_s.append(time.monotonic())
 
-    async def _victim(self, victims: str) -> int:
-        processes = [each for each in self._cluster.processes if each.role != "router"]
-        if victims == "stage":
-            pipelines = (await self._client.status()).pipelines
-            serving = {stage.address for pipeline in pipelines for stage in pipeline.stages}
-            processes = [each for each in processes if each.address in serving]
-        return self._dice.choice(processes).pid
+    async def _pids(self, victims: str) -> list[int]:
+        """Whom to choose from. A process that was started again is a stage when a pipeline has been opened over it."""
+        pids = [each.pid for each in self._cluster.processes if each.role != "router"]
+        if victims == "any":
+            return pids
+        pipelines = (await self._client.status()).pipelines
+        return [stage.pid for pipeline in pipelines for stage in pipeline.stages if stage.pid in pids]
 
 
 async def note_detections(address: str, tally: Tally) -> None:
@@ -208,9 +208,9 @@ async def survive(
     try:
         await asyncio.to_thread(cluster.start)
         async with AsyncClient(cluster.address) as client:
-            quiet = [await client.generate(prompt, **_options()) for prompt in WORDS[:NUM_STREAMS]]
+            quiet = await asyncio.gather(*(client.generate(prompt, **_options()) for prompt in PROMPTS))
             expected = {
-                prompt: list(answer.completions[0].token_ids) for prompt, answer in zip(WORDS, quiet, strict=True)
+                prompt: list(answer.completions[0].token_ids) for prompt, answer in zip(PROMPTS, quiet, strict=True)
             }
             noting = asyncio.create_task(note_detections(cluster.address, tally))
             tally.arrivals_s.append(time.monotonic())

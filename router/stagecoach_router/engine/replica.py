@@ -94,6 +94,7 @@ class Replica:
         self._lost = asyncio.Event()
         self._unproven_since_s: float | None = time.monotonic()  # None while it is ready
         self._reopen_delay_s = REOPEN_FIRST_DELAY_S
+        self._no_attempt_before_s = 0.0  # of time.monotonic()
 
     # ---- requests
 
@@ -266,9 +267,12 @@ class Replica:
         await self.close()
         self._fail_after_timeout()  # it may open well each time, and break with its probe
         while True:
-            await asyncio.sleep(self._reopen_delay_s)  # also when it opens well, and breaks with its first step
-            self._reopen_delay_s = min(2 * self._reopen_delay_s, REOPEN_MAX_DELAY_S)
+            # So long after the last attempt began, also where that opened well and broke with its first step. A
+            # pipeline that has lived for longer is opened again at once.
+            await asyncio.sleep(self._no_attempt_before_s - time.monotonic())
             tried = time.monotonic()
+            self._no_attempt_before_s = tried + self._reopen_delay_s
+            self._reopen_delay_s = min(2 * self._reopen_delay_s, REOPEN_MAX_DELAY_S)
             try:
                 await self.open()
             except Exception as error:

@@ -115,7 +115,10 @@ class Pipeline:
         self._forward.send(frame)
 
     async def refresh_loads(self, timeout_s: float) -> None:
-        """Asks every stage for a load report of now, and waits until all have come, at the longest `timeout_s`."""
+        """Asks every stage for a load report of now, and waits until all have come, at the longest `timeout_s`.
+
+        Returns at once where the pipeline is lost.
+        """
         if self.lost is not None:
             return
         self._num_questions += 1
@@ -206,6 +209,8 @@ class Pipeline:
     def _lose(self, error: errors.StagecoachError) -> None:
         if self.lost is None:
             self.lost = error
+            for stage in self.stages:
+                stage.expect_no_load()
             self._listener.pipeline_lost(error)
 
 

@@ -100,13 +100,19 @@ class StageSession:
         self._was_asked.set()
 
     async def load_report(self, question: int) -> None:
-        """Asks for a load report, and returns when it has come."""
+        """Asks for a load report, and returns when it has come, or will not come any more."""
         arrived = self._awaited_reports[question] = asyncio.get_running_loop().create_future()
         self.ask_for_load(question)
         try:
             await arrived
         finally:
             del self._awaited_reports[question]
+
+    def expect_no_load(self) -> None:
+        """The pipeline is lost: whoever waits for a load report waits in vain."""
+        for arrived in self._awaited_reports.values():
+            if not arrived.done():
+                arrived.set_result(None)
 
     def take_load(self, report: LoadReport) -> None:
         """A load report has come."""

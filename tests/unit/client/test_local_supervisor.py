@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+
 import pytest
 
 from stagecoach.topology import LayerRange
 from stagecoach.v1 import inference_pb2 as pb
 from stagecoach_client.status import read_status
 from stagecoach_local.process import Process, can_serve
+from stagecoach_local.supervisor import Supervisor
 
+TIMEOUT_S = 20.0
 FIRST, SECOND = LayerRange(0, 15), LayerRange(15, 30)
 
 
@@ -54,3 +59,32 @@ def test_what_the_router_knows_of_the_process_before_it_does_not_count_for_the_o
     for pid, reason, does in ((6, "", False), (7, "loading layers 0:15", False), (7, "", True)):
         answer = pb.GetClusterStatusResponse(spares=[pb.SpareStatus(address=spare.address, pid=pid, reason=reason)])
         assert spare.does_its_job(read_status(answer)) == does
+
+
+def test_a_router_that_does_not_answer_delays_no_restart() -> None:
+    looks, asked, restarted = threading.Event(), threading.Event(), threading.Event()
+
+    def look() -> None:
+        asked.set()
+        looks.wait(TIMEOUT_S)  # as of a router that is stopped
+
+    def shard(name: str) -> Process:
+        return Process(name, "shard", [sys.executable, "-c", "import time; time.sleep(100)"], "", FIRST)
+
+    first, second = shard("first"), shard("second")
+    for process in (first, second):
+        process.child.start()
+    supervisor = Supervisor([first, second], look, lambda text: restarted.set() if "second" in text else None)
+    supervisor.start()
+    try:
+        first.child.kill()
+        assert asked.wait(TIMEOUT_S), "whether the first one has come up again"
+        second.child.kill()
+        assert restarted.wait(TIMEOUT_S / 2)
+        assert not first.came_up
+    finally:
+        supervisor.stop()
+        looks.set()
+        for process in (first, second):
+            process.child.kill()
+    assert supervisor.failure is None

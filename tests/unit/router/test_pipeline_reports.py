@@ -57,6 +57,15 @@ async def test_it_waits_for_a_report_that_was_asked_for_after_it_was_wanted(pipe
     assert [stage.queue_depth for stage in pipeline.stages] == [3, 3]
 
 
+async def test_a_report_of_a_pipeline_that_is_lost_meanwhile_is_not_waited_for(pipeline: Pipeline) -> None:
+    """Whoever asks for a status then would learn of the loss a second late."""
+    waiting = asyncio.create_task(pipeline.refresh_loads(60.0))
+    for stage in pipeline.stages:
+        await stage._was_asked.wait()
+    pipeline.session_ended(Unavailable("Socket closed"))
+    await asyncio.wait_for(waiting, 5.0)
+
+
 @pytest.mark.parametrize(
     "timings",
     [
