@@ -14,9 +14,10 @@ import typer
 from stagecoach.process.output_relay import OutputRelay
 from stagecoach.rpc.addresses import check_address, split_address
 from stagecoach.security.tls import ROUTER_NAME
+from stagecoach.visible_text import visible
 from stagecoach_cli import extras
 from stagecoach_cli.options import DEFAULT_TARGET, DType, Stages
-from stagecoach_cli.terminal import make_console, without_control, write_at_once
+from stagecoach_cli.terminal import make_console, write_at_once
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,6 +60,8 @@ def up(
     ] = False,
 ) -> None:
     """Start shards and a router on this machine, and stay until ctrl-C."""
+    from rich.text import Text
+
     from stagecoach_local import LocalCluster
 
     extras.require("up", extras.CLUSTER, "[router] and [shard] extras")
@@ -81,7 +84,7 @@ def up(
             insecure_listen=insecure_listen,
             on_line=log.line_of,
             on_event=lambda text: log.say(text, style="bold"),
-            on_wait=lambda reason: progress.update(f"starting: {reason}"),
+            on_wait=lambda reason: progress.update(Text(f"starting: {visible(reason)}")),
         )
         _serve(cluster, log, progress)
 
@@ -130,17 +133,18 @@ class _Log:
         self._colours: dict[str, str] = {}
 
     def line_of(self, name: str, line: str) -> None:
-        """Prints a line of the process `name`, without the control characters that it may hold."""
+        """Prints a line of the process `name`. What would move the cursor in it is made visible."""
         from rich.text import Text
 
         with self._lock:
             colour = self._colours.setdefault(name, _COLOURS[len(self._colours) % len(_COLOURS)])
-        text = Text.assemble((f"[{name}] ", colour), without_control(line))
+        text = Text.assemble((f"[{name}] ", colour), visible(line, keep="\t"))
         self._relay.put(lambda: self._print(text))
 
     def say(self, text: str, style: str | None = None) -> None:
-        """Prints a line that no process has written."""
-        self._relay.put(lambda: self._print(text, style=style))
+        """Prints what no process has written, though it may quote one."""
+        shown = visible(text, keep="\t\n")
+        self._relay.put(lambda: self._print(shown, style=style))
 
     def close(self) -> None:
         """Returns when everything is printed, or that takes too long."""

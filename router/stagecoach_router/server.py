@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeVar
 import grpc.aio
 from grpc_reflection.v1alpha import reflection
 
-from stagecoach.errors import ConfigError, KVCacheFull, Unavailable
+from stagecoach.errors import CheckpointError, ConfigError, ModelMismatch, StagecoachError, TopologyError, Unavailable
 from stagecoach.process.listener import listen, stop_server
 from stagecoach.rpc.addresses import read_addresses
 from stagecoach.rpc.channel import MAX_PUBLIC_MESSAGE_BYTES, MAX_SHARD_MESSAGE_BYTES
@@ -34,9 +34,11 @@ from stagecoach_router.engine.replica import Owner, Replica, ReplicaSettings
 from stagecoach_router.frontend.auth_interceptor import AuthInterceptor
 from stagecoach_router.frontend.call_limits import CallLimits
 from stagecoach_router.frontend.grpc_service import InferenceService, Serving
+from stagecoach_router.pipelines.model_choice import NOT_HAD_S, UNUSABLE_S
 from stagecoach_router.pipelines.pipeline import PipelineContext
 from stagecoach_router.pipelines.pipeline_manager import PipelineManager, PipelineSettings
-from stagecoach_router.pipelines.shard_client import fetch_files
+from stagecoach_router.pipelines.shard_description import ShardDescription
+from stagecoach_router.pipelines.shard_files import ShardFiles
 from stagecoach_router.pipelines.shard_registry import ShardRegistry
 from stagecoach_router.pipelines.watchdog import FaultLimits
 from stagecoach_router.scheduling.block_manager import BlockManager
@@ -44,16 +46,17 @@ from stagecoach_router.scheduling.scheduler import Scheduler
 from stagecoach_router.settings import RouterSettings
 from stagecoach_router.tenants.key_file import KeyFile
 from stagecoach_router.tenants.tenants import Tenants
-from stagecoach_router.text.chat_template import ChatTemplate
 from stagecoach_router.text.model_files import ModelFiles
+from stagecoach_router.text.model_text import ModelText
 from stagecoach_router.text.prompt_encoder import PromptEncoder
-from stagecoach_router.text.template_process import TemplateProcess
 from stagecoach_router.text.tokenizer import Tokenizer
 
 SERVICE_NAME = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 STOP_GRACE_S = 2.0
 # Shards that refuse us at once are not asked again sooner. Those that do not answer are waited for by events.
 RETRY_PAUSE_S = 0.2
+# What waiting for shards does not cure.
+FOR_GOOD = (ConfigError, TopologyError, ModelMismatch)
 # Beside the requests that run or wait: status, tokenize, and those that are only to be refused.
 SPARE_CALLS = 256
 
@@ -96,15 +99,15 @@ class Router:
         self._service = InferenceService()
         self._server, self._port = self._listen()
         self._health = Health(self._server, SERVICE_NAME)
-        self._dial = tls.shard_dial(files.identity, settings.tls_shard_name)
+        dial = tls.shard_dial(files.identity, settings.tls_shard_name)
         context = PipelineContext(
             lease_id=secrets.randbits(64),
-            dial=self._dial,
+            dial=dial,
             faults=FaultLimits(settings.fault_timeout_s, settings.step_timeout_s),
         )
-        self._registry = ShardRegistry(
-            addresses, self._dial, lease_id=context.lease_id, timeout_s=settings.fault_timeout_s
-        )
+        self._registry = ShardRegistry(addresses, dial, lease_id=context.lease_id, timeout_s=settings.fault_timeout_s)
+        self._shard_files = ShardFiles(dial)
+        self._text: ModelText | None = None  # of the model that is served, or is to be
         pipeline_settings = PipelineSettings(
             num_stages=settings.stages,
             num_replicas=settings.replicas,
@@ -192,16 +195,14 @@ class Router:
     async def _serve_model(self) -> None:
         """Opens a pipeline as soon as its shards are there, and then serves."""
         settings = self._settings
-        shard = await self._when_possible(self._pipelines.first_shard)
-        model = model_pb2.ModelDescription()
-        model.CopyFrom(shard.facts.model)
-        model.name = settings.model_name or model.name
-        files = await self._when_possible(lambda: self._model_files(shard.address))
-        tokenizer = await asyncio.to_thread(Tokenizer, files)
-        chat_template = ChatTemplate.from_files(files, TemplateProcess())
-        encoder = PromptEncoder(tokenizer, chat_template, max_tokens=model.context_length)
-        engine = self._make_engine(tokenizer, model, shard.facts.block_size)
-        await self._when_possible(engine.open_replica)
+        folder = settings.model
+        if folder is not None:
+            files = await read_at_start(lambda: ModelFiles.from_folder(folder), "model", folder)
+            self._text = await ModelText.read(files)
+        model, engine = await self._when_possible(self._open_engine)
+        assert self._text is not None, "what the engine was made with"
+        tokenizer = self._text.tokenizer
+        encoder = PromptEncoder(tokenizer, self._text.chat_template, max_tokens=model.context_length)
         requests = RequestRegistry(engine, max_linger_s=settings.max_linger_s, log=self._journal)
         if self._journal is not None:
             try:
@@ -214,24 +215,55 @@ class Router:
         await engine.run(self._pipelines)
 
     async def _when_possible(self, attempt: Callable[[], Awaitable[Result]]) -> Result:
-        """Waits for shards that are not up yet, or whose blocks a former router still holds.
+        """Waits for shards that are not up yet, do not let us in, or whose blocks a former router still holds.
 
-        Shards that do not fit together are an error at once.
+        Our own settings, and shards none of which fit together, are an error at once. Nothing else is: what one shard
+        says or does is no reason to leave the others alone.
         """
         while True:
             try:
                 return await attempt()
-            except (Unavailable, KVCacheFull) as error:
-                if self._service.reason != str(error):
-                    logger.info("waiting for shards: %s", error)
-                self._service.reason = str(error)
+            except FOR_GOOD:
+                raise
+            except Exception as error:
+                unforeseen = not isinstance(error, StagecoachError)
+                reason = repr(error) if unforeseen else str(error)
+                if self._service.reason != reason:
+                    logger.info("waiting for shards: %s", reason, exc_info=unforeseen)
+                self._service.reason = reason
                 await asyncio.sleep(RETRY_PAUSE_S)
 
-    async def _model_files(self, address: str) -> ModelFiles:
-        folder = self._settings.model
-        if folder is not None:
-            return await read_at_start(lambda: ModelFiles.from_folder(folder), "model", folder)
-        return ModelFiles(await fetch_files(address, self._dial))
+    async def _open_engine(self) -> tuple[model_pb2.ModelDescription, Engine]:
+        """The model that most shards have, and an engine with a pipeline of it."""
+        shard = await self._pipelines.choose_model()
+        text = await self._text_of(shard)
+        model = model_pb2.ModelDescription()
+        model.CopyFrom(shard.facts.model)
+        model.name = self._settings.model_name or model.name
+        engine = self._make_engine(text.tokenizer, model, shard.facts.block_size)
+        await engine.open_replica()
+        return model, engine
+
+    async def _text_of(self, shard: ShardDescription) -> ModelText:
+        """Made of our own files or, where there are none, of those of any shard of that model.
+
+        Raises Unavailable where they do not come, or cannot be used: then the model is no choice for a while.
+        """
+        digest = shard.facts.files_digest
+        if self._text is not None and (self._settings.model is not None or self._text.digest == digest):
+            return self._text
+        try:
+            files = await self._shard_files.fetch(self._registry.of_model(shard))
+        except Unavailable as error:
+            self._registry.choice.reject_files(digest, error, NOT_HAD_S)
+            raise
+        try:
+            self._text = await ModelText.read(ModelFiles(files), digest)
+        except CheckpointError as error:
+            refusal = Unavailable(f"{shard.address}: {error}", addresses=[shard.address])
+            self._registry.choice.reject_files(digest, refusal, UNUSABLE_S)
+            raise refusal from error
+        return self._text
 
     def _make_engine(self, tokenizer: Tokenizer, model: model_pb2.ModelDescription, block_size: int) -> Engine:
         settings = self._settings

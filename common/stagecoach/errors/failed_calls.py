@@ -12,7 +12,7 @@ import re
 import grpc
 
 from stagecoach.errors import types
-from stagecoach.errors.status import from_trailing_metadata
+from stagecoach.errors.status import clean, from_trailing_metadata
 
 # What a bare gRPC status means, from a peer that sent no details (gRPC itself, a proxy, another version).
 _BY_CODE: dict[grpc.StatusCode, type[types.StagecoachError]] = {
@@ -34,6 +34,8 @@ _BY_CODE: dict[grpc.StatusCode, type[types.StagecoachError]] = {
 # Calls beyond a server's limit are refused by gRPC, which cannot say when to come back; the next one may find room.
 _CALL_LIMIT = "Concurrent RPC limit exceeded"
 CALL_LIMIT_RETRY_AFTER_S = 1.0
+# gRPC's own words about a connection that failed name every address that was tried, and why.
+MAX_DETAILS_BYTES = 1000
 _MESSAGE_TOO_LARGE = "larger than max"
 _STATUS_LOST = "metadata size exceeds"
 
@@ -72,7 +74,10 @@ def from_rpc_error(error: grpc.RpcError, peer: str, *, names_peer: bool = False)
     elif kind is types.Unavailable and _CLOSED_AT_ONCE.search(details):
         # The accepting side closes the connection on whoever it does not like, and says why in its own log only.
         details += " (it hung up at once: perhaps it speaks TLS, and we do not, or it wants another certificate of us)"
-    return kind(f"{peer}: {details or code.name}", retry_after_s=retry_after_s, addresses=[peer])
+    # The words may be the peer's, as anything else is that comes from it.
+    return kind(
+        f"{peer}: {clean(details, MAX_DETAILS_BYTES) or code.name}", retry_after_s=retry_after_s, addresses=[peer]
+    )
 
 
 def connection_ended(error: grpc.RpcError) -> bool:

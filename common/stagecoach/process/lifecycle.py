@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable
 import uvloop
 
 from stagecoach.errors import StagecoachError
+from stagecoach.visible_text import visible
 
 # For what is left to do when all work has ended: closing the event loop, removing temporary files.
 EXIT_TIMEOUT_S = 5.0
@@ -52,7 +53,7 @@ def run(program: str, main: Callable[[asyncio.Event], Awaitable[None]]) -> int:
             status = 0
         except StagecoachError as error:
             _end_in_time(status)  # already now: nobody may be reading what we say
-            _say(f"{program}: error: {error}")
+            _say(visible(f"{program}: error: {error}"))
         finally:
             _end_in_time(status)
         return status

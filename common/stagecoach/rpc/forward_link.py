@@ -106,7 +106,7 @@ class ForwardLink:
         """
         limit = self._num_lent if self._opened.done() else MAX_CREDITS
         if not 1 <= credits <= limit:
-            text = f"{self.address}: {credits} credits in a message; 1 to {limit} can be"
+            text = f"{self.address}: {credits} credits in a message; at least 1, and {limit} at most"
             raise errors.ShardFault(text, field="credits", limit=limit, value=credits, addresses=[self.address])
         if self._opened.done():
             self._num_lent -= credits

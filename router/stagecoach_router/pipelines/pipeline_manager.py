@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from stagecoach import errors
@@ -25,10 +26,14 @@ FIND_TIMEOUT_S = 2.0
 ASK_PATIENCE_S = 1.0
 # What says nothing against the shards: others hold their blocks, or our own settings do not fit.
 NO_FAULT_OF_SHARDS = (errors.KVCacheFull, errors.ConfigError, errors.TopologyError)
+# Shards that have not been heard of yet have so long to say which model they have, before it is chosen without them.
+MODEL_PATIENCE_S = 1.0
 # A spare that loads layers is waited for so long, before a shard in quarantine is taken again in its place.
 QUARANTINE_PATIENCE_S = 5.0
 # At the start, shards that have not answered yet are waited for so long before others load what is missing.
 START_PATIENCE_S = 30.0
+# So many shards say in one error why they cannot take part. All of them stand in a status.
+MAX_REASONS = 4
 # Of one lease: with blocks of 16 positions the K/V of 33 million. Each that is used costs this process some 300 bytes,
 # all of them 0.6 GB, and how many a shard has is what it says.
 MAX_LEASED_BLOCKS = 1 << 21
@@ -69,14 +74,22 @@ class PipelineManager:
         """What opens the pipelines of one more replica."""
         return Connector(self)
 
-    async def first_shard(self) -> ShardDescription:
-        """One that has answered. Raises Unavailable where none does for a while, ModelMismatch where they differ."""
+    async def choose_model(self) -> ShardDescription:
+        """A shard that has the model which pipelines are opened of from now on, until one is open for good.
+
+        Raises Unavailable where no shard answers for a while.
+        """
         began = time.monotonic()
-        while (model := self.registry.model()) is None:
-            if time.monotonic() - began >= FIND_TIMEOUT_S:
+        while True:
+            waited_s = time.monotonic() - began
+            everybody_was_asked = all(shard.was_asked for shard in self.registry.free)
+            if everybody_was_asked or waited_s >= MODEL_PATIENCE_S:
+                model = self.registry.choose_model()
+                if model is not None:
+                    return model
+            if waited_s >= FIND_TIMEOUT_S:
                 raise self._explained(errors.Unavailable("no shard has answered yet"))
-            await self.registry.changed(FIND_TIMEOUT_S)
-        return model
+            await self.registry.changed(MODEL_PATIENCE_S)
 
     def is_ready_for(self, num_replicas: int) -> bool:
         """Whether there are shards for so many pipelines, all but the last of which are open.
@@ -129,8 +142,6 @@ class PipelineManager:
         """The shards for a pipeline. Those that have to load layers for it are told to.
 
         is_extra: it is one more than was asked for, and takes no shard that was started without layers.
-
-        Raises ModelMismatch where the shards do not fit together.
         """
         model = self.registry.model()
         if model is None:
@@ -153,20 +164,27 @@ class PipelineManager:
         return time.monotonic() - self._started_s >= START_PATIENCE_S
 
     def _explained(self, error: errors.StagecoachError) -> errors.StagecoachError:
-        """With what is wrong with the shards that could help; as an error for good where nothing is."""
-        reasons = [shard.reason for shard in self.registry.free if shard.reason]
-        if reasons:
-            return errors.Unavailable("; ".join(dict.fromkeys([*reasons, str(error)])))
-        if isinstance(error, errors.TopologyError) and self.registry.all_answered:
+        """With what is wrong with the shards that could help; as an error for good where nothing can change by itself.
+
+        That is before a pipeline was ever open, if all shards have said who they are, and those of no model make one.
+        """
+        reasons = list(dict.fromkeys(shard.reason for shard in self.registry.free if shard.reason))
+        is_for_good = isinstance(error, errors.TopologyError) and self.registry.all_answered
+        if is_for_good and self.registry.never_fits():
+            mismatches = [shard.left_out for shard in self.registry.free if shard.left_out is not None]
+            return mismatches[0] if mismatches else error
+        if is_for_good and not reasons:
             return error
-        return errors.Unavailable(str(error))
+        more = [f"{len(reasons) - MAX_REASONS} more shards cannot take part"] if len(reasons) > MAX_REASONS else []
+        return errors.Unavailable("; ".join(dict.fromkeys([*reasons[:MAX_REASONS], *more, str(error)])))
 
     async def _open(self, addresses: list[str], listener: PipelineListener) -> Pipeline:
         settings = self._settings
         self._epoch += 1
         taken = _TakenShards(self.registry, addresses, self._epoch, listener)
         try:
-            shards = await self._describe(addresses)
+            with _a_matter_of_time():
+                shards = await self._describe(addresses)
             _check_lanes(settings.lanes, len(shards))
             pipeline = Pipeline(shards, taken.epoch, taken, self._context)
             num_blocks = num_blocks_to_lease(settings.kv_blocks, shards)
@@ -174,7 +192,7 @@ class PipelineManager:
         except BaseException as error:
             taken.release(error)
             raise
-        self.registry.settle(shards[0])
+        self.registry.choice.settle(shards[0])
         places = ", ".join(f"layers {stage.layers} at {stage.address}" for stage in pipeline.stages)
         logger.info("pipeline open in epoch %d: %s; %d K/V blocks", pipeline.epoch, places, num_blocks)
         return pipeline
@@ -248,9 +266,21 @@ async def _open_as_described(pipeline: Pipeline, num_blocks: int, max_slots: int
 
     Raises Unavailable where one of them is another by now: another router may have changed it, and asking helps.
     """
-    try:
+    with _a_matter_of_time():
         await pipeline.open(num_blocks=num_blocks, max_slots=max_slots)
-    except (errors.ModelMismatch, errors.FailedPrecondition, errors.ShardFault) as error:
+
+
+@contextlib.contextmanager
+def _a_matter_of_time() -> Iterator[None]:
+    """Raises Unavailable for whatever a shard refuses us with: it may say anything, and be another one the next time.
+
+    Of what is no shard's, our own settings and what there is of shards, only the manager speaks.
+    """
+    try:
+        yield
+    except errors.Unavailable:
+        raise
+    except errors.StagecoachError as error:
         raise errors.Unavailable(str(error), addresses=error.addresses) from error
 
 

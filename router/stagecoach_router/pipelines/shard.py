@@ -54,7 +54,8 @@ class Shard:
     address: str
     epoch: int | None = None  # of the pipeline that it is in; None: in none
     description: ShardDescription | None = None  # its last answer; None: none, or none since it was in a pipeline
-    error: StagecoachError | None = None  # why it did not answer, or does not fit
+    error: StagecoachError | None = None  # why it did not answer, or not as a shard can
+    left_out: StagecoachError | None = None  # why what it described can be in no pipeline of the router's model
     wake: asyncio.Event = field(default_factory=asyncio.Event)  # to ask it at once
     process: ProcessRecord = field(default_factory=ProcessRecord)  # the one that answered last
     loading: LayerRange | None = None  # what that was told to load, and has not loaded yet
@@ -67,6 +68,8 @@ class Shard:
             return f"{self.address}: loading layers {self.loading}"
         if self.error is not None:
             return str(self.error)
+        if self.left_out is not None:
+            return str(self.left_out)
         if self.process.load_error is not None:
             return f"{self.process.load_error}; it could not load layers"
         return "" if self.description is not None else f"{self.address}: it has not answered yet"
@@ -108,7 +111,7 @@ class Shard:
             if is_silent or takes_too_long:
                 return None
             return Candidate(self.address, self.loading, False, 0, is_loading=True)
-        if self.description is None or self.error is not None:
+        if self.description is None or self.error is not None or self.left_out is not None:
             return None
         may_load = self.assignable and time.monotonic() >= self.process.no_load_before_s
         num_blocks = self.description.facts.num_free_blocks

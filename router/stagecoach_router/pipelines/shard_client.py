@@ -1,4 +1,4 @@
-"""What a router asks of a shard outside of any pipeline: who it is, its files, and to load other layers."""
+"""What a router asks of a shard outside of any pipeline: who it is, and to load other layers."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from stagecoach_router.pipelines.shard_description import ShardDescription, chec
 DESCRIBE_TIMEOUT_S = 10.0
 # Reading some dozen GB from a slow disk.
 LOAD_TIMEOUT_S = 1800.0
-FETCH_TIMEOUT_S = 20.0
-MAX_FILES_BYTES = 256 << 20
 
 
 async def describe(
@@ -60,20 +58,3 @@ async def assign(address: str, layers: LayerRange, dial: Dial = dial_plainly, *,
         has = f"{loaded.start}:{loaded.end}"
         text = f"{address} was told to load layers {layers} and has {has}"
         raise errors.ShardFault(text, field="layers", limit=layers, value=has, addresses=[address])
-
-
-async def fetch_files(address: str, dial: Dial = dial_plainly) -> dict[str, bytes]:
-    """The tokenizer and configuration files of a shard's checkpoint, by name."""
-    files: dict[str, bytearray] = {}
-    total = 0
-    async with dial(address) as channel:
-        try:
-            async for chunk in ShardStub(channel).fetch_files(shard_pb2.FetchFilesRequest(), timeout=FETCH_TIMEOUT_S):
-                total += len(chunk.data) + len(chunk.name)
-                if total > MAX_FILES_BYTES:
-                    text = f"{address}: files of more than {MAX_FILES_BYTES} bytes"
-                    raise errors.OutOfRange(text, field="files", limit=MAX_FILES_BYTES, addresses=[address])
-                files.setdefault(chunk.name, bytearray()).extend(chunk.data)
-        except grpc.RpcError as error:
-            raise errors.from_rpc_error(error, address, names_peer=True) from error
-    return {name: bytes(data) for name, data in files.items()}

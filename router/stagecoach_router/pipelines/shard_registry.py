@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from stagecoach import errors
 from stagecoach.rpc.channel import Dial, dial_plainly
 from stagecoach.topology import LayerRange
+from stagecoach_router.pipelines.model_choice import ModelChoice, choose_model, has_whole_chain
 from stagecoach_router.pipelines.placement import Candidate
 from stagecoach_router.pipelines.shard import ProcessRecord, Shard
 from stagecoach_router.pipelines.shard_client import assign, describe
@@ -37,7 +38,7 @@ class ShardRegistry:
         self._dial = dial
         self._lease_id = lease_id
         self._timeout_s = timeout_s
-        self._reference: ShardDescription | None = None  # has the model that all others have to have
+        self.choice = ModelChoice()
         self._changed = asyncio.Event()
         self._loads: dict[Shard, asyncio.Task[None]] = {}
 
@@ -69,24 +70,32 @@ class ShardRegistry:
         return [layers for layers in serving if layers is not None]
 
     def model(self) -> ShardDescription | None:
-        """The shard whose model is this router's: the first one that has answered. None: none has.
+        """A shard whose model is this router's. None: none has answered."""
+        return self.choice.reference or choose_model(self._described)
 
-        As long as none of them was `settle`d on, raises ModelMismatch where they do not fit together, and what else one
-        of them refuses us with that waiting does not cure.
-        """
-        if self._reference is not None:
-            return self._reference
-        answered = [shard.description for shard in self.shards.values() if shard.description is not None]
-        for description in answered:
-            description.check_same_model(answered[0])
+    def choose_model(self) -> ShardDescription | None:
+        """Decides anew which model it is, unless that is settled. Who has another one is left out from now on."""
+        self.choice.choose(self._described)
         for shard in self.shards.values():
-            if shard.error is not None and not isinstance(shard.error, errors.Unavailable):
-                raise shard.error
-        return answered[0] if answered else None
+            self._judge(shard)
+        return self.choice.reference
 
-    def settle(self, description: ShardDescription) -> None:
-        """From now on the model is this one's, and who has another is left out."""
-        self._reference = description
+    def of_model(self, model: ShardDescription) -> list[ShardDescription]:
+        """The shards that are of that model, as they have said."""
+        return [shard for shard in self._described if shard.mismatch(model) is None]
+
+    @property
+    def _described(self) -> list[ShardDescription]:
+        return [shard.description for shard in self.shards.values() if shard.description is not None]
+
+    def never_fits(self) -> bool:
+        """Whether no pipeline was open before, and the shards, which have all said who they are, make none."""
+        is_changing = any(shard.error or shard.loading or shard.process.load_error for shard in self.free)
+        best = None if self.choice.settled or is_changing else choose_model(self._described)
+        return best is not None and not has_whole_chain(self.of_model(best))
+
+    def _judge(self, shard: Shard) -> None:
+        shard.left_out = None if shard.description is None else self.choice.why_not(shard.description)
 
     def take(self, addresses: Iterable[str], epoch: int) -> None:
         """They are in the pipeline of this epoch from now on."""
@@ -103,13 +112,15 @@ class ShardRegistry:
         for address in addresses:
             shard = self.shards[address]
             if shard.epoch == epoch:
-                shard.epoch = shard.description = shard.error = None
+                shard.epoch = shard.description = shard.error = shard.left_out = None
                 shard.wake.set()
         self._tell()
 
     def learn(self, description: ShardDescription) -> None:
         """What a shard has said of itself to somebody else than this registry."""
-        self.shards[description.address].learn(description)
+        shard = self.shards[description.address]
+        shard.learn(description)
+        self._judge(shard)
 
     def quarantine(self, addresses: Iterable[str]) -> None:
         """A pipeline was lost, or not opened, and one of these may be the cause."""
@@ -165,8 +176,6 @@ class ShardRegistry:
         try:
             description = await describe(shard.address, self._dial, lease_id=self._lease_id, timeout_s=self._timeout_s)
             self._check_only_once(description)
-            if self._reference is not None:
-                description.check_same_model(self._reference)
         except errors.StagecoachError as caught:
             error = caught.with_traceback(None)  # kept, and its frames know the call and its connection
             error.__cause__ = error.__context__ = None
@@ -177,9 +186,10 @@ class ShardRegistry:
             return
         former_description, former_reason = shard.description, shard.reason
         shard.learn(description, error)
+        self._judge(shard)
         if shard.loading is None and shard in self._loads:  # the process that was told to load is gone
             self._loads[shard].cancel()
-        if error is not None and shard.reason != former_reason:
+        if (error or shard.left_out) and shard.reason != former_reason:
             logger.info("%s", shard.reason)
         if description != former_description or shard.reason != former_reason:
             self._tell()

@@ -79,7 +79,7 @@ class StageSession:
         except asyncio.InvalidStateError:
             data = grpc.aio.EOF
         except grpc.RpcError as error:
-            raise errors.from_rpc_error(error, self.address) from error
+            raise errors.from_rpc_error(error, self.address, names_peer=True) from error
         if data is grpc.aio.EOF:
             raise await self._why_ended(call)
         self._tasks = [asyncio.create_task(self._read(call)), asyncio.create_task(self._ask(call))]
@@ -167,10 +167,13 @@ class StageSession:
         code = await call.code()
         detailed = from_trailing_metadata(await call.trailing_metadata())
         if detailed is not None:
+            detailed.message = f"{self.address}: {detailed.message}"
+            detailed.args = (detailed.message,)
             # The one that says so is among them, whomever else it names.
             detailed.addresses = tuple(dict.fromkeys((self.address, *detailed.addresses)))
             return detailed
-        text = f"{self.address}: the session ended ({code.name}: {await call.details()})"
+        details = clean(await call.details() or "", MAX_MESSAGE_BYTES)
+        text = f"{self.address}: the session ended ({code.name}: {details})"
         return errors.Unavailable(text, addresses=[self.address])
 
 

@@ -50,6 +50,12 @@ def test_who_hangs_up_at_once_may_want_tls_or_be_about_to_come_back(how):
     assert "perhaps it speaks TLS" in error.message
 
 
+def test_the_words_of_a_peer_are_cut_and_cannot_move_a_cursor():
+    error = errors.from_rpc_error(Failure("\x1b[2J\nforged" + 7000 * "ü"), "gpu-1:50051")
+    assert error.message.isprintable()
+    assert len(error.message) < 1000
+
+
 @pytest.mark.parametrize("details", ["", "Connection refused", "Socket closed", "the shard is loading its layers"])
 def test_other_failures_stay_what_they_are(details):
     assert why_no_handshake(details) == ""

@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from rich.console import Console
 
@@ -111,6 +112,21 @@ def test_what_up_cannot_print_is_neither_kept_nor_printed_later() -> None:
     assert "heard again" in text
     assert "lines could not be written" in text
     assert text.count("lost") <= 2, "what was being written when it got through"
+
+
+def test_what_a_process_prints_or_is_quoted_with_moves_no_cursor_and_is_not_taken_for_markup(tmp_path: Path) -> None:
+    path = tmp_path / "terminal"
+    file = path.open("w", encoding="utf-8")
+    log = _Log(Console(file=file, width=80, markup=False))
+    log.line_of("shard", "a\x1b[2J\x1b]0;title\x07\rb\tc \u202e\x9b31m [bold]d")
+    log.say("router died; its last lines:\n  \x1b[31mred")
+    log.close()
+    file.close()
+    assert path.read_text().splitlines() == [
+        r"[shard] a\x1b[2J\x1b]0;title\x07\rb     c \u202e\x9b31m [bold]d",
+        "router died; its last lines:",
+        r"  \x1b[31mred",
+    ]
 
 
 def wait_until(holds: Callable[[], bool]) -> bool:
