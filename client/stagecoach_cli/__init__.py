@@ -6,11 +6,17 @@ that the command starts fast.
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import sys
 from collections.abc import Sequence
 
 from stagecoach.errors import StagecoachError
 from stagecoach.process.standard_streams import open_closed_streams
+
+# Why standard output takes nothing: the disk is full or broken, or nobody reads it.
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE, errno.EAGAIN, errno.EBADF)
 
 
 def main() -> None:
@@ -26,17 +32,39 @@ def main() -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Runs one command line. Returns the exit status: 0, 1 for an error, 2 for wrong usage, 130 after ctrl-C."""
-    from stagecoach_cli.app import app
     from stagecoach_cli.terminal import describe
 
     try:
-        app(arguments, prog_name="stagecoach")
-    except StagecoachError as error:
+        status = _run(arguments)
         sys.stdout.flush()
+    except StagecoachError as error:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
         print(f"error: {describe(error)}", file=sys.stderr)
         return 1
+    except OSError as error:
+        if error.errno not in _UNWRITABLE or error.filename is not None:
+            raise
+        _drop_output()
+        print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
+        return 1
+    return status
+
+
+def _run(arguments: Sequence[str]) -> int:
+    from stagecoach_cli.app import app
+
+    try:
+        app(arguments, prog_name="stagecoach")
     except KeyboardInterrupt:  # typer handles it itself, except when it comes late
         return 130
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
     return 0
+
+
+def _drop_output() -> None:
+    """Has what is left in the buffer of standard output written to nowhere: at its end, Python would try once more."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)

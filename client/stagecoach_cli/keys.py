@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -67,22 +69,36 @@ def new(
     if file is None:
         print("# The entry, for the file of the router's --api-keys. The key itself is in the last line.")
         print(text)
-    else:
-        _append(file, text)
-        print(f"{name}: entry {entry.id} added to {file}", file=sys.stderr)
-    print(key)
+        print(key)
+        return
+    _append(file, text, lambda: print(key, flush=True))
+    print(f"{name}: entry {entry.id} added to {file}", file=sys.stderr)
 
 
-def _append(file: Path, entry: str) -> None:
-    """Adds the entry to the file, which is made if it is absent. If it raises ConfigError, nothing was added."""
+def _append(file: Path, entry: str, show_key: Callable[[], None]) -> None:
+    """Adds the entry to the file, which is made if it is absent. If it raises, nothing was added.
+
+    The key is shown when all but the writing is done: an entry whose key nobody has seen is of no use, nor is a key
+    without an entry. Raises ConfigError where the file cannot be used.
+    """
+    with contextlib.ExitStack() as opened:
+        with _typed(file):
+            # A new file is for its owner only. Its digests do not give the keys away, but it has names and limits, too.
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, PRIVATE_MODE)
+            entries = opened.enter_context(open(descriptor, "r+", encoding="utf-8"))
+            former = entries.read()
+        separator = "" if not former else "\n" if former.endswith("\n") else "\n\n"
+        read_entries(former + separator + entry)
+        show_key()
+        with _typed(file):
+            entries.write(separator + entry)  # in one write: a router that reads meanwhile sees all of it or nothing
+            entries.flush()
+
+
+@contextlib.contextmanager
+def _typed(file: Path) -> Iterator[None]:
     try:
-        # A new file is for its owner only. Its digests do not give the keys away, but it also has names and limits.
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, PRIVATE_MODE)
-        with open(descriptor, "r+", encoding="utf-8") as opened:
-            former = opened.read()
-            separator = "" if not former else "\n" if former.endswith("\n") else "\n\n"
-            read_entries(former + separator + entry)
-            opened.write(separator + entry)  # in one write: a router that reads meanwhile sees all of it or nothing
+        yield
     except OSError as error:
         raise ConfigError(f"cannot write {file}: {error.strerror}", field="file", value=file) from error
     except UnicodeDecodeError as error:

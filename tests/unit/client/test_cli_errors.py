@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -121,3 +122,19 @@ def test_sizes_and_fractions() -> None:
         "1024.0 TiB",
     ]
     assert [format_fraction(f) for f in (None, 0.0, 0.756)] == ["-", "0%", "76%"]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["keys", "new", "--name", "x"]])
+def test_an_output_that_is_full_is_one_line_and_status_1(arguments: list[str]) -> None:
+    command = [sys.executable, "-c", "from stagecoach_cli import main; main()", *arguments]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stderr) == (1, "error: the output cannot be written: No space left on device\n")
+
+
+def test_a_key_that_could_not_be_shown_gets_no_entry(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from stagecoach_cli import main; main()", "keys", "new", "--name", "x", "--file"]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([*command, str(tmp_path / "keys.toml")], stdout=full, timeout=60, check=False)
+    assert ended.returncode == 1
+    assert (tmp_path / "keys.toml").read_text() == ""
