@@ -212,14 +212,19 @@ async def test_a_pipeline_that_comes_back_smaller_serves_what_still_fits(tiny_mo
         before = (await client.status()).num_blocks
         small = await client.generate(token_ids=prompt, stream=True, **greedy(60))
         large = await client.generate(token_ids=prompt, stream=True, **greedy(400))
-        await anext(small)
-        await anext(large)
+        without_limit = greedy(1) | {"max_tokens": None}
+        unlimited = await client.generate(token_ids=prompt, stream=True, **without_limit)
+        for stream in (small, large, unlimited):
+            await anext(stream)
         await shard.close()
         shard = start_shard(tiny_model, "0:4", kv_cache_memory="100K", max_batch_tokens=16, listen=shard.address)
         async with asyncio.timeout(RESTART_TIMEOUT_S):
             answer = await small.collect()
             with pytest.raises(errors.OutOfRange, match="came back with room for"):
                 await large.collect()
+            [rest] = (await unlimited.collect()).completions
+        assert rest.finish_reason == "length"
+        assert rest.token_ids == reference_tokens(reference, prompt, len(rest.token_ids))
         assert answer.completions[0].token_ids == reference_tokens(reference, prompt, 60)
         status = await client.status()
         assert status.num_free_blocks == status.num_blocks < before

@@ -86,6 +86,9 @@ class Journal:
             if self._closed:  # not in the file: the next process will compute it, and show it
                 return
             self._shows[state] = self._shows.get(state, 0) + 1
+            if delta.sampled is None:  # it has ended at a limit that came down meanwhile: that is what is to be known
+                self._write(Begin(state.key, state.digest, state.request))
+                return
             self._write(Token(state.key, delta.index, num_tokens[delta.index], delta.sampled))
             num_tokens[delta.index] += 1
 

@@ -24,7 +24,14 @@ def write_request(request: Request) -> str:
     params = asdict(request.params)
     # JSON's keys are strings, and its numbers may be read as floats by others: pairs keep the ids what they are.
     params["logit_bias"] = list(request.params.logit_bias.items())
-    return json.dumps({"prompt_tokens": request.prompt_tokens, "params": params, "priority": request.priority})
+    return json.dumps(
+        {
+            "prompt_tokens": request.prompt_tokens,
+            "params": params,
+            "priority": request.priority,
+            "names_limit": request.names_limit,
+        }
+    )
 
 
 def read_request(request_id: object, content: object, cache_salt: object) -> Request:
@@ -32,7 +39,7 @@ def read_request(request_id: object, content: object, cache_salt: object) -> Req
     if not isinstance(request_id, str) or not isinstance(cache_salt, bytes):
         raise InvalidArgument("request_id: not text, or a salt that is not bytes", field="request_id")
     values = _parse(content)
-    if not isinstance(values, dict) or values.keys() != {"prompt_tokens", "params", "priority"}:
+    if not isinstance(values, dict) or values.keys() - {"names_limit"} != {"prompt_tokens", "params", "priority"}:
         raise InvalidArgument("content: other fields than a request has", field="content")
     params, prompt_tokens, priority = values["params"], values["prompt_tokens"], values["priority"]
     if not isinstance(params, dict) or params.keys() - _PARAMS:
@@ -41,6 +48,9 @@ def read_request(request_id: object, content: object, cache_salt: object) -> Req
         raise InvalidArgument("prompt_tokens: not token ids", field="prompt_tokens")
     if not _is_whole(priority, -_MAX_PRIORITY, _MAX_PRIORITY - 1):
         raise InvalidArgument("priority: not a whole number", field="priority")
+    names_limit = values.get("names_limit", True)
+    if not isinstance(names_limit, bool):
+        raise InvalidArgument("names_limit: neither true nor false", field="names_limit")
     try:
         params["logit_bias"] = dict(params.get("logit_bias", ()))
     except (TypeError, ValueError) as error:
@@ -48,7 +58,7 @@ def read_request(request_id: object, content: object, cache_salt: object) -> Req
     for name in ("stop", "stop_token_ids"):
         if isinstance(params.get(name), list):
             params[name] = tuple(params[name])
-    return Request(request_id, tuple(prompt_tokens), SamplingParams(**params), priority, cache_salt)
+    return Request(request_id, tuple(prompt_tokens), SamplingParams(**params), priority, cache_salt, names_limit)
 
 
 def write_logprobs(sampled: Sampled) -> str | None:

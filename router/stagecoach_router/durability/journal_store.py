@@ -66,7 +66,7 @@ CREATE TABLE tokens (
 
 
 class Begin(NamedTuple):
-    """A request was accepted."""
+    """A request was accepted, or is another by now: one that names no limit may have been given a lower one."""
 
     key: RequestKey
     digest: bytes
@@ -264,6 +264,8 @@ class JournalStore:
             )
             if inserted.rowcount:  # it is new, so no token can be its own
                 execute("DELETE FROM tokens WHERE owner = ? AND request_id = ?", entry.key)
+            else:
+                execute("UPDATE requests SET content = ? WHERE owner = ? AND request_id = ?", (content, *entry.key))
         elif isinstance(entry, End):
             execute(
                 "UPDATE requests SET finished_s = ? WHERE owner = ? AND request_id = ? AND finished_s IS NULL",

@@ -163,6 +163,9 @@ class Engine:
 
         Raises OutOfRange, and Overloaded for a new one, and then nothing was begun.
         """
+        if past and not state.request.names_limit:  # in a former process there may have been more room
+            room = self.usual_capacity_tokens(len(state.request.prompt_tokens)) - len(state.request.prompt_tokens)
+            state.request = state.request.shortened(max(1, room, *map(len, past)))
         params = state.request.params
         replica: Replica | None = None
         leader: Sequence | None = None
@@ -266,14 +269,24 @@ class Engine:
             self._expire()
 
     def find_room(self, replica: Replica, request: RequestState) -> None:
-        """Moves a request that its replica has no room for any more to one that has, or had when it was open."""
+        """Moves a request that its replica has no room for any more to one that has, or had when it was open.
+
+        Where there is none, one that names no limit ends where the largest has no more room, and any other fails.
+        """
         others = [each for each in self.replicas if each is not replica and each.fits(request)]
         if others:
             other = min(others, key=lambda each: each.unproven_s)
             replica.move(request, other)
             other.dispatch()
+            return
+        capacity = self.capacity_tokens
+        if not request.request.names_limit and (
+            request.num_output_tokens or len(request.request.prompt_tokens) < capacity
+        ):
+            replica.shorten(request, capacity)
+            if not replica.fits(request):
+                self.find_room(replica, request)  # that is another one
         else:
-            capacity = self.capacity_tokens
             text = f"the pipeline came back with room for {capacity} tokens"
             replica.fail(request, errors.OutOfRange(text, field="max_tokens", limit=capacity))
 

@@ -177,6 +177,21 @@ class Replica:
         capacity = self.scheduler.blocks.capacity_tokens
         return all(sequence.token_limit <= capacity for sequence in request.sequences)
 
+    def shorten(self, request: RequestState, capacity_tokens: int) -> None:
+        """Has a request end where it comes to so many tokens; its completions that have come to that end now."""
+        most = capacity_tokens - len(request.request.prompt_tokens)
+        request.request = request.request.shortened(max(most, *(each.num_tokens for each in request.completions)))
+        for sequence in request.sequences:
+            if sequence.seq_id not in self._requests:
+                continue
+            sequence.token_limit = min(sequence.token_limit, capacity_tokens)
+            end = request.completions[sequence.index].limit(most)
+            if end is not None:
+                del self._requests[sequence.seq_id]
+                self.scheduler.remove(sequence)
+                self.counters.num_finished += 1
+                request.put(end)
+
     def move(self, request: RequestState, replica: Replica) -> None:
         """Has a request go on at another replica, from its token logs. `dispatch` has to follow, on both."""
         for sequence in request.sequences:

@@ -24,6 +24,7 @@ from stagecoach_router.requests.request import (
     resolve_params,
 )
 from stagecoach_router.requests.request_state import RequestState
+from stagecoach_router.sampling.outputs import Sampled
 from stagecoach_router.tenants.caller import Caller
 from stagecoach_router.text.prompt_encoder import PromptEncoder
 from stagecoach_router.text.tokenizer import Tokenizer
@@ -84,6 +85,7 @@ async def read_request(
         ),
         priority=request.priority,
         cache_salt=caller.tenant.cache_salt(request.cache_salt),
+        names_limit=params.max_tokens is not None,
     )
 
 
@@ -170,11 +172,11 @@ def _write_completion(deltas: Sequence[OutputDelta], state: RequestState, tokeni
         request_id=request.request_id,
         index=delta.index,
         text=delta.text if len(deltas) == 1 else "".join([each.text for each in deltas]),
-        token_ids=[each.token_id for each in deltas],
+        token_ids=[each.token_id for each in deltas if each.token_id is not None],
     )
-    if delta.sampled.logprob is not None:
-        for each in deltas:
-            _write_logprobs(each, response.logprobs.add(), tokenizer)
+    for each in deltas:
+        if each.sampled is not None and each.sampled.logprob is not None:
+            _write_logprobs(each.sampled, each.sampled.logprob, response.logprobs.add(), tokenizer)
     if delta.finish_reason is not None:
         response.finish_reason = _FINISH_REASONS[delta.finish_reason]
         response.usage.prompt_tokens = len(request.prompt_tokens)
@@ -183,10 +185,9 @@ def _write_completion(deltas: Sequence[OutputDelta], state: RequestState, tokeni
     return response
 
 
-def _write_logprobs(delta: OutputDelta, position: pb.PositionLogprobs, tokenizer: Tokenizer) -> None:
-    assert delta.sampled.logprob is not None, "asked for with every token, or with none"
-    position.chosen.CopyFrom(_token_logprob(delta.token_id, delta.sampled.logprob, tokenizer))
-    position.top.extend(_token_logprob(token_id, logprob, tokenizer) for token_id, logprob in delta.sampled.top)
+def _write_logprobs(sampled: Sampled, logprob: float, position: pb.PositionLogprobs, tokenizer: Tokenizer) -> None:
+    position.chosen.CopyFrom(_token_logprob(sampled.token_id, logprob, tokenizer))
+    position.top.extend(_token_logprob(token_id, each, tokenizer) for token_id, each in sampled.top)
 
 
 def _token_logprob(token_id: int, logprob: float, tokenizer: Tokenizer) -> pb.TokenLogprob:

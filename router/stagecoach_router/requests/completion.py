@@ -16,17 +16,20 @@ class FinishReason(enum.Enum):
     """Why a completion ended."""
 
     STOP = "stop"  # an end-of-sequence token, a stop token or a stop string
-    LENGTH = "length"  # max_tokens
+    LENGTH = "length"  # max_tokens, or there is no room for more
 
 
 @dataclass(slots=True)  # not frozen: one is made for every token, and freezing doubles what that costs
 class OutputDelta:
-    """What one token added. The text may be empty (held back) or that of several tokens."""
+    """What one token added. The text may be empty (held back) or that of several tokens.
+
+    `sampled` is the token. None: there is none, and this is only the end of a completion.
+    """
 
     index: int
     text: str = field(repr=False)
-    token_id: int = field(repr=False)
-    sampled: Sampled = field(repr=False)
+    token_id: int | None = field(repr=False)
+    sampled: Sampled | None = field(repr=False)
     finish_reason: FinishReason | None
 
 
@@ -64,6 +67,13 @@ class Completion:
         if reason is not None:
             text += self._finish()
         return OutputDelta(self.index, text, sampled.token_id, sampled, reason)
+
+    def limit(self, max_tokens: int) -> OutputDelta | None:
+        """Lets it come to no more than so many tokens. Returns its end where it has that many: no token follows."""
+        self._max_tokens = min(self._max_tokens, max_tokens)
+        if self.num_tokens < self._max_tokens:
+            return None
+        return OutputDelta(self.index, self._finish(), None, None, FinishReason.LENGTH)
 
     def _finish(self) -> str:
         """The text that was held back: half a character, or what may have become a stop string."""

@@ -15,6 +15,9 @@ from stagecoach_router.sampling.outputs import Sampled
 
 # Deltas that are packed together. So many, and fewer than twice as many, are there as objects.
 BLOCK_DELTAS = 256
+# Packed in place of a token's id where there is no token. At most one delta of each completion is such an end.
+_NO_TOKEN = 2**32 - 1
+_NO_SAMPLED = Sampled(_NO_TOKEN, None, ())
 
 
 class OutputLog:
@@ -53,14 +56,16 @@ class _Block:
 
     def __init__(self, deltas: Sequence[OutputDelta]) -> None:
         self._indices = bytes(delta.index for delta in deltas)
-        self._token_ids = array("I", (delta.token_id for delta in deltas))
+        tokens = [delta.sampled or _NO_SAMPLED for delta in deltas]
+        self._token_ids = array("I", (sampled.token_id for sampled in tokens))
         self._text = "".join(delta.text for delta in deltas)
         self._ends = array("I", accumulate(len(delta.text) for delta in deltas))
         self._reasons = {place: delta.finish_reason for place, delta in enumerate(deltas) if delta.finish_reason}
         # Of a request's tokens all have them, or none; the likeliest are as many for each.
-        has_logprobs = deltas[0].sampled.logprob is not None
-        self._logprobs = array("d", (delta.sampled.logprob or 0.0 for delta in deltas)) if has_logprobs else None
-        top = [pair for delta in deltas for pair in delta.sampled.top]
+        has_logprobs = any(sampled.logprob is not None for sampled in tokens)
+        self._logprobs = array("d", (sampled.logprob or 0.0 for sampled in tokens)) if has_logprobs else None
+        padding = max((sampled.top for sampled in tokens), key=len)
+        top = [pair for sampled in tokens for pair in (padding if sampled is _NO_SAMPLED else sampled.top)]
         self._top_ids = array("I", (token_id for token_id, _ in top))
         self._top_logprobs = array("d", (logprob for _, logprob in top))
 
@@ -71,8 +76,11 @@ class _Block:
         num_top = len(top) // len(self._token_ids)
         for place, (index, token_id, end) in enumerate(zip(self._indices, self._token_ids, self._ends, strict=True)):
             logprob = None if self._logprobs is None else self._logprobs[place]
-            sampled = Sampled(token_id, logprob, tuple(top[place * num_top : (place + 1) * num_top]))
+            sampled: Sampled | None = None
+            if token_id != _NO_TOKEN:
+                sampled = Sampled(token_id, logprob, tuple(top[place * num_top : (place + 1) * num_top]))
             reason: FinishReason | None = self._reasons.get(place)
-            deltas.append(OutputDelta(index, self._text[begin:end], token_id, sampled, reason))
+            id_or_none = None if sampled is None else token_id
+            deltas.append(OutputDelta(index, self._text[begin:end], id_or_none, sampled, reason))
             begin = end
         return deltas

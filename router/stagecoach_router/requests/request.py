@@ -24,6 +24,12 @@ class Request:
     params: SamplingParams = field(repr=False)
     priority: int = 0
     cache_salt: bytes = field(default=b"", repr=False)  # requests of different salts share no blocks
+    names_limit: bool = True  # False: max_tokens is what there was room for, and becomes less where there is less
+
+    def shortened(self, max_tokens: int) -> Request:
+        """The same request with a limit of its tokens that is no higher than this."""
+        assert self.params.max_tokens is not None, "set where the request came in"
+        return replace(self, params=replace(self.params, max_tokens=min(self.params.max_tokens, max_tokens)))
 
 
 def check_prompt_length(num_tokens: int, *, context_length: int) -> None:

@@ -145,6 +145,9 @@ class FakeCluster:
         )
 
 
-def request(name: str, *, num_prompt: int = 3, max_tokens: int = 20, n: int = 1, priority: int = 0) -> Request:
+def request(
+    name: str, *, num_prompt: int = 3, max_tokens: int = 20, n: int = 1, priority: int = 0, names_limit: bool = True
+) -> Request:
     prompt = tuple(crc32(f"{name} {index}".encode()) % VOCAB_SIZE for index in range(num_prompt))
-    return Request(name, prompt, SamplingParams(temperature=0.0, max_tokens=max_tokens, n=n, seed=1), priority)
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, n=n, seed=1)
+    return Request(name, prompt, params, priority, names_limit=names_limit)

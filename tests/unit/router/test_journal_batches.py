@@ -102,6 +102,28 @@ async def test_after_it_was_closed_nothing_is_written_nor_shown(path: Path) -> N
     assert await tokens_left(path) == [[1]]
 
 
+async def test_an_end_without_a_token_is_read_after_the_tokens_and_leaves_a_lower_limit(path: Path) -> None:
+    journal = await opened(path)
+    state = accepted_request()
+    journal.begin(state)
+    state.put(delta(1))
+    state.put(delta(2))
+    state.request = state.request.shortened(2)
+    state.put(OutputDelta(0, "", None, None, FinishReason.LENGTH))
+    assert state.read_from(0) == [], "nothing is in the file yet"
+    while not state.ended:
+        await state.wait()
+    assert [each.token_id for each in state.read_from(0)] == [1, 2, None]
+    await journal.close()
+    journal = await opened(path)
+    await journal.close()
+    store = JournalStore(path)
+    [entry] = store.load()
+    store.close()
+    assert entry.request.params.max_tokens == 2
+    assert [sampled.token_id for sampled in entry.past[0]] == [1, 2]
+
+
 def fail(*arguments: object) -> None:
     raise sqlite3.OperationalError("disk I/O error")
 

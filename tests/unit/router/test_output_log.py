@@ -38,6 +38,9 @@ def outputs(draw: st.DrawFn) -> list[OutputDelta]:
     )
     deltas = []
     for number in range(num_deltas):
+        if number % 100 == 99:  # only the end of a completion
+            deltas.append(OutputDelta(number % 64, "held back", None, None, FinishReason.LENGTH))
+            continue
         index, text, token_id, logprob, top, reason = some[number % len(some)]
         sampled = Sampled(token_id, None if num_top is None else logprob, top)
         deltas.append(OutputDelta(index, text, token_id, sampled, reason))
