@@ -6,7 +6,6 @@ once, and the old one stays in use. Connections keep what they began with. Who c
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ import grpc.aio
 from stagecoach.errors import ConfigError, PermissionDenied
 from stagecoach.rpc.channel import MAX_SHARD_MESSAGE_BYTES, Dial, channel_options, dial_plainly
 from stagecoach.security.pem_files import check_ca, check_key_pair, read_dates, read_file
-from stagecoach.security.watched_files import CHECK_INTERVAL_S, WatchedFiles, read_at_start, signature
+from stagecoach.security.watched_files import WatchedFiles, check_for_ever, read_at_start, signature
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +78,7 @@ class Identity:
 
     async def watch(self) -> NoReturn:
         """Looks at the files every second, until cancelled."""
-        while True:
-            await self.check()
-            await asyncio.sleep(CHECK_INTERVAL_S)
+        await check_for_ever(self.check)
 
     async def check(self) -> None:
         """Takes over what has changed."""

@@ -7,15 +7,16 @@ time: a mount whose server is gone stops whoever so much as asks for a file's da
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 import os
 import stat
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, NoReturn, TypeVar
 
 from stagecoach.errors import ConfigError
 from stagecoach.file_access import FILE_TIMEOUT_S, in_time, on_thread, read_in_time
@@ -108,6 +109,16 @@ class WatchedFiles(Generic[Content]):
 
     def _names(self) -> str:
         return ", ".join(str(path) for path in self._paths)
+
+
+async def check_for_ever(check: Callable[[], Awaitable[None]]) -> NoReturn:
+    """Has `check` look at some files every second, until cancelled. An error that nobody foresaw costs one look."""
+    while True:
+        try:
+            await check()
+        except Exception:
+            logger.exception("looking at files that may have changed")
+        await asyncio.sleep(CHECK_INTERVAL_S)
 
 
 async def read_at_start(read: Callable[[], Content], field: str, *paths: Path | None) -> Content:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import NoReturn
 
 from stagecoach.errors import ConfigError
 from stagecoach.security.api_keys import KeyEntry, read_entries
-from stagecoach.security.watched_files import CHECK_INTERVAL_S, WatchedFiles, read_at_start, read_bounded
+from stagecoach.security.watched_files import WatchedFiles, check_for_ever, read_at_start, read_bounded
 from stagecoach_router.tenants.tenants import Tenants
 
 # An entry has some 300 of them.
@@ -40,9 +39,7 @@ class KeyFile:
 
     async def watch(self) -> NoReturn:
         """Looks every second, until cancelled."""
-        while True:
-            await asyncio.sleep(CHECK_INTERVAL_S)
-            await self.check()
+        await check_for_ever(self.check)
 
     async def check(self) -> None:
         """Takes the file over if it has changed."""

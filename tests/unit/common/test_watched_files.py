@@ -12,7 +12,7 @@ import pytest
 from stagecoach.errors import ConfigError
 from stagecoach.file_access import read_in_time
 from stagecoach.security import watched_files
-from stagecoach.security.watched_files import WatchedFiles, read_at_start
+from stagecoach.security.watched_files import WatchedFiles, check_for_ever, read_at_start
 
 
 class Disk:
@@ -133,3 +133,19 @@ async def test_a_time_limit_of_the_disk_itself_is_not_taken_for_ours() -> None:
 
     with pytest.raises(TimeoutError, match="the server has not answered"):
         await read_in_time(read, "it")
+
+
+async def test_a_look_that_fails_as_nobody_foresaw_is_not_the_last_one(monkeypatch):
+    monkeypatch.setattr(watched_files, "CHECK_INTERVAL_S", 0.0)
+    looked = asyncio.Event()
+    errors = [RuntimeError("can't start new thread"), MemoryError()]
+
+    async def check():
+        if errors:
+            raise errors.pop()
+        looked.set()
+
+    watching = asyncio.create_task(check_for_ever(check))
+    async with asyncio.timeout(5.0):
+        await looked.wait()
+    watching.cancel()
