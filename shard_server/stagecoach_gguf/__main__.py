@@ -24,8 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("source", help="a .gguf file, or the name of an installed Python package that holds one")
     parser.add_argument("target", type=Path, help="the folder to make; must not exist, or be empty")
     options = parser.parse_args(arguments)
-    # So that a polite kill also takes the half-written folder away.
-    signal.signal(signal.SIGTERM, _exit)
+    # So that a polite kill, and a terminal that is closed, also take the half-written folder away.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _exit)
     try:
         import_gguf(options.source, options.target)
     except StagecoachError as error:

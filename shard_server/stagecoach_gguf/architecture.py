@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import gguf
 import numpy as np
 import numpy.typing as npt
 
 from stagecoach.errors import CheckpointError
 from stagecoach_gguf.gguf_file import GGUFFile
+from stagecoach_shard.checkpoints.raw_config import MAX_INTEGER
+from stagecoach_shard.models.decoder_config import MAX_LAYERS
 
 _CLASS_NAMES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
@@ -188,7 +189,7 @@ class Architecture:
         if embedding is None:
             raise CheckpointError("tensor token_embd.weight is missing", field="token_embd.weight")
         shape = ModelShape(
-            num_layers=self._integer("block_count"),
+            num_layers=self._integer("block_count", maximum=MAX_LAYERS),
             hidden_size=hidden,
             intermediate_size=self._integer("feed_forward_length"),
             num_heads=num_heads,
@@ -212,7 +213,7 @@ class Architecture:
             if kind != "none":
                 raise self._unmapped("rope.scaling.type")
             return _llama3_scaling(
-                gguf.quants.dequantize(factors.data, factors.quantization).reshape(-1),
+                factors.values().reshape(-1),
                 self._file.number(f"{self.name}.rope.freq_base", 10000.0),
                 self.shape.head_dim,
             )
@@ -237,11 +238,11 @@ class Architecture:
         except CheckpointError:
             return self._file.number(key)
 
-    def _integer(self, key: str, default: int | None = None) -> int:
+    def _integer(self, key: str, default: int | None = None, *, maximum: int = MAX_INTEGER) -> int:
         name = f"{self.name}.{key}"
         value = self._file.integer(name, default)
-        if value < 1:
-            raise CheckpointError(f"{name} must be at least 1", field=name, limit=1, value=value)
+        if not 1 <= value <= maximum:
+            raise CheckpointError(f"{name} must be in [1, {maximum}]", field=name, limit=maximum, value=value)
         return value
 
     def _unmapped(self, key: str) -> CheckpointError:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGMLQuantizationType, GGUFReader
+from gguf import GGMLQuantizationType, GGUFReader, quants
 
 from stagecoach.errors import CheckpointError
 from stagecoach_gguf.gguf_header import check_header
@@ -28,6 +28,18 @@ class GGUFTensor:
     shape: tuple[int, ...]
     quantization: GGMLQuantizationType
     data: npt.NDArray[Any]
+
+    def values(self, rows: npt.NDArray[Any] | None = None) -> npt.NDArray[np.float32]:
+        """What `rows` of `data`, by default all, stand for. Raises CheckpointError for what cannot be undone."""
+        try:
+            values: npt.NDArray[np.float32] = quants.dequantize(self.data if rows is None else rows, self.quantization)
+        except NotImplementedError as error:
+            raise CheckpointError(
+                f"tensor {self.name} is quantized as {self.quantization.name}, which cannot be undone",
+                field=self.name,
+                value=self.quantization.name,
+            ) from error
+        return values
 
 
 class GGUFFile:

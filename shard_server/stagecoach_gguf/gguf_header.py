@@ -7,6 +7,7 @@ Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import struct
 from pathlib import Path
@@ -18,8 +19,9 @@ from stagecoach.errors import CheckpointError
 MAX_KEYS = 65_536
 MAX_TENSORS = 1_000_000
 MAX_DIMENSIONS = 4
-# The reader makes an object of each item.
-MAX_ARRAY_LENGTH = 4_000_000
+# In all arrays of a file together: of each item, be it a byte, the reader makes objects of some 700 bytes. The largest
+# vocabularies in use, with their merges, have less than half of that.
+MAX_ARRAY_ITEMS = 2_000_000
 MAX_NAME_BYTES = 65_536
 
 _SCALAR_BYTES = {
@@ -54,6 +56,7 @@ class _Walk:
         self._data = data
         self._offset = 4
         self._alignment = GGUF_DEFAULT_ALIGNMENT
+        self._num_items = 0
 
     def run(self) -> None:
         version = self._uint32()
@@ -70,9 +73,12 @@ class _Walk:
         for _ in range(num_keys):
             key = self._text()
             self._value(key)
-        ends = [self._tensor() for _ in range(num_tensors)]
+        places = sorted(self._tensor() for _ in range(num_tensors))
+        for (_, end, name), (start, _, following) in itertools.pairwise(places):
+            if start < end:  # a small file could become as large a checkpoint as it says
+                raise self._bad(f"has tensors that overlap: {name!r} and {following!r}", limit=end, value=start)
         data_start = -(-self._offset // self._alignment) * self._alignment
-        needed = data_start + max(ends, default=0)
+        needed = data_start + max((end for _, end, _ in places), default=0)
         if needed > len(self._data):
             raise self._bad(
                 f"is truncated: {needed} bytes are needed, {len(self._data)} are there",
@@ -93,8 +99,13 @@ class _Walk:
             item, count = self._value_type(key), self._uint64()
             if item is GGUFValueType.ARRAY:
                 raise self._bad(f"has an array of arrays under {key!r}", value=key)
-            if count > MAX_ARRAY_LENGTH:
-                raise self._bad(f"has {count} items under {key!r}", limit=MAX_ARRAY_LENGTH, value=count)
+            self._num_items += count
+            if self._num_items > MAX_ARRAY_ITEMS:
+                raise self._bad(
+                    f"has {self._num_items} items in its arrays, up to {key!r}",
+                    limit=MAX_ARRAY_ITEMS,
+                    value=self._num_items,
+                )
             if item is GGUFValueType.STRING:
                 self._require(8 * count)  # the lengths alone: a bound on the loop
                 for _ in range(count):
@@ -108,8 +119,8 @@ class _Walk:
             raise self._bad("has a general.alignment that is not a power of two", value=alignment)
         self._alignment = alignment
 
-    def _tensor(self) -> int:
-        """Where the tensor's bytes end, counted from where tensor data starts."""
+    def _tensor(self) -> tuple[int, int, str]:
+        """Where the tensor's bytes begin and end, counted from where tensor data starts, and its name."""
         name = self._text()
         num_dimensions = self._uint32()
         if num_dimensions > MAX_DIMENSIONS:
@@ -128,7 +139,8 @@ class _Walk:
             raise self._bad(f"tensor {name!r} has unknown quantization {number}", value=number) from None
         if row % block:
             raise self._bad(f"tensor {name!r} has rows of {row}, not a multiple of {block}", limit=block, value=row)
-        return self._uint64() + num_elements // block * block_bytes
+        start = self._uint64()
+        return start, start + num_elements // block * block_bytes, name
 
     def _value_type(self, key: str) -> GGUFValueType:
         number = self._uint32()

@@ -15,10 +15,23 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from stagecoach.errors import CheckpointError
 
 SPACE = "▁"
+# Every way to cut a piece is looked at. SentencePiece itself makes none of more than 16 unless it is told to.
+MAX_PIECE_CHARACTERS = 256
 
 
 def merges_of(scored: Sequence[tuple[str, float]]) -> list[tuple[str, str]]:
-    """The merges that make text into `scored` pieces. Raises CheckpointError for scores that are equal."""
+    """The merges that make text into `scored` pieces.
+
+    Raises CheckpointError for scores that are equal, and for a piece of more than MAX_PIECE_CHARACTERS.
+    """
+    longest = max((len(piece) for piece, _ in scored), default=0)
+    if longest > MAX_PIECE_CHARACTERS:
+        raise CheckpointError(
+            f"a piece has {longest} characters",
+            field="tokenizer.ggml.tokens",
+            limit=MAX_PIECE_CHARACTERS,
+            value=longest,
+        )
     order = {piece: index for index, (piece, _) in enumerate(scored)}
     merges: list[tuple[str, str]] = []
     last: tuple[str, float] | None = None

@@ -8,18 +8,15 @@ https://github.com/huggingface/safetensors#format
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from stagecoach.errors import CheckpointError
 from stagecoach_gguf.architecture import TensorPlan
 from stagecoach_gguf.gguf_file import GGUFFile, GGUFTensor
 
@@ -87,32 +84,18 @@ def _write_file(file: GGUFFile, plans: Sequence[TensorPlan], path: Path, progres
             for piece in bfloat16_pieces(file.tensors[plan.source], plan.rotary_heads):
                 out.write(piece.tobytes())
                 progress(piece.nbytes)
-        out.flush()
-        os.fsync(out.fileno())
 
 
 def bfloat16_pieces(tensor: GGUFTensor, rotary_heads: int = 0) -> Iterator[npt.NDArray[np.int16]]:
     """The tensor's elements as the bits of bfloat16, rounded to nearest even, in order and in bounded pieces."""
     if len(tensor.shape) == 1:
-        values = _dequantize(tensor, tensor.data.reshape(1, -1)).reshape(-1)
+        values = tensor.values(tensor.data.reshape(1, -1)).reshape(-1)
         yield _bfloat16_bits(undo_rotary_order(values, rotary_heads) if rotary_heads else values)
         return
     rows = undo_rotary_order(tensor.data, rotary_heads) if rotary_heads else tensor.data
     step = max(1, _PIECE_ELEMENTS // max(1, tensor.shape[-1]))
     for start in range(0, len(rows), step):
-        yield _bfloat16_bits(_dequantize(tensor, rows[start : start + step]))
-
-
-def _dequantize(tensor: GGUFTensor, rows: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    try:
-        values: npt.NDArray[np.float32] = gguf.quants.dequantize(rows, tensor.quantization)
-    except NotImplementedError as error:
-        raise CheckpointError(
-            f"tensor {tensor.name} is quantized as {tensor.quantization.name}, which cannot be undone",
-            field=tensor.name,
-            value=tensor.quantization.name,
-        ) from error
-    return values
+        yield _bfloat16_bits(tensor.values(rows[start : start + step]))
 
 
 def _bfloat16_bits(values: npt.NDArray[np.float32]) -> npt.NDArray[np.int16]:

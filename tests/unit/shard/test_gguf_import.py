@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,11 @@ def refused(model: GGUFModel, folder: Path) -> CheckpointError:
         ({"llama.block_count": None}, "llama.block_count"),
         ({"llama.block_count": 0}, "llama.block_count"),
         ({"llama.block_count": "2"}, "llama.block_count"),
+        ({"llama.block_count": 4097}, "llama.block_count"),
+        ({"llama.block_count": 2**32 - 1}, "llama.block_count"),  # whose tensors nobody can list
+        ({"llama.context_length": 2**32 - 1}, "llama.context_length"),
+        ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "rms_norm_eps"),  # which no shard would load
+        ({"llama.rope.freq_base": -1.0}, "rope_theta"),
         ({"llama.block_count": 3}, "blk.2.attn_norm.weight"),
         ({"llama.block_count": 1}, "blk.1.attn_k.weight"),
         ({"llama.attention.head_count_kv": 4}, "blk.0.attn_k.weight"),
@@ -200,17 +206,43 @@ def test_other_rope_factors_are_refused(tmp_path: Path) -> None:
     assert refused(model, tmp_path).field == "rope_freqs.weight"
 
 
-def test_a_failure_half_way_leaves_nothing_behind(tmp_path: Path) -> None:
-    model = GGUFModel()
-    random_model(model)
-    source = model.write(tmp_path / "whole.gguf")
-    # The last tensor becomes 8-bit integers, whose scale a file does not say.
-    name = list(model.tensors)[-1].encode()
+def of_8_bit_integers(source: Path, name: bytes) -> bytes:
+    """The file with that tensor as 8-bit integers, whose scale no file says."""
     data = bytearray(source.read_bytes())
     info = data.index(struct.pack("<Q", len(name)) + name) + 8 + len(name)
     num_dimensions = struct.unpack_from("<I", data, info)[0]
     struct.pack_into("<I", data, info + 4 + 8 * num_dimensions, GGMLQuantizationType.I8)
-    (tmp_path / "model.gguf").write_bytes(data)
+    return bytes(data)
+
+
+def test_rope_factors_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    model = GGUFModel()
+    random_model(model)
+    model.tensors["rope_freqs.weight"] = np.ones(8, dtype=np.float32)
+    source = model.write(tmp_path / "model.gguf")
+    source.write_bytes(of_8_bit_integers(source, b"rope_freqs.weight"))
+    with pytest.raises(CheckpointError, match="I8") as caught:
+        import_gguf(str(source), tmp_path / "out")
+    assert caught.value.field == "rope_freqs.weight"
+
+
+def test_what_another_import_is_writing_is_left_alone(tmp_path: Path) -> None:
+    """In containers that share a disk, both may be process 7."""
+    others = tmp_path / f".out.{os.getpid()}.partial"
+    others.mkdir()
+    (others / "config.json").write_text("{}")
+    model = GGUFModel()
+    random_model(model)
+    assert (imported(model, tmp_path) / "model.safetensors").is_file()
+    assert (others / "config.json").is_file()
+
+
+def test_a_failure_half_way_leaves_nothing_behind(tmp_path: Path) -> None:
+    model = GGUFModel()
+    random_model(model)
+    source = model.write(tmp_path / "whole.gguf")
+    name = list(model.tensors)[-1].encode()
+    (tmp_path / "model.gguf").write_bytes(of_8_bit_integers(source, name))
     source.unlink()
     with pytest.raises(CheckpointError, match="I8") as caught:
         import_gguf(str(tmp_path / "model.gguf"), tmp_path / "out")
@@ -257,6 +289,20 @@ class TestBrokenFiles:
         place = data.index(key) + len(key) + 8
         for count in (2**40, 3_000_000):
             self.reject(data[:place] + struct.pack("<Q", count) + data[place + 8 :], tmp_path)
+
+    def test_arrays_that_are_too_many_together(self, tmp_path: Path) -> None:
+        """A byte of the file would become some 700 of memory."""
+        items = struct.pack("<IIQ", 9, 0, 700_000) + bytes(700_000)
+        keys = b"".join(struct.pack("<Q", 2) + b"k%d" % number + items for number in range(3))
+        message = self.reject(b"GGUF" + struct.pack("<IQQ", 3, 0, 3) + keys, tmp_path)
+        assert "2100000 items" in message
+
+    def test_tensors_that_lie_on_each_other(self, data: bytes, tmp_path: Path) -> None:
+        broken = bytearray(data)
+        for name in (b"output_norm.weight", b"blk.1.attn_norm.weight"):
+            info = data.index(struct.pack("<Q", len(name)) + name) + 8 + len(name)
+            struct.pack_into("<Q", broken, info + 4 + 8 + 4, 0)  # where its bytes begin
+        assert "overlap" in self.reject(bytes(broken), tmp_path)
 
     def test_a_quantization_nobody_knows(self, data: bytes, tmp_path: Path) -> None:
         name = b"token_embd.weight"

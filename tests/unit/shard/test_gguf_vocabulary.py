@@ -274,3 +274,10 @@ def test_smollm2_counts_digit_by_digit(smollm2: Path) -> None:
     assert tokenizer.encode("In 2024: 7½").tokens == ["In", "Ġ", "2", "0", "2", "4", ":", "Ġ", "7", "Â½"]
     assert tokenizer.get_vocab_size() == 49152
     assert tokenizer.encode("<|im_start|>user\n").ids[0] == 1
+
+
+def test_a_piece_of_absurd_length_is_refused() -> None:
+    """There are as many ways to cut it as it has characters, and each is as long."""
+    with pytest.raises(CheckpointError) as caught:
+        merges_of([("a", -1.0), ("a" * 200_000, -2.0)])
+    assert (caught.value.field, caught.value.limit) == ("tokenizer.ggml.tokens", "256")
