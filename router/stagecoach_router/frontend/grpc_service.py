@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import grpc.aio
 
 from stagecoach import errors
 from stagecoach.errors.status import abort
+from stagecoach.process.together import together
 from stagecoach.sampling_params import MAX_N
 from stagecoach.v1 import inference_pb2 as pb
 from stagecoach.v1 import inference_pb2_grpc, model_pb2
@@ -131,7 +131,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             )
         pipelines = [replica.pipeline for replica in serving.engine.replicas]
         open_ones = [pipeline for pipeline in pipelines if pipeline is not None and pipeline.lost is None]
-        await asyncio.gather(*(pipeline.refresh_loads(LOAD_REPORT_TIMEOUT_S) for pipeline in open_ones))
+        await together(pipeline.refresh_loads(LOAD_REPORT_TIMEOUT_S) for pipeline in open_ones)
         return write_status(serving.model, serving.engine, serving.pipelines, uptime_s)
 
     async def _find_or_accept(self, request: pb.GenerateRequest, serving: Serving, caller: Caller) -> RequestState:

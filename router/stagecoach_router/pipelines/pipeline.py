@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from stagecoach import PROTOCOL_VERSION, errors
+from stagecoach.process.together import together
 from stagecoach.rpc.channel import Dial, dial_plainly
 from stagecoach.rpc.credits import usable_credits
 from stagecoach.rpc.forward_link import ForwardLink
@@ -94,11 +95,9 @@ class Pipeline:
         self.num_blocks = num_blocks
         next_hops = [stage.address for stage in self.stages[1:]] + [""]
         try:
-            await asyncio.gather(
-                *(
-                    stage.open(self._open_request(stage, next_hop, num_blocks, max_slots), self._context.dial)
-                    for stage, next_hop in zip(self.stages, next_hops, strict=True)
-                )
+            await together(
+                stage.open(self._open_request(stage, next_hop, num_blocks, max_slots), self._context.dial)
+                for stage, next_hop in zip(self.stages, next_hops, strict=True)
             )
             self._forward = ForwardLink(self.stages[0].address, on_failure=self._lose, dial=self._context.dial)
             await self._forward.open(OPEN_TIMEOUT_S)
@@ -125,7 +124,7 @@ class Pipeline:
         question = self._num_questions
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                await asyncio.gather(*(stage.load_report(question) for stage in self.stages))
+                await together(stage.load_report(question) for stage in self.stages)
 
     def give_up(self, error: errors.StagecoachError) -> None:
         """Whoever uses it has found it broken: it is lost."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import time
@@ -10,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from stagecoach import errors
+from stagecoach.process.together import together
 from stagecoach.v1 import shard_pb2
 from stagecoach_router.pipelines.pipeline import Pipeline, PipelineContext, PipelineListener
 from stagecoach_router.pipelines.shard_choice import Choice, Wish, choose_shards
@@ -204,7 +204,7 @@ class PipelineManager:
             describe(address, context.dial, lease_id=context.lease_id, timeout_s=context.faults.fault_timeout_s)
             for address in addresses
         ]
-        shards = await asyncio.gather(*asked)
+        shards = await together(asked)
         model = self.registry.model() or shards[0]
         end = 0
         for shard in shards:

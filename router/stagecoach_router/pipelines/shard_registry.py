@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Sequence
 
 from stagecoach import errors
+from stagecoach.process.together import together
 from stagecoach.rpc.channel import Dial, dial_plainly
 from stagecoach.topology import LayerRange
 from stagecoach_router.pipelines.model_choice import ModelChoice, choose_model, has_whole_chain
@@ -149,7 +150,7 @@ class ShardRegistry:
     async def run(self) -> None:
         """Asks the shards. Runs until cancelled."""
         try:
-            await asyncio.gather(*(self._watch(shard) for shard in self.shards.values()))
+            await together(self._watch(shard) for shard in self.shards.values())
         finally:
             for task in self._loads.values():
                 task.cancel()

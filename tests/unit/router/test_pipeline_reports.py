@@ -153,3 +153,24 @@ def test_a_step_is_never_larger_than_its_hidden_states_may_be_in_a_message(dtype
     assert Pipeline([shard("a:1", **facts), shard("b:1", **facts)], 1, NoListener(), context).max_batch_tokens == most
     facts["max_batch_tokens"] = 100
     assert Pipeline([shard("a:1", **facts), shard("b:1", **facts)], 1, NoListener(), context).max_batch_tokens == 100
+
+
+async def test_where_one_stage_refuses_its_lease_the_others_are_not_opened_behind_its_back(pipeline: Pipeline) -> None:
+    """A lease that is opened after the pipeline was closed would hold its blocks until somebody notices."""
+    ended: list[str] = []
+
+    async def refuse(*_: object) -> None:
+        await asyncio.sleep(0)
+        raise Unavailable("no")
+
+    async def take_long(*_: object) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("cancelled")
+
+    pipeline.stages[0].open = take_long  # type: ignore[method-assign]
+    pipeline.stages[1].open = refuse  # type: ignore[method-assign]
+    with pytest.raises(Unavailable, match="no"):
+        await pipeline.open(num_blocks=1, max_slots=1)
+    assert ended == ["cancelled"]
