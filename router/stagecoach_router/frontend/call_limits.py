@@ -24,6 +24,7 @@ from stagecoach_router.frontend.auth_interceptor import HEALTH_CHECK, Find, call
 from stagecoach_router.frontend.callers import caller_of
 from stagecoach_router.frontend.open_calls import OpenCalls
 from stagecoach_router.frontend.reading_turns import READ_TIMEOUT_S, RETRY_AFTER_S, ReadingTurns
+from stagecoach_router.frontend.request_shape import shape_checking
 from stagecoach_router.frontend.write_timeouts import TimedContext, WriteTimeouts
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -93,7 +94,7 @@ class CallLimits(grpc.aio.ServerInterceptor):
         # A handler of streams is the one that reads its request itself; callers cannot tell the difference.
         return grpc.stream_stream_rpc_method_handler(
             self._guarded(handler, handler_call_details.method),
-            request_deserializer=handler.request_deserializer,
+            request_deserializer=shape_checking(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
 
@@ -128,7 +129,7 @@ class CallLimits(grpc.aio.ServerInterceptor):
         """The request of a call that brings one. Ends the call where it is not let in, or brings none in time."""
         try:
             sort.calls.enter(caller, self._retry_after_s())
-            request = await sort.turns.read(context, caller)
+            request = _taken(await sort.turns.read(context, caller))
             if request is grpc.aio.EOF:
                 raise errors.InvalidArgument("the call brought no request")
         except errors.StagecoachError as error:
@@ -139,13 +140,13 @@ class CallLimits(grpc.aio.ServerInterceptor):
         """The requests of a call that brings a stream of them. Raises what `_request` ends a call with."""
         sort, max_idle_s = self._streams, self._timeouts.max_stall_s
         sort.calls.enter(caller, self._retry_after_s())
-        request = await sort.turns.read(context, caller)
+        request = _taken(await sort.turns.read(context, caller))
         while request is not grpc.aio.EOF:
             yield request
             del request
             try:
                 async with asyncio.timeout(max_idle_s if math.isfinite(max_idle_s) else None):
-                    request = await context.read()
+                    request = _taken(await context.read())
             except TimeoutError:
                 text = f"no request has come for {max_idle_s:g} s"
                 raise errors.DeadlineExceeded(text, limit=max_idle_s) from None
@@ -166,6 +167,13 @@ def _forgetting_why_it_ended(serve: Serve) -> Serve:
             raise error.with_traceback(None)  # noqa: B904  # what it came from is what is forgotten
 
     return forgetting
+
+
+def _taken(request: Any) -> Any:
+    """The request as it was read. Raises InvalidArgument where that was none, or held too much."""
+    if isinstance(request, errors.InvalidArgument):
+        raise request
+    return request
 
 
 def _caller(context: Context) -> str:

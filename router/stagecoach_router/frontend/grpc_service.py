@@ -22,7 +22,7 @@ from stagecoach_router.frontend.callers import caller_of
 from stagecoach_router.frontend.cluster_status import write_status
 from stagecoach_router.frontend.convert import (
     check_answer_size,
-    content_digest,
+    digest_of,
     encode_text,
     read_request,
     write_deltas,
@@ -141,7 +141,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         key = (tenant.name, request.request_id)
         if serving.requests.knows(key):
             tenant.admit_return(time.monotonic())
-            known = serving.requests.find(key, content_digest(request))
+            known = serving.requests.find(key, await digest_of(request))
             if known is not None:  # else its time was up just now
                 return known
         num_sequences = max(1, min(request.sampling.n, MAX_N))
@@ -151,7 +151,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             checked = await read_request(
                 request, model=serving.model, encoder=serving.encoder, engine=serving.engine, caller=caller
             )
-            digest = content_digest(request)
+            digest = await digest_of(request)
             known = serving.requests.find(key, digest)
             if known is not None:  # while this one was read, another call brought the same
                 return known

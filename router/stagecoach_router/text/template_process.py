@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import marshal
 import os
 import socket
 import subprocess
@@ -91,8 +91,8 @@ class TemplateProcess:
         await self._end_worker()
 
     async def _ask(self, source: str, variables: Mapping[str, Any]) -> tuple[Outcome, str]:
+        request = await asyncio.to_thread(marshal.dumps, {"source": source, "variables": variables})
         self._check_open()
-        request = json.dumps({"source": source, "variables": variables}).encode()
         if self._worker is None or self._worker.has_ended:
             await self._end_worker()
             self._worker = await _Worker.start(self._limits)
