@@ -149,9 +149,16 @@ class Engine:
 
     def check_room(self, num_sequences: int) -> None:
         """Raises Overloaded where `submit` would: before anything is spent on a request."""
-        ready = [replica for replica in self.replicas if replica.ready] or self.replicas
-        least = min(ready, key=lambda replica: replica.num_sequences)
-        least.scheduler.check_room(num_sequences, time.monotonic())
+        full: list[errors.Overloaded] = []
+        now_s = time.monotonic()
+        for replica in [replica for replica in self.replicas if replica.ready] or self.replicas:
+            try:
+                replica.scheduler.check_room(num_sequences, now_s)
+            except errors.Overloaded as error:
+                full.append(error)
+            else:
+                return
+        raise min(full, key=lambda error: error.retry_after_s or 0.0)
 
     @property
     def retry_after_s(self) -> float:
@@ -175,7 +182,7 @@ class Engine:
                 if past and state.replay(index, past[index]):
                     continue
                 leader = leader or sequence
-                replica = replica or self._assign_new(sequence)
+                replica = replica or self._assign_new(sequence, was_accepted=bool(past))
                 replica.add(state, sequence, was_accepted=bool(past))
         except errors.StagecoachError:
             self.cancel(state)
@@ -231,7 +238,7 @@ class Engine:
 
     # ---- which replica computes what
 
-    def _assign_new(self, sequence: Sequence) -> Replica:
+    def _assign_new(self, sequence: Sequence, *, was_accepted: bool) -> Replica:
         """The replica that is to compute a new sequence, and those of the same request that follow it."""
         if len(self.replicas) == 1:
             return self.replicas[0]
@@ -241,6 +248,7 @@ class Engine:
                 num_sequences=replica.num_sequences,
                 num_cached_tokens=replica.scheduler.blocks.num_cached_tokens(sequence),
                 fits=_fits_new(sequence, replica),
+                has_room=was_accepted or replica.scheduler.has_room(sequence.params.n, sequence.num_tokens),
                 ready=replica.ready,
                 speed=speed,
                 away_s=replica.unproven_s,

@@ -23,6 +23,7 @@ class ReplicaLoad:
     ready: bool
     speed: float = 1.0  # of one sequence's tokens, beside that of the others
     away_s: float = 0.0  # for how long it has not been ready
+    has_room: bool = True  # whether its queue takes the request
 
     @property
     def delay(self) -> float:
@@ -33,7 +34,8 @@ class ReplicaLoad:
 def choose_replica(loads: Sequence[ReplicaLoad]) -> int | None:
     """The index of the replica for a request. None: it fits none.
 
-    One that is ready, or else has not been for the shortest time; among those that are about as busy, for their speed,
+    One that is ready, or else has not been for the shortest time; among those, one whose queue has room for it, where
+    there is one; among those that are about as busy, for their speed,
     as the least busy one, that with the longest cached prefix; then the least busy; then the first.
     """
     fitting = [index for index, load in enumerate(loads) if load.fits]
@@ -43,6 +45,7 @@ def choose_replica(loads: Sequence[ReplicaLoad]) -> int | None:
     if not chosen:  # that which was lost last may be back first
         shortest_s = min(loads[index].away_s for index in fitting)
         chosen = [index for index in fitting if loads[index].away_s == shortest_s]
+    chosen = [index for index in chosen if loads[index].has_room] or chosen
     least = min(loads[index].delay for index in chosen)
     most = least + max(MIN_TOLERANCE, least * TOLERANCE)
     return min(

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
-from stagecoach.errors import OutOfRange
+from stagecoach.errors import OutOfRange, Overloaded
 from stagecoach_router.scheduling.admission import Admission
 from stagecoach_router.scheduling.block_manager import BlockManager
 from stagecoach_router.scheduling.deadlines import Deadlines
@@ -112,6 +112,14 @@ class Scheduler:
                 value=num_sequences,
             )
         self._admission.check_room(num_sequences=num_sequences, now_s=now_s)
+
+    def has_room(self, num_sequences: int, num_tokens: int) -> bool:
+        """Whether `add` would take so many more now, of so many tokens each."""
+        try:
+            self._admission.check_room(num_sequences=num_sequences, num_tokens=num_sequences * num_tokens)
+        except Overloaded:
+            return False
+        return True
 
     def add(self, sequence: Sequence, *, was_accepted: bool = False) -> None:
         """Queues a sequence; sets its `token_limit`, at which the caller has to remove it.

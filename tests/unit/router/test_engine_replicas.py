@@ -308,3 +308,38 @@ async def test_a_pipeline_that_comes_back_smaller_leaves_what_does_not_fit_to_an
     await replicas[1 - home].open()
     pipelines[1 - home].answer_all()
     assert tokens_of(state) == [TOKEN] * LONG
+
+
+async def test_nobody_is_refused_while_one_pipeline_has_room():
+    """The one with the prefix would be chosen, or the faster one, but its line is full."""
+    pipelines = FakePipeline(num_blocks=40), FakePipeline(num_blocks=40)
+    cluster = FakeCluster(*pipelines, max_running=1, max_waiting=3)
+    first = await cluster.open(answered=True)
+    known = cluster.submit(request("known", num_prompt=40, max_tokens=1))
+    pipelines[0].answer_all()
+    assert known.ended
+    for number in range(4):
+        cluster.submit(request(str(number), max_tokens=3))
+    second = await cluster.open(answered=True)
+    cluster.engine.check_room(1)
+    for _ in range(4):
+        cluster.submit(request("known", num_prompt=40, max_tokens=3))
+    assert (first.num_sequences, second.num_sequences) == (4, 4)
+    with pytest.raises(Overloaded):
+        cluster.engine.check_room(1)
+    with pytest.raises(Overloaded):
+        cluster.submit(request("one too many"))
+
+
+async def test_all_completions_find_room_or_another_pipeline_takes_them():
+    pipelines = FakePipeline(num_blocks=40), FakePipeline(num_blocks=40)
+    cluster = FakeCluster(*pipelines, max_running=1, max_waiting=4)
+    replicas = [await cluster.open(answered=True) for _ in pipelines]
+    cluster.submit(request("a", num_prompt=40, max_tokens=2, n=3))
+    pipelines[0].answer_all()
+    cluster.submit(request("b", max_tokens=2, n=3))
+    state = cluster.submit(request("a", num_prompt=40, max_tokens=2, n=3))
+    assert [replica.num_sequences for replica in replicas] == [3, 3]
+    for pipeline in pipelines:
+        pipeline.answer_all()
+    assert state.ended

@@ -1,5 +1,6 @@
 """How the scheduler shares prefill among the lanes, and how many rows of logits a step may bring back."""
 
+from stagecoach_router.scheduling.pacing import NO_PROMPTS, Pace
 from tests.unit.router.test_scheduler import add, finish, make_scheduler, rows_of
 
 
@@ -85,3 +86,24 @@ def test_a_newcomer_that_waited_for_blocks_is_paced_like_any_other():
     assert len(scheduler._admission.starting()) == 0, "it lacks blocks"
     scheduler.remove(first)
     assert len(scheduler._admission.starting()) == 1
+
+
+def test_what_a_sequence_finds_again_in_the_prefix_cache_is_no_prefill():
+    """A sequence that was let go of and comes back is paced by what is left to compute of it."""
+    asked = []
+
+    class Watched:
+        def pace(self, num_decodes, prompts=NO_PROMPTS):
+            asked.append(prompts)
+            return Pace(2, 1)
+
+    scheduler = make_scheduler(num_blocks=64, max_batch_tokens=64, pacing=Watched())
+    sequence = add(scheduler, 1, 40, max_tokens=20)
+    while not sequence.output_tokens:
+        finish(scheduler, scheduler.schedule())
+    assert max(prompts.num_tokens for prompts in asked) == 40
+    scheduler.adopt(sequence, scheduler.release(sequence))
+    scheduler.schedule()
+    asked.clear()
+    scheduler.schedule()
+    assert asked[-1].num_tokens == 41 - 36
