@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 
 import psutil
 import torch
@@ -23,10 +24,37 @@ def give_back_unused() -> None:
 
 
 def free_bytes(device: torch.device) -> int:
-    """How much memory of the device is free now; of a CPU, how much the system can give without swapping."""
+    """How much memory of the device is free now; of a CPU, how much this process may have without swapping."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    available = int(psutil.virtual_memory().available)
+    left = free_in_cgroups()
+    return available if left is None else min(available, left)
+
+
+def free_in_cgroups(memberships: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """How much the limits of this process's control groups leave; None where there are none (or only of version 1).
+
+    A container has a part of its machine's memory, and whoever takes more is killed, while the machine has plenty left.
+    """
+    try:
+        lines = memberships.read_text().splitlines()
+    except OSError:
+        return None
+    own = next((root / line.removeprefix("0::/") for line in lines if line.startswith("0::/")), root)
+    folders = [folder for folder in (own, *own.parents) if folder.is_relative_to(root)]
+    left = [free for folder in folders if (free := _free_in_cgroup(folder)) is not None]
+    return min(left, default=None)
+
+
+def _free_in_cgroup(folder: Path) -> int | None:
+    try:
+        limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
+        # Files that were read and may be forgotten count as used, such as those of a checkpoint.
+        entries = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return max(0, limit - used + int(entries.get("inactive_file", 0)))
+    except (OSError, ValueError):  # the root has no such files; without a limit it is the word "max"
+        return None
 
 
 def num_kv_blocks(budget: str | None, fraction: float, *, bytes_per_block: int, free: int) -> int:

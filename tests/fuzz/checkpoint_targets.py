@@ -118,8 +118,7 @@ def config_json(scratch: Path) -> Target:
         path.write_bytes(data)
         config = read_config(RawConfig(read_json_object(path, 1 << 20)))
         assert len(config.windows) == config.num_layers
-        if config.head_dim <= 1 << 16:
-            inverse_frequencies(config.rope, config.head_dim)
+        inverse_frequencies(config.rope, config.head_dim)
         for layer in range(config.num_layers):
             assert all(size > 0 for size in config.cache_shape(layer, num_blocks=2, block_size=16))
 

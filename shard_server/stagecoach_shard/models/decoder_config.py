@@ -8,6 +8,8 @@ from stagecoach_shard.models.rope import read_rope
 
 # Something is kept of each layer, so a number from a file has to be bounded.
 MAX_LAYERS = 4096
+# Frequencies are made of it before a tensor has shown that it is so. Real ones have 64 to 256.
+MAX_HEAD_DIM = 1 << 16
 FULL = "full_attention"
 SLIDING = "sliding_attention"
 
@@ -114,6 +116,8 @@ def _head_dim(raw: RawConfig, hidden_size: int, num_heads: int, family_default: 
     if raw.get("head_dim") is None and family_default is None and hidden_size % num_heads:
         raw.refuse("num_attention_heads", f"must divide hidden_size, {hidden_size}, as there is no head_dim")
     head_dim = raw.integer("head_dim", family_default or hidden_size // num_heads)
+    if head_dim > MAX_HEAD_DIM:
+        raw.refuse("head_dim", f"must be at most {MAX_HEAD_DIM}; it comes to {head_dim}", limit=MAX_HEAD_DIM)
     if head_dim % 2:
         raw.refuse("head_dim", f"must be even to be rotated in pairs; it comes to {head_dim}")
     return head_dim

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from stagecoach.errors import ConfigError, InvalidArgument
-from stagecoach_shard.memory import free_bytes, num_kv_blocks
+from stagecoach_shard.memory import free_bytes, free_in_cgroups, num_kv_blocks
 
 MIB = 1 << 20
 
@@ -51,3 +53,28 @@ def test_a_budget_that_is_no_size_is_refused() -> None:
 
 def test_a_cpu_has_free_memory() -> None:
     assert free_bytes(torch.device("cpu")) > MIB
+
+
+def limit_memory(folder: Path, limit: str, *, used: int, of_it_files: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory.max").write_text(f"{limit}\n")
+    (folder / "memory.current").write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon {used - of_it_files}\ninactive_file {of_it_files}\nactive_file 0\n")
+
+
+def test_a_container_has_what_its_limits_leave_and_no_more(tmp_path: Path) -> None:
+    memberships, root = tmp_path / "cgroup", tmp_path / "root"
+    assert free_in_cgroups(memberships, root) is None
+    memberships.write_text("12:cpu:/else\n0::/pods/ours\n")
+    assert free_in_cgroups(memberships, root) is None
+    limit_memory(root / "pods" / "ours", "max", used=5 * MIB, of_it_files=0)
+    assert free_in_cgroups(memberships, root) is None
+    limit_memory(root / "pods" / "ours", str(100 * MIB), used=40 * MIB, of_it_files=30 * MIB)
+    assert free_in_cgroups(memberships, root) == 90 * MIB
+    limit_memory(root / "pods", str(50 * MIB), used=48 * MIB, of_it_files=0)
+    assert free_in_cgroups(memberships, root) == 2 * MIB
+
+
+def test_what_a_container_has_left_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stagecoach_shard.memory.free_in_cgroups", lambda: 7 * MIB)
+    assert free_bytes(torch.device("cpu")) == 7 * MIB

@@ -64,6 +64,8 @@ def test_what_transformers_leaves_to_defaults_may_be_absent_or_null() -> None:
         ({"hidden_size": 66}, "num_attention_heads"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
         ({"head_dim": 15}, "head_dim"),
+        ({"head_dim": 2**31 - 2}, "head_dim"),  # whose frequencies take minutes and gigabytes
+        ({"head_dim": None, "hidden_size": 2**31 - 4, "num_attention_heads": 2, "num_key_value_heads": 2}, "head_dim"),
         ({"rms_norm_eps": 0}, "rms_norm_eps"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
         ({"max_position_embeddings": None}, "max_position_embeddings"),
