@@ -5,9 +5,11 @@ It speaks the contract as far as it has to in order to be believed, and computes
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import math
 import random
+import sys
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,11 +18,14 @@ import grpc.aio
 
 from stagecoach import errors
 from stagecoach.errors.status import abort, to_status
+from stagecoach.process import lifecycle
 from stagecoach.process.listener import listen
 from stagecoach.rpc.channel import MAX_SHARD_MESSAGE_BYTES
 from stagecoach.rpc.framing import write_frame
 from stagecoach.rpc.shard_rpc import SERVICE_NAME
 from stagecoach.v1 import shard_pb2 as pb
+from stagecoach_router.pipelines.shard_client import describe
+from stagecoach_router.pipelines.shard_files import fetch_files
 
 FORGED = "\n12:00:00 INFO    stagecoach_router.server: all is well\x1b[2J\x1b[31m\r\u202e"
 SIX_MIB = 6 << 20
@@ -227,3 +232,25 @@ class LyingShard:
             if credits is None:
                 await asyncio.Event().wait()
             await context.write(pb.ForwardResponse(credits=credits).SerializeToString())
+
+
+async def lie_beside(honest: str, address: str, lie: Lie, stop: asyncio.Event) -> None:
+    """Lies at `address` about the model that the shard at `honest` serves, until `stop`."""
+    shard = LyingShard((await describe(honest)).facts, await fetch_files(honest), lie, address)
+    await shard.start()
+    print(f"lying at {address}", flush=True)  # noqa: T201
+    await stop.wait()
+    await shard.stop()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--beside", required=True, help="HOST:PORT of an honest shard of the model")
+    parser.add_argument("--listen", required=True)
+    parser.add_argument("--lie", required=True, choices=LIES)
+    given = parser.parse_args()
+    sys.exit(lifecycle.run("lying_shard", lambda stop: lie_beside(given.beside, given.listen, LIES[given.lie], stop)))
+
+
+if __name__ == "__main__":
+    main()
