@@ -45,6 +45,7 @@ async def _begin_again(
     linger_s: float,
 ) -> None:
     left = await journal.load(model.fingerprint)
+    going_on = []
     for entry in left:
         await asyncio.sleep(0)  # long answers are spelt out anew, and shards wait for a word meanwhile
         try:
@@ -56,6 +57,8 @@ async def _begin_again(
             logger.warning("request %s of the journal cannot go on: %s", entry.request.request_id, error)
             journal.forget(entry.key)
         else:
-            requests.linger(state, linger_s)
+            going_on.append(state)
+    for state in going_on:  # from now on callers can come back, and with many requests it took a while to get here
+        requests.linger(state, linger_s)
     if left:
         logger.info("%d requests of the journal, %d of them go on", len(left), requests.num_running)

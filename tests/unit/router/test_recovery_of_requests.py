@@ -55,15 +55,22 @@ class FakeJournal:
 class FakeEngine:
     """Takes requests, but none that is called full, and computes nothing."""
 
+    def __init__(self) -> None:
+        self.num_submitted = 0
+        self.deadlines_s: list[float] = []
+
     def submit(self, state: RequestState, past: Any = ()) -> None:
         if state.request.request_id == "full":
             raise Overloaded("no room")
+        assert not self.deadlines_s, "callers could not come back yet"
+        self.num_submitted += 1
 
     def cancel(self, state: RequestState) -> None:
         pass
 
     def set_deadline(self, state: RequestState, deadline_s: float | None) -> None:
-        pass
+        assert deadline_s is not None
+        self.deadlines_s.append(deadline_s)
 
 
 def accepted_requests() -> RequestRegistry:
@@ -104,6 +111,16 @@ async def test_a_request_that_cannot_go_on_is_forgotten_and_counts_for_nobody(ca
     assert journal.forgotten == ["full", "words", "long", "past", "seedless"]
     assert known._by_name["ann"].num_running == requests.num_running == 1
     assert "6 requests of the journal, 1 of them go on" in caplog.text
+    requests.close()
+
+
+async def test_the_time_to_come_back_begins_when_all_requests_go_on() -> None:
+    """With thousands of them it may take longer to go through them than they linger."""
+    engine: Any = FakeEngine()
+    requests = RequestRegistry(engine, max_linger_s=LINGER_S)
+    journal: Any = FakeJournal(*(left("ann", f"r{number}") for number in range(3)))
+    await recover_requests(journal, requests, known_tenants(), MODEL, LINGER_S)
+    assert (engine.num_submitted, len(engine.deadlines_s)) == (3, 3)
     requests.close()
 
 
