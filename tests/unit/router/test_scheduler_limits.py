@@ -98,12 +98,12 @@ def test_what_a_sequence_finds_again_in_the_prefix_cache_is_no_prefill():
             return Pace(2, 1)
 
     scheduler = make_scheduler(num_blocks=64, max_batch_tokens=64, pacing=Watched())
-    sequence = add(scheduler, 1, 40, max_tokens=20)
+    sequence = add(scheduler, 1, 41, max_tokens=20)
     while not sequence.output_tokens:
         finish(scheduler, scheduler.schedule())
-    assert max(prompts.num_tokens for prompts in asked) == 40
+    assert max(prompts.num_tokens for prompts in asked) == 41
     scheduler.adopt(sequence, scheduler.release(sequence))
     scheduler.schedule()
     asked.clear()
     scheduler.schedule()
-    assert asked[-1].num_tokens == 41 - 36
+    assert asked[-1].num_tokens == 42 - 40
