@@ -170,11 +170,11 @@ async def _kill_one(cluster: Cluster, client: AsyncClient, model: Model, rescue:
 
 
 async def _whole_again(cluster: Cluster, client: AsyncClient, rescue: Rescue) -> None:
-    """Returns when everything is as it was at first: shards without layers of their own are spare."""
+    """Returns when everything is as it was at first: shards without layers of their own are spare, and have some."""
     while True:
         status = await client.status()
         cluster.check()
-        num_spares = sum(not spare.reason for spare in status.spares)
+        num_spares = sum(spare.has_layers and not spare.reason for spare in status.spares)
         num_ready = sum(pipeline.ready for pipeline in status.pipelines)
         if (num_ready, num_spares) == (1 + rescue.extra_pipelines, rescue.spares):
             serving = {stage.address for pipeline in status.pipelines for stage in pipeline.stages}

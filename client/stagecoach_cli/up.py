@@ -38,7 +38,9 @@ def up(
     model: Annotated[Path, typer.Option(help="The folder of the model's checkpoint.")],
     stages: Stages = "2",
     replicas: Annotated[int, typer.Option(min=1, help="How many pipelines of --stages there are.")] = 1,
-    spares: Annotated[int, typer.Option(min=0, help="How many shards stand by for one that is lost.")] = 0,
+    spares: Annotated[
+        int, typer.Option(min=0, help="How many shards stand by for one that is lost, with as much memory.")
+    ] = 0,
     listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where the router answers.")] = DEFAULT_TARGET,
     dtype: Annotated[DType, typer.Option(help="What the shards compute in.")] = DType.BFLOAT16,
     device: Annotated[

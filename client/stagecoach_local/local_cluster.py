@@ -51,8 +51,9 @@ class LocalCluster:
     """Shards and a router for the checkpoint folder `model`. Use it in a `with` statement.
 
     `stages` says into how many stages the layers are split, evenly, or gives the layer ranges themselves
-    ("0:10,10:30"). `replicas` is how many such pipelines there are, and `spares` how many shards without layers stand
-    by. `threads_per_shard` is an even share of the cores by default; spares are not counted for it.
+    ("0:10,10:30"). `replicas` is how many such pipelines there are, and `spares` how many shards stand by that have no
+    layers of their own, and load a stage's. `threads_per_shard` is an even share of the cores by default; spares are
+    not counted for it.
 
     With `certificates` (see throwaway_certificates) the links between the processes are encrypted. If `listen` is not
     on loopback, callers speak TLS as well, and `tls` is what they need for it. Without certificates such a `listen` is

@@ -17,7 +17,7 @@ class RouterSettings(LinkSettings):
 
     shards: str = Field(
         description="HOST:PORT of every shard, separated by commas, in any order; what one pipeline does not need "
-        "makes further ones, or stands by"
+        "makes further ones, or stands by with the layers of a stage"
     )
     stages: int = Field(
         0, ge=0, le=1024, description="of a pipeline of shards that have no layers of their own; 0: all of these shards"
@@ -26,7 +26,8 @@ class RouterSettings(LinkSettings):
         0,
         ge=0,
         le=1024,
-        description="pipelines for which shards without layers load some; 0: one, the others stand by as spares",
+        description="pipelines for which shards without layers load some; 0: one; the others stand by as spares, with "
+        "the layers of a stage each",
     )
     listen: str = Field("127.0.0.1:50050", description="HOST:PORT; port 0 lets the system choose")
     model: Path | None = Field(None, description="folder with the tokenizer; unset: fetched from the first shard")
