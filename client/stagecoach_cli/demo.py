@@ -16,6 +16,7 @@ import typer
 from stagecoach.errors import StagecoachError
 from stagecoach_cli import extras
 from stagecoach_cli.options import DType, Stages
+from stagecoach_cli.stop_signals import interrupt_on_stop_signals
 from stagecoach_cli.terminal import format_bytes, make_console, without_control
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def demo(
 
     console = make_console()
     progress = console.status("starting")
+    interrupt_on_stop_signals()
     with throwaway_certificates() as certificates:
         cluster = LocalCluster(
             model,

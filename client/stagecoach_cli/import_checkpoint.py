@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from stagecoach_cli import extras
+from stagecoach_cli.stop_signals import on_stop_signals
 
 
 def import_checkpoint(
@@ -18,14 +19,7 @@ def import_checkpoint(
     """Make a checkpoint folder, which shards can load, of a GGUF file."""
     extras.require("import", extras.IMPORT, "[import] extra")
     child = subprocess.Popen([sys.executable, "-m", "stagecoach_gguf", source, target])
-    raise typer.Exit(_wait(child))
-
-
-def _wait(child: subprocess.Popen[bytes]) -> int:
-    """The child's exit status. A ctrl-C also reaches the child, which then tidies up, so it is still waited for."""
-    while True:
-        try:
-            status = child.wait()
-        except KeyboardInterrupt:
-            continue
-        return status if status >= 0 else 128 - status
+    # The child tidies up, so it is waited for. A ctrl-C reaches it as well, and twice does no harm.
+    on_stop_signals(lambda number, frame: child.send_signal(number))
+    status = child.wait()
+    raise typer.Exit(status if status >= 0 else 128 - status)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import threading
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +15,7 @@ from stagecoach.security.tls import ROUTER_NAME
 from stagecoach.visible_text import visible
 from stagecoach_cli import extras
 from stagecoach_cli.options import DEFAULT_TARGET, DType, Stages
+from stagecoach_cli.stop_signals import interrupt_on_stop_signals
 from stagecoach_cli.terminal import make_console, write_at_once
 
 if TYPE_CHECKING:
@@ -92,14 +91,8 @@ def up(
 
 
 def _serve(cluster: LocalCluster, log: _Log, progress: Status) -> None:
-    """Starts the cluster, and stops it on ctrl-C, SIGTERM or SIGHUP. Raises what ends a process for good.
-
-    SIGINT is handled even where it was ignored at the start, as in a script's background job, for which it would
-    otherwise be lost. SIGHUP stays ignored where it was: that is what nohup asks for.
-    """
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _interrupt)
+    """Starts the cluster, and stops it on ctrl-C, SIGTERM or SIGHUP. Raises what ends a process for good."""
+    interrupt_on_stop_signals()
     try:
         with cluster:
             with contextlib.suppress(OSError):  # of an output that is full or gone
@@ -169,7 +162,3 @@ def _say_welcome(log: _Log, cluster: LocalCluster) -> None:
     if cluster.tls is not None:
         log.say(f"At another of this machine's addresses, add --tls-server-name {ROUTER_NAME}.")
     log.say("ctrl-C stops it.")
-
-
-def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""A process's life: an event loop, and an orderly stop on SIGTERM and SIGINT."""
+"""A process's life: an event loop, and an orderly stop on SIGTERM, SIGINT and SIGHUP."""
 
 from __future__ import annotations
 
@@ -40,8 +40,10 @@ def run(program: str, main: Callable[[asyncio.Event], Awaitable[None]]) -> int:
                 running.cancel()
             stop.set()
 
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, on_signal)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            # nohup has SIGHUP ignored, and asks for that; a script's background job has SIGINT so, and does not.
+            if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                loop.add_signal_handler(number, on_signal)
         status = 1
         try:
             await running

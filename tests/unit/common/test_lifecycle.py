@@ -52,6 +52,21 @@ def test_a_thread_that_hangs_keeps_no_process(main: str, status: int) -> None:
     assert ("prog: error: listen: no" in ended.stderr) == bool(status)
 
 
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT", "SIGHUP"])
+@pytest.mark.parametrize("ignored", ["SIGINT", "SIGHUP"])
+def test_it_stops_on_every_signal_that_means_stop_but_for_what_nohup_asks_for(number: str, ignored: str) -> None:
+    main = f"""
+        os.kill(os.getpid(), signal.{number})
+        try:
+            async with asyncio.timeout(0.5):
+                await stop.wait()
+        except TimeoutError:
+            raise ConfigError("not stopped") from None
+    """
+    ended = run(main, prelude=f"signal.signal(signal.{ignored}, signal.SIG_IGN)")
+    assert ended.returncode == (1 if number == ignored == "SIGHUP" else 0)
+
+
 def test_a_second_signal_ends_it_at_once() -> None:
     main = """
         os.kill(os.getpid(), signal.SIGINT)
