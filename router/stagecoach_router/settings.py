@@ -30,7 +30,7 @@ class RouterSettings(LinkSettings):
         "the layers of a stage each",
     )
     listen: str = Field("127.0.0.1:50050", description="HOST:PORT; port 0 lets the system choose")
-    model: Path | None = Field(None, description="folder with the tokenizer; unset: fetched from the first shard")
+    model: Path | None = Field(None, description="folder with the tokenizer; unset: fetched from a shard that has it")
     model_name: str | None = Field(None, description="what callers call the model; unset: the checkpoint folder's name")
     max_batch_tokens: int = Field(512, ge=1, le=65536, description="most tokens in one micro-batch")
     max_running: int = Field(256, ge=1, le=4095, description="most sequences that run at a time")
