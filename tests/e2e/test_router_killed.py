@@ -4,6 +4,8 @@ import signal
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
+import pytest
+
 from stagecoach_client import Client
 from tests.cluster import free_port
 from tests.e2e.processes import running, shard_arguments
@@ -26,7 +28,11 @@ def sampled(index):
     }
 
 
-def test_eight_streams_survive_a_killed_router(tiny_model, tmp_path):
+@pytest.mark.parametrize(
+    "killed_again_at", [(), pytest.param(("listening", "of them go on", "listening"), marks=pytest.mark.nightly)]
+)
+def test_eight_streams_survive_a_killed_router(tiny_model, tmp_path, killed_again_at):
+    """Also one that is killed before its journal is read, or when requests have just begun to go on."""
     port = free_port()
     with ExitStack() as stack:
         addresses = []
@@ -46,14 +52,19 @@ def test_eight_streams_survive_a_killed_router(tiny_model, tmp_path):
         seen = list(threads.map(lambda stream: _read(stream, NUM_TOKENS_BEFORE), streams))
         router.kill()
         assert all(len(token_ids) < NUM_TOKENS for token_ids in seen), "killed in the middle of all of them"
+        answers = threads.map(lambda stream: stream.collect(), streams)
+        for line in killed_again_at:
+            with running("stagecoach-router", *router_arguments) as router:
+                router.wait_for(line)
         again = stack.enter_context(running("stagecoach-router", *router_arguments))
-        answers = list(threads.map(lambda stream: stream.collect(), streams))
 
         again.wait_for("8 of them go on")
-        for before, after in zip(undisturbed, answers, strict=True):
+        for before, after in zip(undisturbed, list(answers), strict=True):
             assert after.completions == before.completions
         status = client.status()
-        assert status.completion_tokens < NUM_STREAMS * (NUM_TOKENS - NUM_TOKENS_BEFORE) + 1, "no stream began anew"
+        assert killed_again_at or status.completion_tokens < NUM_STREAMS * (NUM_TOKENS - NUM_TOKENS_BEFORE) + 1, (
+            "no stream began anew"
+        )
         assert status.num_free_blocks == status.num_blocks
         assert again.stop(signal.SIGTERM) == 0
 

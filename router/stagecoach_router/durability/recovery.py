@@ -60,5 +60,6 @@ async def _begin_again(
             going_on.append(state)
     for state in going_on:  # from now on callers can come back, and with many requests it took a while to get here
         requests.linger(state, linger_s)
+        await asyncio.sleep(0)
     if left:
         logger.info("%d requests of the journal, %d of them go on", len(left), requests.num_running)
