@@ -32,6 +32,12 @@ from stagecoach_router.text.template_sandbox import chat_environment
 
 REQUEST_HEAD = struct.Struct(">I")
 ANSWER_HEAD = struct.Struct(">BI")
+# Python and jinja import parts of themselves when they first need them, which they can't when no file may be opened.
+_WARM_UP = (
+    r"{{ '\n' | wordwrap(1) }}{{ [1] | pprint }}{{ '<b>' | striptags }}{{ strftime_now('%c %Z') }}",
+    "{{ nothing.of_it }}",
+    "{% if",
+)
 MAX_REASON_LENGTH = 1000  # characters of what a template or jinja says of a failure
 
 
@@ -49,8 +55,17 @@ def main() -> None:
     max_memory_bytes, max_cpu_s, max_output_length = map(int, sys.argv[1:])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all of its processes; the router says when
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a router that is gone needs no answer
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (max_memory_bytes, max_memory_bytes))
+    for source in _WARM_UP:
+        answer(source, {}, max_output_length)
+    for limit, value in (
+        (resource.RLIMIT_AS, max_memory_bytes),
+        (resource.RLIMIT_CORE, 0),
+        # A template that got out of the sandbox opens nothing, writes no file and starts no process (as root it may).
+        (resource.RLIMIT_NOFILE, 0),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_NPROC, 0),
+    ):
+        resource.setrlimit(limit, (value, value))
     while head := sys.stdin.buffer.read(REQUEST_HEAD.size):
         _limit_cpu_time(max_cpu_s)
         request = marshal.loads(sys.stdin.buffer.read(*REQUEST_HEAD.unpack(head)))

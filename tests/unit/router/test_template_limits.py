@@ -186,9 +186,28 @@ async def test_the_worker_has_no_files_and_variables_of_ours(started: tuple[Temp
     names = {entry.split(b"=")[0] for entry in (proc / "environ").read_bytes().split(b"\0")}
     assert b"STAGECOACH_API_KEY" not in names
     assert names <= {b"PYTHONPATH", b"LC_CTYPE", b"TZ", b"LD_LIBRARY_PATH", b"PYTHONHOME", b""}
-    assert f"{RenderLimits().max_memory_bytes}" in (proc / "limits").read_text()
+    limits = {line[:25].strip(): line[25:].split()[:2] for line in (proc / "limits").read_text().splitlines()}
+    assert limits["Max address space"] == [str(RenderLimits().max_memory_bytes)] * 2
+    for what in ("open files", "file size", "processes", "core file size"):
+        assert limits[f"Max {what}"] == ["0", "0"], what
     await process.close()
     assert pid not in worker_pids()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        r"{{ 'a b' | wordwrap(1) }}{{ [1] | pprint }}{{ '<b>\n' | striptags }}{{ 'http://a.b' | urlize }}",
+        "{{ strftime_now('%c %Z') }}{{ 'ä' | urlencode }}{{ [3, 1] | sort | tojson }}{{ 'a' | escape | title }}",
+        "{{ [1, 2] | random }}{{ {'a': 1} | xmlattr }}{{ 10000 | filesizeformat }}{{ '%s' | format('x') }}",
+    ],
+)
+async def test_what_jinja_needs_is_there_without_opening_a_file(source: str) -> None:
+    process = TemplateProcess()  # nothing has been imported by an earlier rendering
+    assert await ChatTemplate(source, {}, process).render(USER, ANYONE)
+    with pytest.raises(InvalidArgument, match="undefined"):
+        await ChatTemplate("{{ nothing.of_it }}", {}, process).render(USER, ANYONE)
+    await process.close()
 
 
 async def test_the_worker_imports_little_so_that_it_starts_fast_and_stays_small() -> None:
