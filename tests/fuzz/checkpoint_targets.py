@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType
 
+from stagecoach.topology import LayerRange
 from stagecoach_gguf import import_gguf
 from stagecoach_gguf.architecture import Architecture
 from stagecoach_gguf.gguf_file import GGUFFile
@@ -20,8 +21,10 @@ from stagecoach_shard.checkpoints.raw_config import RawConfig
 from stagecoach_shard.checkpoints.tensor_table import INDEX_FILE, SINGLE_FILE
 from stagecoach_shard.models.families import open_checkpoint, read_config
 from stagecoach_shard.models.rope import inverse_frequencies
+from stagecoach_shard.runtime.stage import Stage
 from tests.fuzz.engine import Target
 from tests.gguf_model import GGUFModel
+from tests.unit.shard.tiny_models import save_tiny_model
 
 CONFIG = {
     "model_type": "llama",
@@ -36,6 +39,22 @@ CONFIG = {
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
     "tie_word_embeddings": True,
+}
+# Pieces with scores, in place of merges. As many as there are tokens otherwise.
+_NUM_PIECES = GGUFModel().vocab_size
+_PIECES = ["ab" * (number // 2) + "a" * (number % 2) for number in range(1, _NUM_PIECES)]
+_SENTENCE_PIECE = {
+    "tokenizer.ggml.model": "llama",
+    "tokenizer.ggml.pre": None,
+    "tokenizer.ggml.merges": None,
+    "tokenizer.ggml.tokens": [
+        "<unk>",
+        *("ab" * (number // 2) + "a" * (number % 2) for number in range(1, _NUM_PIECES)),
+    ],
+    "tokenizer.ggml.token_type": [2] + [1] * (_NUM_PIECES - 1),
+    "tokenizer.ggml.scores": [-float(number) for number in range(_NUM_PIECES)],
+    "tokenizer.ggml.unknown_token_id": 0,
+    "tokenizer.ggml.add_bos_token": False,
 }
 # A tensor without rows takes no bytes of its file, however wide they would be.
 _MAX_READ_NUMBERS = 1 << 20
@@ -131,13 +150,38 @@ def config_json(scratch: Path) -> Target:
     return Target("config_json", corpus, check, words, share=15, max_input_bytes=1 << 18)
 
 
+def stage(scratch: Path) -> Target:
+    """config.json beside the tensors of another one, loaded as far as they go together."""
+    path = scratch / "config.json"
+    save_tiny_model(scratch, {"model_type": "qwen3", "head_dim": 16, "num_hidden_layers": 1})
+    valid = path.read_bytes()
+
+    def check(data: bytes) -> None:
+        path.write_bytes(data)
+        checkpoint = open_checkpoint(scratch)
+        layers = LayerRange(0, checkpoint.config.num_layers)
+        Stage.load(checkpoint, layers, dtype=torch.float32, device=torch.device("cpu"))
+
+    names = ("head_dim", "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads")
+    words = (
+        *(b'"%s": %d,' % (name.encode(), number) for name in names for number in (0, 1, 2**31 - 2, 2**31, 2**62)),
+        *(b'"model_type": "%s",' % family for family in (b"llama", b"mistral", b"qwen2")),
+    )
+    return Target("stage", [valid], check, words, share=3, max_s=2.0, max_growth_bytes=64 << 20)
+
+
 def gguf(scratch: Path) -> Target:
     """A whole GGUF file, imported as far as it goes."""
     path, target = scratch / "x.gguf", scratch / "imported"
     corpus = []
-    for architecture, quantization in (("llama", GGMLQuantizationType.F32), ("qwen2", GGMLQuantizationType.Q8_0)):
+    for architecture, quantization, metadata in (
+        ("llama", GGMLQuantizationType.F32, {}),
+        ("qwen2", GGMLQuantizationType.Q8_0, {}),
+        ("llama", GGMLQuantizationType.F32, _SENTENCE_PIECE),
+    ):
         model = GGUFModel(
             architecture=architecture,
+            metadata=metadata,
             num_layers=1,
             num_heads=1,
             num_kv_heads=1,
@@ -160,6 +204,9 @@ def gguf(scratch: Path) -> Target:
         *(name.encode() for name in ("general.alignment", "tokenizer.ggml.tokens", "rope_freqs.weight", "split.count")),
         *(struct.pack("<I", kind) for kind in range(14)),
         *(struct.pack("<Q", 2**bits) for bits in (16, 22, 31, 32, 40, 62, 63)),
+        *(struct.pack("<I", number) for number in (2**16, 2**31 - 1, 2**32 - 1)),
+        *(struct.pack("<f", number) for number in (math.nan, math.inf, -1.0, 0.0)),
+        struct.pack("<Q", 20_000) + b"x" * 20_000,
         b"GGUF",
     )
     return Target("gguf", corpus, check, words, share=1, max_input_bytes=1 << 17, max_s=3.0)

@@ -33,12 +33,12 @@ def header(
     )
 
 
-def _join(headers: list[pb.MicroBatchHeader]) -> bytes:
+def join(headers: list[pb.MicroBatchHeader]) -> bytes:
     parts = [header.SerializeToString() for header in headers]
     return b"".join(struct.pack("<H", len(part)) + part for part in parts)
 
 
-def _split(data: bytes) -> Iterator[pb.MicroBatchHeader]:
+def split(data: bytes) -> Iterator[pb.MicroBatchHeader]:
     """The headers in it; what is none is passed over."""
     for _ in range(MAX_HEADERS):
         if len(data) < 2:
@@ -52,7 +52,7 @@ def _split(data: bytes) -> Iterator[pb.MicroBatchHeader]:
 def _check(data: bytes) -> None:
     both = LeaseBesideModel()
     num_accepted = 0
-    for message in _split(data):
+    for message in split(data):
         if message.step < 100:  # else nearly all would be refused for it
             message.step = both.next_step
         num_accepted += both.take(message)
@@ -72,4 +72,4 @@ def lease(scratch: Path) -> Target:
         header([(1, 4, 4)], [(1, 0, [4, 5])]),
     ]
     same_step = [header([(1, 4, 2), (0, 0, 6)], [(0, 0, [1, 2]), (1, 0, [1, 3])])]
-    return Target("lease", [_join(chunked), _join(shared), _join(same_step)], _check, share=12, max_input_bytes=4096)
+    return Target("lease", [join(chunked), join(shared), join(same_step)], _check, share=12, max_input_bytes=4096)

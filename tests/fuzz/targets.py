@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tests.fuzz import (
     checkpoint_targets,
+    isolation_target,
     lease_target,
     operator_targets,
     public_targets,
@@ -22,6 +23,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "session": service_targets.session,
     "assign": service_targets.assign,
     "lease": lease_target.lease,
+    "isolation": isolation_target.isolation,
     "step_result": result_targets.step_result,
     "load_report": result_targets.load_report,
     "description": result_targets.description,
@@ -37,6 +39,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "shards": operator_targets.shards,
     "safetensors": checkpoint_targets.safetensors,
     "config_json": checkpoint_targets.config_json,
+    "stage": checkpoint_targets.stage,
     "gguf": checkpoint_targets.gguf,
 }
 
