@@ -137,6 +137,8 @@ class AsyncClient:
             async with self._connecting:
                 if self._channel is None:
                     channel = await self._settings.async_channel()
+                    if self._closed.is_set():  # while files were read
+                        await channel.close()
                     self._check_open()
                     self._own_channel = self._channel = channel
                 self._stub = self._stub or InferenceStub(self._channel)  # type: ignore[no-untyped-call]

@@ -184,6 +184,7 @@ class Router:
     async def _work(self) -> None:
         """Watches the shards and serves the model that they have. Only an error ends it."""
         if self._journal is not None:
+            self._service.reason = "the journal is being opened"
             await self._journal.open()
         tasks = [asyncio.create_task(self._registry.run()), asyncio.create_task(self._serve_model())]
         try:

@@ -25,6 +25,9 @@ from pydantic_settings import (
 
 from stagecoach.errors import ConfigError, InvalidArgument
 
+# Characters. All settings with long paths have some thousand.
+MAX_CONFIG_LENGTH = 1 << 20
+
 
 class ProcessSettings(BaseSettings):
     """What the settings class of each process derives from."""
@@ -86,7 +89,11 @@ def _read_toml(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        values = tomllib.loads(path.read_text())
+        with path.open(encoding="utf-8") as file:  # which may be a pipe, as `<(...)` of a shell is
+            text = file.read(MAX_CONFIG_LENGTH + 1)
+        if len(text) > MAX_CONFIG_LENGTH:
+            raise ConfigError(f"config: {path} has more than {MAX_CONFIG_LENGTH} characters", field="config")
+        values = tomllib.loads(text)
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"config: {path}: {error}", field="config") from error
     return {key.replace("-", "_"): value for key, value in values.items()}

@@ -1,5 +1,8 @@
 """Settings: defaults < TOML < environment < flags; a mistake ends the start with a line that names it."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from pydantic import Field
 
@@ -27,6 +30,17 @@ def test_flags_go_before_the_environment_before_the_file_before_defaults(tmp_pat
     monkeypatch.setenv("PROG_TEST_THREADS", "3")
     settings = read(["--config", str(file), "--threads", "4"])
     assert (settings.model, settings.max_running, settings.threads, settings.size) == ("from file", 3, 4, None)
+
+
+def test_a_file_may_be_a_pipe_and_has_an_end(tmp_path, capsys):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as writer:
+        writer.submit(pipe.write_text, 'model = "from a pipe"')
+        assert read(["--config", str(pipe)]).model == "from a pipe"
+    with pytest.raises(SystemExit):
+        read(["--config", "/dev/zero"])
+    assert "error: config: /dev/zero has more than 1048576 characters" in capsys.readouterr().err
 
 
 def test_settings_do_not_change():
