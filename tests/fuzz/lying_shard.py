@@ -66,6 +66,7 @@ class Lie:
     describe: Description | None = None
     instead: Answer = b""
     files: Iterable[pb.FileChunk | None] | None = None
+    is_itself: bool = True  # or says that it is the honest shard
     session: Iterable[bytes | errors.StagecoachError | None] = (OPENED, None)
     credits: Iterable[int | None] = (8, None)
 
@@ -108,6 +109,7 @@ DESCRIPTIONS = {
     "a mismatch": Lie(instead=errors.ModelMismatch(FORGED * 10)),
     "no permission": Lie(instead=errors.PermissionDenied("the certificate is for another name")),
     "never an answer": Lie(instead=None),
+    "another's identity": Lie(is_itself=False),
 }
 FILES = {
     "no tokenizer": Lie(files=[]),
@@ -136,6 +138,7 @@ SESSIONS = {
     "reports that cannot be": Lie(
         session=[OPENED, *[response(load=pb.LoadReport(compute_s=math.nan, num_steps=2**64 - 1))] * 99, None]
     ),
+    "reports without end": Lie(session=[OPENED, *[response(load=pb.LoadReport())] * 100_000, None]),
     "a session that just ends": Lie(session=[OPENED]),
     "a session that says nothing": Lie(session=[OPENED, None]),
     "no credits": Lie(credits=[0, None]),
@@ -196,7 +199,8 @@ class LyingShard:
             return bytes(self.lie.instead)
         said = pb.DescribeResponse()
         said.CopyFrom(self.truth)
-        said.shard_id = said.process_id = "liar"
+        if self.lie.is_itself:
+            said.shard_id = said.process_id = "liar"
         said.layers.start, said.layers.end = 0, said.model.num_layers  # one stage is preferred to two
         if self.lie.describe is not None:
             self.lie.describe(said)

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import grpc.aio
 
+from stagecoach.rpc.shard_rpc import response_limits
+
 # Messages between callers and a router hold prompts and tokens.
 MAX_PUBLIC_MESSAGE_BYTES = 4 * 2**20
 # Messages between a router and shards hold hidden states: those of 2,048 tokens x 8,192 x float32 are 64 MiB, and a
@@ -33,7 +35,7 @@ MAX_STREAMS = MAX_UNSEEN_CALLS // 2
 FIRST_RECONNECT_DELAY_S = 0.1
 MAX_RECONNECT_DELAY_S = 3.0
 
-Options = list[tuple[str, int]]
+Options = list[tuple[str, int | str]]
 # Opens a channel to the shard at HOST:PORT. How links are encrypted is decided where one is made
 # (stagecoach.security.tls).
 Dial = Callable[[str], grpc.aio.Channel]
@@ -101,9 +103,14 @@ def public_limits(max_connections: int) -> Options:
     ]
 
 
+def shard_channel_options() -> Options:
+    """Those of a channel to a shard: what holds a payload may be large, other answers only as large as they need be."""
+    return [*channel_options(MAX_SHARD_MESSAGE_BYTES), ("grpc.service_config", response_limits())]
+
+
 def dial_plainly(address: str) -> grpc.aio.Channel:
     """A channel to a shard without encryption."""
-    return grpc.aio.insecure_channel(address, options=channel_options(MAX_SHARD_MESSAGE_BYTES))
+    return grpc.aio.insecure_channel(address, options=shard_channel_options())
 
 
 def _message_limits(max_message_bytes: int) -> Options:

@@ -6,6 +6,7 @@ With the generated code protobuf would copy every payload twice. Here the stream
 
 from __future__ import annotations
 
+import json
 from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
@@ -18,7 +19,19 @@ SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Shard"].full_name
 # Of one row of a step's outputs: a shard refuses an output group that wants more.
 MAX_CANDIDATES = 4096
 
+# Of one answer in bytes. A session's may hold a payload: its limit is the channel's.
+MAX_RESPONSE_BYTES = {"Describe": 16 << 10, "Assign": 16 << 10, "FetchFiles": 4 << 20, "Forward": 1 << 10}
+
 StreamHandler = Callable[[object, "grpc.aio.ServicerContext[Any, Any]"], Awaitable[None]]
+
+
+def response_limits() -> str:
+    """The service config by which gRPC refuses answers of a shard that are larger, before it makes objects of them."""
+    limits = [
+        {"name": [{"service": SERVICE_NAME, "method": method}], "maxResponseMessageBytes": limit}
+        for method, limit in MAX_RESPONSE_BYTES.items()
+    ]
+    return json.dumps({"methodConfig": limits})
 
 
 class ShardStub:

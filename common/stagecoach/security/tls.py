@@ -17,7 +17,7 @@ import grpc
 import grpc.aio
 
 from stagecoach.errors import ConfigError, PermissionDenied
-from stagecoach.rpc.channel import MAX_SHARD_MESSAGE_BYTES, Dial, channel_options, dial_plainly
+from stagecoach.rpc.channel import Dial, dial_plainly, shard_channel_options
 from stagecoach.security.pem_files import check_ca, check_key_pair, read_dates, read_file
 from stagecoach.security.watched_files import WatchedFiles, check_for_ever, read_at_start, signature
 
@@ -174,7 +174,7 @@ def shard_dial(identity: Identity | None, name: str) -> Dial:
         return dial_plainly
 
     def dial(address: str) -> grpc.aio.Channel:
-        options = [*channel_options(MAX_SHARD_MESSAGE_BYTES), *name_override(name)]
+        options = [*shard_channel_options(), *name_override(name)]
         return grpc.aio.secure_channel(address, identity.channel_credentials(), options=options)
 
     return dial

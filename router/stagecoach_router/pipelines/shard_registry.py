@@ -196,9 +196,12 @@ class ShardRegistry:
             self._tell()
 
     def _check_only_once(self, description: ShardDescription) -> None:
-        """Raises ConfigError for a shard that is listed under another address, too."""
+        """Raises ConfigError for a shard that is listed under another address, too.
+
+        What one says that cannot be in a pipeline, or may have broken one, keeps no other from being who it says it is.
+        """
         for shard in self.shards.values():
-            known = shard.description
+            known = shard.description if shard.left_out is None and not shard.is_quarantined else None
             if known is not None and known.address != description.address and known.is_same_process(description):
                 text = f"shards: {description.address} is the shard at {known.address}"
                 raise errors.ConfigError(text, field="shards", value=description.address)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from typing import Protocol
 
 import grpc
@@ -19,10 +20,13 @@ from stagecoach.topology import LayerRange
 from stagecoach.v1 import shard_pb2
 from stagecoach_router.metrics.load_report import LoadReport, read_load_report
 from stagecoach_router.pipelines.shard_description import ShardDescription
+from stagecoach_router.tenants.rate_limit import TokenBucket
 
 logger = logging.getLogger(__name__)
 
 OPEN_TIMEOUT_S = 20.0
+# Load reports that nobody asked for; a shard sends one a second. So many may also come at once.
+MAX_UNASKED_REPORTS_A_MINUTE = 600
 
 Call = grpc.aio.StreamStreamCall[shard_pb2.SessionRequest, bytes]
 
@@ -56,6 +60,7 @@ class StageSession:
         self._tasks: list[asyncio.Task[None]] = []
         self._question = 0  # the latest request for a load report
         self._was_asked = asyncio.Event()
+        self._unasked_reports = TokenBucket(MAX_UNASKED_REPORTS_A_MINUTE, time.monotonic())
         self._awaited_reports: dict[int, asyncio.Future[None]] = {}
 
     @property
@@ -129,6 +134,7 @@ class StageSession:
                 await self._was_asked.wait()
                 self._was_asked.clear()
                 request = shard_pb2.ReportLoad(number=self._question)
+                self._unasked_reports.take(-1, time.monotonic())
                 await call.write(shard_pb2.SessionRequest(report_load=request))
 
     async def _read(self, call: Call) -> None:
@@ -158,9 +164,18 @@ class StageSession:
         if kind == "result":
             self._listener.result_came(self, message.result, payload, len(data))
         elif kind == "load":
+            self._count_report(time.monotonic())
             self.take_load(read_load_report(message.load))
         elif kind == "fault":
             raise read_fault(message.fault, self)
+
+    def _count_report(self, now_s: float) -> None:
+        """Raises ShardFault for one too many: each takes time of the loop on which everything else runs."""
+        if self._unasked_reports.wait_s(now_s):
+            limit = MAX_UNASKED_REPORTS_A_MINUTE
+            text = f"{self}: more than {limit} load reports a minute that nobody asked for"
+            raise errors.ShardFault(text, field="load", limit=limit, addresses=[self.address])
+        self._unasked_reports.take(1, now_s)
 
     async def _why_ended(self, call: Call) -> errors.StagecoachError:
         """The error behind a session that the shard has ended."""

@@ -14,6 +14,7 @@ from stagecoach.rpc.framing import FrameCounter, write_frame
 from stagecoach.v1 import model_pb2
 from stagecoach.v1 import shard_pb2 as pb
 from stagecoach_router.metrics.load_report import LoadReport
+from stagecoach_router.pipelines import stage_session
 from stagecoach_router.pipelines.pipeline import Pipeline, PipelineContext, check_timings
 from stagecoach_router.pipelines.shard_description import ShardDescription
 from stagecoach_router.pipelines.stage_session import StageSession, read_fault
@@ -174,3 +175,26 @@ async def test_where_one_stage_refuses_its_lease_the_others_are_not_opened_behin
     with pytest.raises(Unavailable, match="no"):
         await pipeline.open(num_blocks=1, max_slots=1)
     assert ended == ["cancelled"]
+
+
+def test_reports_that_nobody_asked_for_are_a_fault_when_they_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage_session, "MAX_UNASKED_REPORTS_A_MINUTE", 60)
+    stage = StageSession(shard("shard:0"), NoListener(), FrameCounter())  # type: ignore[arg-type]
+    stage.take_load = lambda report: None  # type: ignore[method-assign]
+    began_s = stage._unasked_reports._filled_at_s
+    for second in range(100):  # one a second, and five at once now and then
+        for _ in range(5 if second % 10 == 0 else 1):
+            stage._count_report(began_s + second)
+    report = write_frame(pb.SessionResponse(load=pb.LoadReport()))
+    stage._unasked_reports.take(100, began_s)
+    with pytest.raises(ShardFault) as caught:
+        stage._take(report)
+    assert (caught.value.field, caught.value.limit, caught.value.addresses) == ("load", "60", ("shard:0",))
+
+
+def test_as_many_reports_may_come_as_are_asked_for() -> None:
+    stage = StageSession(shard("shard:0"), NoListener(), FrameCounter())  # type: ignore[arg-type]
+    now_s = stage._unasked_reports._filled_at_s
+    for _ in range(100 * stage_session.MAX_UNASKED_REPORTS_A_MINUTE):
+        stage._unasked_reports.take(-1, now_s)
+        stage._count_report(now_s)
