@@ -24,6 +24,8 @@ MAX_KILLS_AT_ONCE = 32
 # The first restart is immediate. While the process goes on dying young, each further one comes later.
 FIRST_DELAY_S = 0.5
 MAX_DELAY_S = 10.0
+# Of one that was killed while it started: waiting does not make that less likely.
+MAX_KILLED_START_DELAY_S = 1.0
 # A process that came up and lived for so long did not die young.
 SETTLED_S = 30.0
 
@@ -57,7 +59,9 @@ class Restarts:
             self._num_failed_starts += 1
             if ended.was_mistaken:
                 return GiveUp("which a new start does not mend")
-            return self._next(MAX_KILLED_STARTS if ended.was_killed else MAX_FAILED_STARTS)
+            if ended.was_killed:
+                return self._next(MAX_KILLED_STARTS, most_s=MAX_KILLED_START_DELAY_S)
+            return self._next(MAX_FAILED_STARTS)
         self._num_failed_starts = 0
         if lived_s >= SETTLED_S:
             self._num_crashes = self._num_kills = 0
@@ -72,10 +76,10 @@ class Restarts:
         self._num_failed_starts += 1
         return self._next(MAX_FAILED_STARTS, least_s=FIRST_DELAY_S)
 
-    def _next(self, max_failed_starts: int, least_s: float = 0.0) -> StartAgain | GiveUp:
+    def _next(self, max_failed_starts: int, least_s: float = 0.0, most_s: float = MAX_DELAY_S) -> StartAgain | GiveUp:
         if self._num_failed_starts >= max_failed_starts:
             return GiveUp(f"and did not come up {self._num_failed_starts} times in a row")
         num_deaths = self._num_failed_starts + self._num_crashes + max(0, self._num_kills - MAX_KILLS_AT_ONCE)
         if num_deaths <= 1:
             return StartAgain(least_s)
-        return StartAgain(min(MAX_DELAY_S, FIRST_DELAY_S * 2.0 ** min(num_deaths - 2, 30)))
+        return StartAgain(min(most_s, FIRST_DELAY_S * 2.0 ** min(num_deaths - 2, 30)))
