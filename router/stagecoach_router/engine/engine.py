@@ -21,7 +21,6 @@ from stagecoach_router.requests.completion import Completion
 from stagecoach_router.requests.request_state import RequestState
 from stagecoach_router.sampling.outputs import Sampled, wanted_output
 from stagecoach_router.scheduling.sequence import Sequence
-from stagecoach_router.scheduling.waiting_queue import token_limit
 from stagecoach_router.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -142,6 +141,7 @@ class Engine:
         """Fails all requests, and closes the pipelines."""
         for replica in self.replicas:
             replica.fail_all(errors.Unavailable("the router is stopping"))
+        self.work_changed()
         self._expire()  # no deadline is left
         await asyncio.gather(*(replica.close() for replica in self.replicas))
 
@@ -210,7 +210,8 @@ class Engine:
             self._next_expiry = None
         now_s = time.monotonic()
         for replica in self.replicas:
-            replica.expire(now_s)
+            if replica.expire(now_s):
+                replica.dispatch()
         deadlines = [replica.scheduler.next_deadline_s for replica in self.replicas]
         next_s = min((deadline_s for deadline_s in deadlines if deadline_s is not None), default=None)
         if next_s is not None:
@@ -247,7 +248,7 @@ class Engine:
             ReplicaLoad(
                 num_sequences=replica.num_sequences,
                 num_cached_tokens=replica.scheduler.blocks.num_cached_tokens(sequence),
-                fits=_fits_new(sequence, replica),
+                fits=replica.fits_new(sequence),
                 has_room=was_accepted or replica.scheduler.has_room(sequence.params.n, sequence.num_tokens),
                 ready=replica.ready,
                 speed=speed,
@@ -342,13 +343,3 @@ class Engine:
 
     def work_changed(self) -> None:
         self.active_time.set(any(replica.scheduler.num_running for replica in self.replicas))
-
-
-def _fits_new(sequence: Sequence, replica: Replica) -> bool:
-    """Whether a sequence that no scheduler has seen yet can be finished there."""
-    scheduler = replica.scheduler
-    try:
-        token_limit(sequence, context_length=scheduler.context_length, capacity=scheduler.blocks.capacity_tokens)
-    except errors.StagecoachError:
-        return False
-    return True

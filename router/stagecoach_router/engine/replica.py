@@ -11,10 +11,11 @@ import asyncio
 import logging
 import time
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from stagecoach import errors
 from stagecoach.v1 import shard_pb2
+from stagecoach_router.engine.assigned_requests import AssignedRequests
 from stagecoach_router.engine.health_probe import HealthProbe
 from stagecoach_router.engine.poison_detector import PoisonDetector
 from stagecoach_router.engine.step_loop import StepLoop
@@ -24,7 +25,6 @@ from stagecoach_router.pipelines.pipeline import Connect, Pipeline
 from stagecoach_router.requests.request_state import RequestState
 from stagecoach_router.scheduling.pacing import Pacing
 from stagecoach_router.scheduling.scheduler import Scheduler
-from stagecoach_router.scheduling.sequence import Sequence
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class Owner(Protocol):
         """Its pipeline has come back with too little room for this. To be moved, or failed."""
 
 
-class Replica:
+class Replica(AssignedRequests):
     """Generates over one pipeline at a time.
 
     `connect` opens it; `probe` says when to try it without a request. It is `ready` once a token has come through the
@@ -79,8 +79,7 @@ class Replica:
         probe: HealthProbe,
         owner: Owner,
     ) -> None:
-        self.scheduler = scheduler
-        self.counters = owner.counters
+        super().__init__(scheduler, owner.counters)
         self.pipeline: Pipeline | None = None  # the one it had last, where that is lost
         self.ready = False
         self.reason = "it has not been open yet"  # why it is not ready
@@ -89,24 +88,11 @@ class Replica:
         self._probe = probe
         self._owner = owner
         self._poison = PoisonDetector()
-        self._requests: dict[int, RequestState] = {}  # by the seq_id of each sequence that runs or waits here
         self._steps: StepLoop | None = None  # of the pipeline; None once that is lost
         self._lost = asyncio.Event()
         self._unproven_since_s: float | None = time.monotonic()  # None while it is ready
         self._reopen_delay_s = REOPEN_FIRST_DELAY_S
         self._no_attempt_before_s = 0.0  # of time.monotonic()
-
-    # ---- requests
-
-    @property
-    def num_sequences(self) -> int:
-        """How many sequences run or wait here."""
-        return len(self._requests)
-
-    @property
-    def requests(self) -> list[RequestState]:
-        """The requests that have a sequence here, first come first."""
-        return list(dict.fromkeys(self._requests.values()))
 
     @property
     def is_open(self) -> bool:
@@ -122,82 +108,6 @@ class Replica:
     def unproven_s(self) -> float:
         """For how long it has had no pipeline through which tokens come; 0 where it has."""
         return 0.0 if self._unproven_since_s is None else time.monotonic() - self._unproven_since_s
-
-    def waiting(self) -> list[RequestState]:
-        """The requests none of whose sequences runs, in the order in which they would begin."""
-        waiting = [each for each in self.requests if all(sequence.slot is None for sequence in each.sequences)]
-        return sorted(waiting, key=_first_in_order)
-
-    def add(self, request: RequestState, sequence: Sequence, *, was_accepted: bool = False) -> None:
-        """Takes one of a request's sequences; `was_accepted`: by a former process. `dispatch` has to follow.
-
-        Raises as Scheduler.add.
-        """
-        self.scheduler.add(sequence, was_accepted=was_accepted)
-        self._requests[sequence.seq_id] = request
-
-    def cancel(self, request: RequestState) -> None:
-        """Ends what this replica has of a request, in whatever state that is; its blocks are free at once.
-
-        `dispatch` has to follow.
-        """
-        for sequence in request.sequences:
-            if self._requests.pop(sequence.seq_id, None) is not None:
-                self.scheduler.remove(sequence)
-
-    def fail(self, request: RequestState, error: errors.StagecoachError) -> None:
-        """Ends a request with an error. `dispatch` has to follow."""
-        self.cancel(request)
-        request.fail(error)
-
-    def fail_all(self, error: errors.StagecoachError) -> None:
-        """Ends every request that runs or waits here. Nothing new is sent."""
-        for request in self.requests:
-            self.fail(request, error)
-        self._owner.work_changed()
-
-    def set_deadline(self, request: RequestState, deadline_s: float | None) -> None:
-        """When this replica has to be finished with a request, in seconds of time.monotonic(); None: whenever."""
-        for sequence in request.sequences:
-            if sequence.seq_id in self._requests:
-                self.scheduler.set_deadline(sequence, deadline_s)
-
-    def expire(self, now_s: float) -> None:
-        """Fails the requests whose deadline has passed."""
-        expired = self.scheduler.expire(now_s)
-        for sequence in expired:
-            request = self._requests.get(sequence.seq_id)
-            if request is not None:  # else it went with another of its request's completions
-                self.fail(request, errors.DeadlineExceeded("the deadline of the call has passed"))
-        if expired:
-            self.dispatch()
-
-    def fits(self, request: RequestState) -> bool:
-        """Whether a request that another replica has accepted can be finished here."""
-        capacity = self.scheduler.blocks.capacity_tokens
-        return all(sequence.token_limit <= capacity for sequence in request.sequences)
-
-    def shorten(self, request: RequestState, capacity_tokens: int) -> None:
-        """Has a request end where it comes to so many tokens; its completions that have come to that end now."""
-        most = capacity_tokens - len(request.request.prompt_tokens)
-        request.request = request.request.shortened(max(most, *(each.num_tokens for each in request.completions)))
-        for sequence in request.sequences:
-            if sequence.seq_id not in self._requests:
-                continue
-            sequence.token_limit = min(sequence.token_limit, capacity_tokens)
-            end = request.completions[sequence.index].limit(most)
-            if end is not None:
-                del self._requests[sequence.seq_id]
-                self.scheduler.remove(sequence)
-                self.counters.num_finished += 1
-                request.put(end)
-
-    def move(self, request: RequestState, replica: Replica) -> None:
-        """Has a request go on at another replica, from its token logs. `dispatch` has to follow, on both."""
-        for sequence in request.sequences:
-            if self._requests.pop(sequence.seq_id, None) is not None:
-                replica.scheduler.adopt(sequence, self.scheduler.release(sequence))
-                replica._requests[sequence.seq_id] = request
 
     def dispatch(self) -> None:
         """Sends every step that can go now."""
@@ -306,6 +216,7 @@ class Replica:
         if self.unproven_s > self._settings.recovery_timeout_s:
             text = f"the pipeline is lost: {self.reason}"
             self.fail_all(errors.Unavailable(text, retry_after_s=REOPEN_MAX_DELAY_S))
+            self._owner.work_changed()
 
     def result_came(self, result: shard_pb2.StepResult, payload: memoryview) -> None:
         """A step has come back. What this raises, the pipeline is lost by."""
@@ -380,8 +291,3 @@ class Replica:
             self._set_ready(False)
             return
         self._steps.send_probe()
-
-
-def _first_in_order(request: RequestState) -> Any:
-    """The order of a request's first sequence. One that finished in a former process was never given any."""
-    return min(sequence.order for sequence in request.sequences if sequence.order is not None)

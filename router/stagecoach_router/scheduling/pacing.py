@@ -20,6 +20,7 @@ from statistics import median
 from typing import NamedTuple
 
 from stagecoach_router.scheduling.cost_model import MIN_OBSERVATIONS, MIN_SECONDS, MIN_SPAN, StageCost, StepShape
+from stagecoach_router.scheduling.sequence import Sequence as TokenLog
 
 # More are never chosen: each is looked at whenever the costs change.
 MAX_LANES = 64
@@ -67,6 +68,14 @@ class Prompts(NamedTuple):
     num_sequences: int = 0
     num_tokens: int = 0  # of their prompts, with what has been dispatched of them
     start: int = 0  # where the first one's next chunk begins
+
+    @classmethod
+    def of(cls, sequences: Sequence[TokenLog]) -> Prompts:
+        """What of these is to be computed or is under way: what was found in the prefix cache is neither."""
+        if not sequences:
+            return NO_PROMPTS
+        num_tokens = sum(sequence.num_tokens - sequence.num_reused for sequence in sequences)
+        return cls(len(sequences), num_tokens, sequences[0].num_computed)
 
 
 class Pace(NamedTuple):

@@ -20,7 +20,7 @@ from stagecoach.errors import OutOfRange, Overloaded
 from stagecoach_router.scheduling.admission import Admission
 from stagecoach_router.scheduling.block_manager import BlockManager
 from stagecoach_router.scheduling.deadlines import Deadlines
-from stagecoach_router.scheduling.pacing import NO_PROMPTS, Pace, Pacing, Prompts, even_chunk_tokens
+from stagecoach_router.scheduling.pacing import Pace, Pacing, Prompts, even_chunk_tokens
 from stagecoach_router.scheduling.plan import BlockTableUpdate, Draft, Plan, Row
 from stagecoach_router.scheduling.running import RunningSequences
 from stagecoach_router.scheduling.sequence import Sequence
@@ -290,9 +290,9 @@ class Scheduler:
             return self._fixed_pace
         if suspect is None:
             prompts = [*self._running.prefilling, *self._admission.starting()]
-            return self.pacing.pace(self._running.num_decoding, _prefill_of(prompts))
+            return self.pacing.pace(self._running.num_decoding, Prompts.of(prompts))
         if suspect in self._running.prefilling:
-            return self.pacing.pace(0, _prefill_of([suspect]))
+            return self.pacing.pace(0, Prompts.of([suspect]))
         return self.pacing.pace(1)
 
     # ---- decodes and preemption
@@ -348,11 +348,3 @@ class Scheduler:
         draft.rows[sequence] = Row(sequence, slot, start, num_tokens, wants_logits, sequence.incarnation)
         draft.room -= num_tokens
         draft.logit_room -= wants_logits
-
-
-def _prefill_of(prompts: list[Sequence]) -> Prompts:
-    """What of these is to be computed or is under way: what was found in the prefix cache is neither."""
-    if not prompts:
-        return NO_PROMPTS
-    num_tokens = sum(sequence.num_tokens - sequence.num_reused for sequence in prompts)
-    return Prompts(len(prompts), num_tokens, prompts[0].num_computed)

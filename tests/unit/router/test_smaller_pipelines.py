@@ -122,3 +122,25 @@ def test_a_journal_of_before_names_limits():
     content = write_request(asked).replace(', "names_limit": true', "")
     assert "names_limit" not in content
     assert read_request(asked.request_id, content, asked.cache_salt) == asked
+
+
+@pytest.mark.parametrize("names_limit", [False, True])
+async def test_a_completion_that_has_ended_needs_no_room(names_limit):
+    asked = request("a", num_prompt=PROMPT, max_tokens=30 if names_limit else ROOM, n=2, names_limit=names_limit)
+    pipeline = MemoryPipeline(8)
+    cluster = FakeCluster(pipeline)
+    replica = await cluster.open()
+    pipeline.answer_one()
+    state = cluster.submit(asked)
+    state.completions[0].limit(5)
+    while state.completions[1].num_tokens < 8:
+        assert pipeline.answer_one()
+    state.sequences[0].token_limit = 8 * BLOCK_SIZE  # as where the other one's limit is lower by then
+    pipeline.break_down()
+    pipeline.num_blocks = 3
+    await replica.open()
+    while pipeline.answer_one():
+        pass
+    tokens, reasons = outputs_of(state)
+    assert reasons == {0: FinishReason.LENGTH, 1: FinishReason.LENGTH}
+    assert tokens[1] == expected_tokens(asked.prompt_tokens, 30 if names_limit else 3 * BLOCK_SIZE - PROMPT)
