@@ -177,8 +177,10 @@ class Engine:
         replica: Replica | None = None
         leader: Sequence | None = None
         try:
+            # Once for all completions: where few tokens of a prompt have text, many of them have to be looked at.
+            tail = self._tokenizer.prompt_tail(state.request.prompt_tokens)
             for index in range(params.n):
-                sequence = self._add_completion(state, index, leader)
+                sequence = self._add_completion(state, index, leader, tail)
                 if past and state.replay(index, past[index]):
                     continue
                 leader = leader or sequence
@@ -217,7 +219,9 @@ class Engine:
         if next_s is not None:
             self._next_expiry = asyncio.get_running_loop().call_later(max(0.0, next_s - now_s), self._expire)
 
-    def _add_completion(self, state: RequestState, index: int, leader: Sequence | None) -> Sequence:
+    def _add_completion(
+        self, state: RequestState, index: int, leader: Sequence | None, prompt_tail: tuple[int, ...]
+    ) -> Sequence:
         """Adds the next completion to a request; returns its sequence."""
         request = state.request
         assert request.params.seed is not None, "set where the request came in"
@@ -234,7 +238,7 @@ class Engine:
         )
         self._next_seq_id += 1
         state.sequences.append(sequence)
-        state.completions.append(Completion(index, request.prompt_tokens, request.params, self._tokenizer))
+        state.completions.append(Completion(index, prompt_tail, request.params, self._tokenizer))
         return sequence
 
     # ---- which replica computes what

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from stagecoach.sampling_params import SamplingParams
@@ -34,11 +34,12 @@ class OutputDelta:
 
 
 class Completion:
-    """Turns one sequence's tokens into text, until it is finished. `params.max_tokens` has to be set."""
+    """Turns one sequence's tokens into text, until it is finished. `params.max_tokens` has to be set.
 
-    def __init__(
-        self, index: int, prompt_tokens: Collection[int], params: SamplingParams, tokenizer: Tokenizer
-    ) -> None:
+    `prompt_tail` is the tokenizer's of the prompt.
+    """
+
+    def __init__(self, index: int, prompt_tail: Sequence[int], params: SamplingParams, tokenizer: Tokenizer) -> None:
         assert params.max_tokens is not None, "set where the request came in"
         self.index = index
         self.num_tokens = 0
@@ -46,7 +47,7 @@ class Completion:
         self._stop_ids = set(params.stop_token_ids)
         if not params.ignore_eos:
             self._stop_ids |= set(tokenizer.eos_token_ids)
-        self._detokenizer = tokenizer.detokenizer(list(prompt_tokens))
+        self._detokenizer = tokenizer.detokenizer(prompt_tail)
         self._stop_strings = StopStrings(params.stop) if params.stop else None
 
     def advance(self, sampled: Sampled) -> OutputDelta:

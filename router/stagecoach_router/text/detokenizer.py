@@ -183,6 +183,8 @@ class SentencePieceDecoder:
                 break
             if byte is not None:
                 run.insert(0, byte)
+            if len(run) >= 3:  # an unfinished character lies in the last three bytes
+                break
         return _SentencePieceDetokenizer(self, _unfinished(bytes(run)), "" if follows_text else self.strip)
 
     def token_text(self, token_id: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -112,6 +113,18 @@ class Tokenizer:
     def token_text(self, token_id: int) -> str:
         """One token as it reads in the midst of text; U+FFFD where it is part of a character, "" for an unknown id."""
         return self._decoders[False].token_text(token_id)
+
+    def prompt_tail(self, prompt_tokens: Sequence[int], *, skip_special_tokens: bool = True) -> tuple[int, ...]:
+        """Of a prompt, all that can matter to the text of what follows: its last tokens with text, up to four.
+
+        Three of them hold the bytes of a character that is not finished, and one more shows that something came before.
+        """
+        spelling, num_known = self._spelling(skip_special_tokens), self.num_known_ids
+        left_out: frozenset[int] = self._special_ids if skip_special_tokens else frozenset()
+        perhaps = (
+            token_id for token_id in reversed(prompt_tokens) if token_id not in left_out and token_id < num_known
+        )
+        return tuple(itertools.islice(filter(spelling, perhaps), 4))[::-1]
 
     def detokenizer(
         self, prompt_tokens: Sequence[int] = (), *, skip_special_tokens: bool = True

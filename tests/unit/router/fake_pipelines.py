@@ -32,7 +32,10 @@ class NoText:
 
     eos_token_ids = ()
 
-    def detokenizer(self, _: list[int]) -> Any:
+    def prompt_tail(self, _: tuple[int, ...]) -> tuple[int, ...]:
+        return ()
+
+    def detokenizer(self, _: Sequence[int]) -> Any:
         return SimpleNamespace(feed=lambda token: "", flush=lambda: "")
 
 

@@ -211,3 +211,26 @@ def test_a_token_is_spelt_out_once_for_all_completions() -> None:
         detokenizer = decoder.start([])
         assert detokenizer.feed(5) + detokenizer.feed(5) == "abab"
     assert asked == [5]
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+@given(st.lists(st.integers(0, 320), max_size=12), st.lists(st.integers(0, 320), max_size=6), st.booleans())
+def test_of_a_prompt_its_tail_is_all_that_matters(name: str, prompt: list[int], answer: list[int], skip: bool) -> None:
+    ours = OURS[name]
+    tail = ours.prompt_tail(prompt, skip_special_tokens=skip)
+    assert len(tail) <= 4
+    whole, short = (collect(ours.detokenizer(each, skip_special_tokens=skip), answer) for each in (prompt, tail))
+    assert short == whole
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_no_prompt_costs_each_completion_its_length(name: str) -> None:
+    ours = OURS[name]
+    begin_s = time.thread_time()
+    for token_id in {0, 1, 2, 3, 130, 299, ours.num_known_ids, 10**6}:  # special ones, bytes, text, and no token at all
+        prompt = (token_id,) * 131_071
+        ours.detokenizer(prompt[:100])
+        tail = ours.prompt_tail(prompt)
+        for _ in range(64):
+            ours.detokenizer(tail)
+    assert time.thread_time() - begin_s < 1.0, "a second for each completion, with bytes that nothing ended"

@@ -312,9 +312,12 @@ class FailingText:
     def __init__(self, prompt):
         self._prompt = list(prompt)
 
+    def prompt_tail(self, prompt):
+        return prompt
+
     def detokenizer(self, prompt):
         def feed(token):
-            if prompt == self._prompt:
+            if list(prompt) == self._prompt:
                 raise ValueError("no such character")
             return ""
 
