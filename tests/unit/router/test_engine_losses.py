@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from stagecoach.errors import ShardFault
+from stagecoach.errors import ShardFault, Unavailable
 from stagecoach.v1 import shard_pb2 as pb
 from tests.unit.router.fake_pipelines import TOKEN, FakeCluster, FakePipeline, request
 
@@ -115,3 +115,40 @@ async def test_steps_that_have_to_be_smaller_than_asked_for_are_warned_of_once(c
     await replica.open()
     warnings = [record.getMessage() for record in caplog.records if "max-batch-tokens" in record.getMessage()]
     assert warnings == ["max-batch-tokens: 64; a step has 16 at most, as the shards and their messages take no more"]
+
+
+async def test_while_everything_is_failed_nothing_new_is_sent():
+    pipeline = FakePipeline()
+    cluster = FakeCluster(pipeline, max_running=1)
+    replica = await cluster.open(answered=True)
+    states = [cluster.submit(request(str(number))) for number in range(3)]
+    num_sent = len(pipeline.sent)
+    replica.fail_all(Unavailable("the router is stopping"))
+    assert len(pipeline.sent) == num_sent
+    assert all(isinstance(state.error, Unavailable) for state in states)
+
+
+async def test_who_fails_while_tokens_are_taken_sends_no_half_filled_step():
+    """The place of the one that fails goes to who waits, in one step with those whose tokens are taken after it."""
+    pipeline = FakePipeline()
+    cluster = FakeCluster(pipeline, max_running=4)
+    await cluster.open(answered=True)
+    states = [cluster.submit(request(str(number), max_tokens=100)) for number in range(4)]
+    for _ in range(12):
+        pipeline.answer()
+    waiting = cluster.submit(request("waiting"))
+    assert not waiting.sequences[0].num_computed
+    header = pipeline.sent.pop(0)
+    [group] = header.outputs
+    num_rows = len(group.token_indices)
+    assert num_rows >= 2
+    result = pb.StepResult(epoch=header.epoch, step=header.step)
+    result.outputs.add(num_rows=num_rows, num_columns=1, candidates=True, dtype=1)
+    logits = np.ones(num_rows, "<f4")
+    logits[0] = np.nan
+    num_sent = len(pipeline.sent)
+    pipeline.listener.result_came(result, memoryview(np.full(num_rows, TOKEN, "<i4").tobytes() + logits.tobytes()))
+    assert [isinstance(state.error, ShardFault) for state in states].count(True) == 1
+    [sent] = pipeline.sent[num_sent:]
+    assert len(sent.row_slots) == num_rows, "the others' decodes, and the prompt that waited"
+    assert 3 in sent.row_num_tokens
