@@ -14,6 +14,7 @@ from tests.fuzz import (
     public_targets,
     result_targets,
     service_targets,
+    text_targets,
 )
 from tests.fuzz.engine import Target
 
@@ -34,6 +35,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "text": public_targets.text,
     "chat_template": public_targets.chat_template,
     "tokenizer_files": public_targets.tokenizer_files,
+    "large_text": text_targets.large_text,
     "journal": operator_targets.journal,
     "key_file": operator_targets.key_file,
     "pem": operator_targets.pem,
