@@ -10,7 +10,8 @@ spoils too few slices.
 
 What a step should take was learnt at least some hundred steps ago, and not while the stage looked slow: else the
 detector would get used to the slowness that it is to find. Only steps that are all decodes count, and only those within
-what had been measured by then, or not far beyond: what others would cost is a guess.
+what had been measured by then, or not far beyond: what others would cost is a guess. Nor does the first step with so
+many decodes, for which a GPU may record a graph.
 """
 
 from __future__ import annotations
@@ -131,6 +132,7 @@ class StragglerDetector:
         self._next_reference: _Reference | None = None
         self._num_steps = 0  # since the next reference was learnt
         self._last_s = 0.0  # when the last step came back
+        self._met: set[int] = set()  # numbers of decodes that a step had
 
     def observe(
         self, shape: StepShape, stages: Sequence[StageSeconds], round_trip_s: float, now_s: float
@@ -141,10 +143,13 @@ class StragglerDetector:
         if self._slice_began_s is None:
             self._slice_began_s = self._last_s = now_s
         was_idle = now_s - self._last_s - round_trip_s > self._slice_s
+        is_new = shape.num_decodes not in self._met
+        self._met.add(shape.num_decodes)
         self._last_s = now_s
         self._num_steps += 1
         self._shapes = _Shapes.of(shape) if self._shapes is None else self._shapes.joined(_Shapes.of(shape))
-        if not was_idle:  # else caches and clocks may be cold
+        # Else caches and clocks may be cold, or a GPU records a graph for steps of this size.
+        if not was_idle and not is_new:
             self._compare(shape, stages)
         if now_s - self._slice_began_s < self._slice_s:
             return None

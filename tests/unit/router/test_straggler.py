@@ -246,3 +246,14 @@ def test_a_stage_that_slows_down_under_a_lone_stream_is_found(slow_from):
 @pytest.mark.parametrize("position_s", [0.000003, 0.0003])
 def test_a_lone_stream_whose_context_is_all_it_costs_is_not_slow(position_s):
     assert lone_stream(3000, position_s=position_s, slow_from=10_000) is None
+
+
+def test_the_first_step_of_each_size_may_take_long():
+    """A GPU records a graph for every size of step when it first meets one: sizes that come one after the other do."""
+    scene = Scene(step_s=0.01)
+    while scene.now_s < 4 * WINDOW_S + 2.2 * STEPS_BETWEEN_REFERENCES * scene.step_s * 2:
+        assert scene.step(scene.dice.choice([1, 16])) is None
+    for num_rows in range(2, 16):
+        assert scene.step(num_rows, stall_s=0.35) is None
+        for _ in range(4):
+            assert scene.step(num_rows) is None
