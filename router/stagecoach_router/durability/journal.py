@@ -48,10 +48,9 @@ class Journal:
         self._entries: list[Entry] = []  # for the next transaction
         self._shows: dict[RequestState, int] = {}  # how many deltas that lets be shown
         self._writing: asyncio.Task[None] | None = None
-        self._discarding: asyncio.Task[None] | None = None  # of the last file that failed
         self._beginning_anew: asyncio.Task[None] | None = None
         self._hangs = False  # what the thread was told to do took too long, and is not done yet
-        self._closed = False
+        self._closed = asyncio.Event()
 
     async def open(self) -> None:
         """Raises ConfigError."""
@@ -83,7 +82,7 @@ class Journal:
             if self._store is not store:  # that disk has failed: better an answer that does not outlive us than none
                 state.show(1)
                 return
-            if self._closed:  # not in the file: the next process will compute it, and show it
+            if self._closed.is_set():  # not in the file: the next process will compute it, and show it
                 return
             self._shows[state] = self._shows.get(state, 0) + 1
             if delta.sampled is None:  # it has ended at a limit that came down meanwhile: that is what is to be known
@@ -108,14 +107,13 @@ class Journal:
 
         It takes as long as the disk for two transactions, and MAX_WRITE_S for a disk that hangs, which is left alone.
         """
-        self._closed = True
+        self._closed.set()
         if self._writing is not None:
             await self._writing
+        if self._beginning_anew is not None and not self._hangs:
+            await asyncio.wait([self._beginning_anew], timeout=MAX_WRITE_S)
         if self._beginning_anew is not None:
-            if self._discarding is not None and not self._hangs:
-                await asyncio.wait([self._discarding], timeout=MAX_WRITE_S)
             self._beginning_anew.cancel()
-            await asyncio.wait([self._beginning_anew])
         elif self._store is not None:
             try:
                 await self._in_time(self._store.close)
@@ -124,7 +122,7 @@ class Journal:
         self._thread.shutdown(wait=False)
 
     def _write(self, entry: Entry) -> None:
-        if self._store is not None and not self._closed:
+        if self._store is not None and not self._closed.is_set():
             self._entries.append(entry)
             if self._writing is None:
                 self._writing = asyncio.get_running_loop().create_task(self._write_all())
@@ -148,31 +146,32 @@ class Journal:
             for state, num_deltas in self._shows.items():  # what came meanwhile
                 shows[state] = shows.get(state, 0) + num_deltas
             self._shows.clear()
-            loop = asyncio.get_running_loop()
-            self._discarding = loop.create_task(self._discard(store))
-            self._beginning_anew = loop.create_task(self._begin_anew(store.identity, self._discarding))
+            self._beginning_anew = asyncio.get_running_loop().create_task(self._begin_anew(store))
         for state, num_deltas in shows.items():
             state.show(num_deltas)
 
-    async def _discard(self, store: JournalStore) -> None:
+    async def _begin_anew(self, former: JournalStore) -> None:
+        """Deletes the file, and begins another as soon as the disk works. A disk that hangs is waited for."""
         try:
-            await self._in_thread(store.discard)
+            await self._in_thread(former.discard)
         except Exception as error:
             logger.error("journal: %s cannot be deleted, and what is in it holds no longer: %s", self._path, error)
-
-    async def _begin_anew(self, former: Identity, discarding: asyncio.Task[None]) -> None:
-        """Begins another file as soon as the disk works and the former one is gone. A disk that hangs is waited for."""
-        await asyncio.wait([discarding])
-        while True:
-            await asyncio.sleep(RETRY_INTERVAL_S)
+        while self._store is None and not await self._is_closed_within(RETRY_INTERVAL_S):
             try:
-                self._store = await self._in_thread(lambda: self._open_empty(former))
+                self._store = await self._in_thread(lambda: self._open_empty(former.identity))
             except Exception as error:
                 logger.debug("journal: %s: still not: %s", self._path, error)
             else:
-                break
+                logger.warning(
+                    "journal: %s: requests that are accepted from now on outlive this process again", self._path
+                )
         self._beginning_anew = None
-        logger.warning("journal: %s: requests that are accepted from now on outlive this process again", self._path)
+
+    async def _is_closed_within(self, timeout_s: float) -> bool:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._closed.wait()
+        return self._closed.is_set()
 
     def _open_empty(self, former: Identity) -> JournalStore:
         store = JournalStore(self._path)
