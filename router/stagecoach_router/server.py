@@ -34,7 +34,7 @@ from stagecoach_router.engine.replica import Owner, Replica, ReplicaSettings
 from stagecoach_router.frontend.auth_interceptor import AuthInterceptor
 from stagecoach_router.frontend.call_limits import CallLimits
 from stagecoach_router.frontend.grpc_service import InferenceService, Serving
-from stagecoach_router.pipelines.model_choice import NOT_HAD_S, UNUSABLE_S
+from stagecoach_router.pipelines.model_choice import NOT_HAD_S, UNUSABLE_S, ModelChoice
 from stagecoach_router.pipelines.pipeline import PipelineContext
 from stagecoach_router.pipelines.pipeline_manager import PipelineManager, PipelineSettings
 from stagecoach_router.pipelines.shard_description import ShardDescription
@@ -105,7 +105,13 @@ class Router:
             dial=dial,
             faults=FaultLimits(settings.fault_timeout_s, settings.step_timeout_s),
         )
-        self._registry = ShardRegistry(addresses, dial, lease_id=context.lease_id, timeout_s=settings.fault_timeout_s)
+        self._registry = ShardRegistry(
+            addresses,
+            dial,
+            lease_id=context.lease_id,
+            timeout_s=settings.fault_timeout_s,
+            choice=ModelChoice(fetches_files=settings.model is None),
+        )
         self._shard_files = ShardFiles(dial)
         self._text: ModelText | None = None  # of the model that is served, or is to be
         pipeline_settings = PipelineSettings(

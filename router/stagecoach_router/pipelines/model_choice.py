@@ -21,18 +21,32 @@ NOT_HAD_S = 5.0
 class ModelChoice:
     """The router's model, from the first choice on. It may be chosen anew until it is `settled`.
 
-    `reference` is a shard that has it; None: none was chosen yet.
+    `reference` is a shard that has it; None: none was chosen yet. `fetches_files`: whether the router wants the small
+    files of a shard, so that these have to agree. Once it has them, they may change on the shards.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, fetches_files: bool = True) -> None:
         self.reference: ShardDescription | None = None
+        self._fetches_files = fetches_files
         self.settled = False
         self._rejected: dict[str, tuple[float, StagecoachError]] = {}  # small files by digest: until when, and why
 
     def choose(self, shards: Sequence[ShardDescription]) -> None:
         """Decides among what the shards say they have."""
         if not self.settled:
-            self.reference = choose_model(shards, is_rejected=lambda shard: self._rejection(shard) is not None)
+            self.reference = self.best_of(shards)
+
+    def best_of(self, shards: Sequence[ShardDescription]) -> ShardDescription | None:
+        """What the choice would be."""
+        return choose_model(
+            shards,
+            files_matter=self._fetches_files,
+            is_rejected=lambda shard: self._rejection(shard) is not None,
+        )
+
+    def fits(self, shard: ShardDescription, model: ShardDescription) -> bool:
+        """Whether this shard is of that model."""
+        return shard.mismatch(model, files_matter=self._fetches_files and not self.settled) is None
 
     def settle(self, shard: ShardDescription) -> None:
         """A pipeline is open, of which this is a shard: what its sequences come to is of this model, and no other."""
@@ -47,7 +61,7 @@ class ModelChoice:
         """Why this shard can be in no pipeline of ours. None: it can, as far as is known."""
         if self.reference is None:
             return self._rejection(shard)
-        mismatch = shard.mismatch(self.reference)
+        mismatch = shard.mismatch(self.reference, files_matter=self._fetches_files and not self.settled)
         return None if mismatch is None else self._rejection(shard) or mismatch
 
     def _rejection(self, shard: ShardDescription) -> StagecoachError | None:
@@ -56,7 +70,10 @@ class ModelChoice:
 
 
 def choose_model(
-    shards: Sequence[ShardDescription], is_rejected: Callable[[ShardDescription], bool] = lambda shard: False
+    shards: Sequence[ShardDescription],
+    *,
+    files_matter: bool = True,
+    is_rejected: Callable[[ShardDescription], bool] = lambda shard: False,
 ) -> ShardDescription | None:
     """A shard whose model it is; one that has the small files, where any has them. None: there are none to choose from.
 
@@ -66,7 +83,7 @@ def choose_model(
     # Those with files first: the others go with any of them, and so stand in every group that they fit into.
     useful = [shard for shard in shards if not (shard.facts.files_digest and is_rejected(shard))]
     for shard in sorted(useful, key=lambda shard: not shard.facts.files_digest):
-        fitting = [group for group in groups if shard.mismatch(group[0]) is None]
+        fitting = [group for group in groups if shard.mismatch(group[0], files_matter=files_matter) is None]
         for group in fitting:
             group.append(shard)
         if not fitting:

@@ -143,7 +143,7 @@ class PipelineManager:
 
         is_extra: it is one more than was asked for, and takes no shard that was started without layers.
         """
-        model = self.registry.model()
+        model = self.registry.choice.reference or self.registry.choose_model()
         if model is None:
             return Choice(error=errors.TopologyError("no shard has answered yet", field="shards"))
         started = bool(former) or self.registry.all_answered or self._has_waited_enough()
@@ -205,11 +205,11 @@ class PipelineManager:
             for address in addresses
         ]
         shards = await together(asked)
-        model = self.registry.model() or shards[0]
         end = 0
         for shard in shards:
             self.registry.learn(shard)
-            shard.check_same_model(model)
+            if (reason := self.registry.choice.why_not(shard)) is not None:
+                raise reason
             if shard.layers is None or shard.layers.start != end:
                 text = f"{shard.address} has other layers now: {shard.layers or 'none'}"
                 raise errors.Unavailable(text, addresses=[shard.address])

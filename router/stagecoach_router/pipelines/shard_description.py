@@ -59,16 +59,18 @@ class ShardDescription:
         """Whether this is the other shard, under another address or asked at another time."""
         return bool(self.process_id) and self.process_id == other.process_id
 
-    def mismatch(self, reference: ShardDescription) -> ModelMismatch | None:
-        """Why the two cannot be in pipelines of one model, nor the one replace the other. None: they can."""
+    def mismatch(self, reference: ShardDescription, *, files_matter: bool = True) -> ModelMismatch | None:
+        """Why the two cannot be in pipelines of one model, nor the one replace the other. None: they can.
+
+        A stage needs no tokenizer: one without it fits in with any. Whether one with another does, is `files_matter`.
+        """
         try:
-            self.check_same_model(reference)
+            self._check_same_model(reference, files_matter)
         except ModelMismatch as error:
             return error.with_traceback(None)
         return None
 
-    def check_same_model(self, reference: ShardDescription) -> None:
-        """Raises ModelMismatch where they cannot. A stage needs no tokenizer, so one without it fits in with any."""
+    def _check_same_model(self, reference: ShardDescription, files_matter: bool) -> None:
         ours, theirs = self.facts, reference.facts
         compared = [
             (f"model.{name}", getattr(ours.model, name), getattr(theirs.model, name))
@@ -76,7 +78,7 @@ class ShardDescription:
         ]
         compared.append(("dtype", model_pb2.DType.Name(ours.dtype), model_pb2.DType.Name(theirs.dtype)))
         compared.append(("block_size", ours.block_size, theirs.block_size))
-        if ours.files_digest and theirs.files_digest:
+        if files_matter and ours.files_digest and theirs.files_digest:
             compared.append(("files_digest", ours.files_digest, theirs.files_digest))
         for field, our, their in compared:
             check_same(field, self.address, our, reference.address, their)

@@ -12,7 +12,7 @@ from stagecoach import errors
 from stagecoach.process.together import together
 from stagecoach.rpc.channel import Dial, dial_plainly
 from stagecoach.topology import LayerRange
-from stagecoach_router.pipelines.model_choice import ModelChoice, choose_model, has_whole_chain
+from stagecoach_router.pipelines.model_choice import ModelChoice, has_whole_chain
 from stagecoach_router.pipelines.placement import Candidate
 from stagecoach_router.pipelines.shard import ProcessRecord, Shard
 from stagecoach_router.pipelines.shard_client import assign, describe
@@ -31,15 +31,23 @@ EAGER_S = 5.0
 class ShardRegistry:
     """The shards at `addresses`, of one model. `run` keeps it true.
 
-    `timeout_s` is how long a shard may take to say who it is.
+    `timeout_s` is how long a shard may take to say who it is. `choice`: which model it is.
     """
 
-    def __init__(self, addresses: Sequence[str], dial: Dial = dial_plainly, *, lease_id: int, timeout_s: float) -> None:
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        dial: Dial = dial_plainly,
+        *,
+        lease_id: int,
+        timeout_s: float,
+        choice: ModelChoice | None = None,
+    ) -> None:
         self.shards = {address: Shard(address) for address in addresses}
         self._dial = dial
         self._lease_id = lease_id
         self._timeout_s = timeout_s
-        self.choice = ModelChoice()
+        self.choice = choice or ModelChoice()
         self._changed = asyncio.Event()
         self._loads: dict[Shard, asyncio.Task[None]] = {}
 
@@ -70,12 +78,11 @@ class ShardRegistry:
         serving = [shard.layers for shard in self.shards.values() if shard.epoch is not None]
         return [layers for layers in serving if layers is not None]
 
-    def model(self) -> ShardDescription | None:
-        """A shard whose model is this router's. None: none has answered."""
-        return self.choice.reference or choose_model(self._described)
-
     def choose_model(self) -> ShardDescription | None:
-        """Decides anew which model it is, unless that is settled. Who has another one is left out from now on."""
+        """A shard of the router's model, decided anew unless that is settled. Who has another is left out from now on.
+
+        None: no shard has answered.
+        """
         self.choice.choose(self._described)
         for shard in self.shards.values():
             self._judge(shard)
@@ -83,7 +90,7 @@ class ShardRegistry:
 
     def of_model(self, model: ShardDescription) -> list[ShardDescription]:
         """The shards that are of that model, as they have said."""
-        return [shard for shard in self._described if shard.mismatch(model) is None]
+        return [shard for shard in self._described if self.choice.fits(shard, model)]
 
     @property
     def _described(self) -> list[ShardDescription]:
@@ -92,7 +99,7 @@ class ShardRegistry:
     def never_fits(self) -> bool:
         """Whether no pipeline was open before, and the shards, which have all said who they are, make none."""
         is_changing = any(shard.error or shard.loading or shard.process.load_error for shard in self.free)
-        best = None if self.choice.settled or is_changing else choose_model(self._described)
+        best = None if self.choice.settled or is_changing else self.choice.best_of(self._described)
         return best is not None and not has_whole_chain(self.of_model(best))
 
     def _judge(self, shard: Shard) -> None:

@@ -102,6 +102,22 @@ def test_it_is_never_another_one_once_a_pipeline_was_open():
     assert choice.reference == HONEST[0]
 
 
+@pytest.mark.parametrize("other", [said("b:1", "2:4", files="edited"), said("b:1", "2:4", files="")])
+def test_once_the_router_has_the_files_a_shard_may_come_back_with_others(other):
+    choice = ModelChoice()
+    choice.choose(HONEST)
+    choice.settle(HONEST[0])
+    assert choice.why_not(other) is None
+
+
+def test_a_router_with_files_of_its_own_does_not_mind_those_of_the_shards():
+    other = said("b:1", "2:4", files="edited")
+    choice = ModelChoice(fetches_files=False)
+    choice.choose([HONEST[0], other])
+    assert choice.why_not(HONEST[0]) is None
+    assert choice.why_not(other) is None
+
+
 # ---- what the pipeline manager makes of it
 
 
