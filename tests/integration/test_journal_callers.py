@@ -16,12 +16,13 @@ from tests.tiny_model import greedy
 TIMEOUT_S = 60.0
 
 
-async def num_running(client):
-    """None where the router is not there yet."""
+async def num_taken_over(client):
+    """Whether they run or wait until a token has come through; None where the router is not there yet."""
     try:
-        return (await client.status()).num_running
+        status = await client.status()
     except errors.Unavailable:
         return None
+    return status.num_running + status.num_waiting
 
 
 async def test_requests_that_were_taken_over_count_as_their_callers(tiny_model, tmp_path, monkeypatch):
@@ -47,7 +48,7 @@ async def test_requests_that_were_taken_over_count_as_their_callers(tiny_model, 
             goes_on.clear()
             router = start_router([shard.address], listen=router.address, **facts)
             collecting = asyncio.create_task(stream.collect())
-            while not await num_running(hasty):
+            while not await num_taken_over(hasty):
                 await asyncio.sleep(0.01)
             with pytest.raises(errors.RateLimited):
                 await hasty.generate("Twice", **greedy(2))
