@@ -26,6 +26,7 @@ from stagecoach_router.frontend.call_limits import (
 )
 from stagecoach_router.tenants.fair_share import ALPHA
 from stagecoach_router.tenants.tenants import Tenants
+from tests.source_address import coming_from
 
 TIMEOUT_S = 20.0
 HOLD = b"this call does not end by itself"
@@ -100,32 +101,6 @@ async def serving(limits: CallLimits) -> AsyncIterator[tuple[Echo, grpc.aio.Chan
     async with asyncio.timeout(TIMEOUT_S), grpc.aio.insecure_channel(f"127.0.0.1:{echo.port}") as channel:
         yield echo, channel
     await server.stop(None)
-
-
-@asynccontextmanager
-async def coming_from(host: str, port: int) -> AsyncIterator[grpc.aio.Channel]:
-    """A channel to the server on `port` whose connection has the source address `host`."""
-
-    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while data := await reader.read(1 << 16):
-            writer.write(data)
-
-    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", port, local_addr=(host, 0))
-        try:
-            await asyncio.wait(
-                [asyncio.ensure_future(pass_on(*ends)) for ends in ((reader, far_writer), (far_reader, writer))],
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-        finally:
-            for each in (writer, far_writer):
-                each.close()
-
-    listening = await asyncio.start_server(relay, "127.0.0.1", 0)
-    async with listening:
-        near_port = listening.sockets[0].getsockname()[1]
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{near_port}") as channel:
-            yield channel
 
 
 async def until(holds) -> None:
