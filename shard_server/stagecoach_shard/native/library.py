@@ -6,6 +6,7 @@ under the user's cache directory by source, compiler and CPU, so that a change o
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -15,6 +16,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import time
 from ctypes import POINTER, c_float, c_int64, c_void_p
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from stagecoach.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 BUILD_TIMEOUT_S = 120.0
+_SCRATCH = "building-"  # how folders begin in which something is being built
 _DIGEST_BYTES = 32
 _ENOUGH_BYTES = 1 << 20  # several times the library
 _SOURCE = Path(__file__).with_name("kernels.c")
@@ -116,7 +119,8 @@ def _built(compiler: str, flags: list[str], folder: Path) -> Path:
         path.unlink(missing_ok=True)
     if not path.exists():
         logger.info("building the CPU kernels with %s", compiler)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        _remove_left_over(folder)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=_SCRATCH) as scratch:
             built = Path(scratch) / path.name
             subprocess.run(
                 [*compiler.split(), *flags, str(_SOURCE), "-o", str(built), "-lm"],
@@ -129,6 +133,14 @@ def _built(compiler: str, flags: list[str], folder: Path) -> Path:
             _seal(built)
             built.replace(path)  # at once: another shard may be building the same
     return path
+
+
+def _remove_left_over(folder: Path) -> None:
+    """Takes away what processes have left that were ended while they built."""
+    for scratch in folder.glob(f"{_SCRATCH}*"):
+        with contextlib.suppress(OSError):  # another process has done it
+            if time.time() - scratch.stat().st_mtime > 2 * BUILD_TIMEOUT_S:
+                shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _seal(path: Path) -> None:

@@ -185,6 +185,18 @@ def test_a_full_cache_folder_is_no_reason_to_go_without_kernels(
     assert f"cannot be kept in {full}" in caplog.text
 
 
+def test_what_a_process_left_that_was_ended_while_it_built_is_taken_away(recording: Compiler, tmp_path: Path) -> None:
+    old, young = (tmp_path / "cache" / "stagecoach" / f"building-{name}" for name in ("old", "young"))
+    for folder in (old, young):
+        folder.mkdir(parents=True, mode=0o700)
+        (folder / "half.so").touch()
+    folder.parent.chmod(0o700)
+    os.utime(old, (1e9, 1e9))
+    library.load()
+    assert not old.exists()
+    assert young.exists(), "another process may be at it"
+
+
 def test_two_processes_that_build_at_once_both_load_it(recording: Compiler, tmp_path: Path) -> None:
     """Each waits in the compiler until the other is there too."""
     meet = tmp_path / "meet"
