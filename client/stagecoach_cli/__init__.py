@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from stagecoach.errors import StagecoachError
 from stagecoach.process.standard_streams import open_closed_streams
+from stagecoach.visible_text import visible
 
 # Why standard output takes nothing: the disk is full or broken, or nobody reads it.
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE, errno.EAGAIN, errno.EBADF)
@@ -40,7 +41,7 @@ def run(arguments: Sequence[str]) -> int:
     except StagecoachError as error:
         with contextlib.suppress(OSError):
             sys.stdout.flush()
-        print(f"error: {describe(error)}", file=sys.stderr)
+        print(visible(f"error: {describe(error)}", keep="\n\t"), file=sys.stderr)
         return 1
     except OSError as error:
         if error.errno not in _UNWRITABLE or error.filename is not None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stagecoach.errors import OutOfRange, StagecoachError
+from stagecoach.visible_text import visible
 from stagecoach_cli.options import (
     DEFAULT_TARGET,
     ApiKey,
@@ -60,7 +61,7 @@ def chat(
     }
     with Client(target, api_key=api_key, tls=choose_tls(tls_ca, tls_cert, tls_key, tls_server_name)) as client:
         names = [served.name for served in client.models()]
-        print(f"{model or ', '.join(names)} at {target}. {_KEYS}")
+        print(visible(f"{model or ', '.join(names)} at {target}. {_KEYS}"))
         converse(Conversation(client, system, options))
 
 

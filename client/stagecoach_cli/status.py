@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from stagecoach.visible_text import visible
 from stagecoach_cli.activity_table import activity_line, stage_table
 from stagecoach_cli.options import (
     DEFAULT_TARGET,
@@ -63,7 +64,7 @@ def status(
     else:
         console = make_console()
         for line in _headlines(target, cluster):
-            console.print(line)
+            console.print(visible(line))
         for index in range(len(cluster.pipelines)):
             console.print(_pipeline_table(cluster, index))
         if cluster.spares:
@@ -111,7 +112,7 @@ def _pipeline_table(cluster: ClusterStatus, which: int) -> Table:
     name = f"pipeline {which}, " if len(cluster.pipelines) > 1 else ""
     state = "ready" if pipeline.ready else f"not ready: {_reason(pipeline)}"
     load = f"{pipeline.num_running} running, {pipeline.num_waiting} waiting"
-    title = Text(f"{name}{pipeline.model.name or 'model unknown'}: {state} (epoch {pipeline.epoch}; {load})")
+    title = Text(visible(f"{name}{pipeline.model.name or 'model unknown'}: {state} (epoch {pipeline.epoch}; {load})"))
     title.stylize("green" if pipeline.ready else "red")
     table = Table(title=title, title_justify="left")
     for name in _COLUMNS:
@@ -129,7 +130,7 @@ def _pipeline_table(cluster: ClusterStatus, which: int) -> Table:
             format_bytes(stage.kv_cache_bytes),
             str(stage.queue_depth),
         )
-        table.add_row(*map(Text, cells))
+        table.add_row(*(Text(visible(cell)) for cell in cells))
     return table
 
 
@@ -149,5 +150,5 @@ def _spare_table(spares: Sequence[SpareStatus]) -> Table:
     for spare in spares:
         layers = f"{spare.first_layer}:{spare.end_layer}" if spare.has_layers else "none yet"
         state = spare.reason.removeprefix(f"{spare.address}: ") or ("ready" if spare.has_layers else "not assigned")
-        table.add_row(*map(Text, (spare.address, layers, state)))
+        table.add_row(*(Text(visible(cell)) for cell in (spare.address, layers, state)))
     return table
