@@ -111,6 +111,13 @@ async def test_strangers_get_nowhere(tiny_model, tmp_path, monkeypatch, caplog):
             for attempt in (partial(generate, client), client.models, client.status, partial(client.tokenize, "x")):
                 with pytest.raises(errors.Unauthenticated):
                     await attempt()
+        metadata = [("authorization", f"Bearer {keys['operator']}")]
+        for request in (b"\xff" * 100, b"\x1a\x00" * 1_000_000):  # no message, and too much of one
+            call = channel.unary_stream(methods[0])(request, metadata=metadata, timeout=20)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await anext(aiter(call))
+            refused = errors.from_rpc_error(caught.value, "h:1")
+            assert (type(refused), refused.field) == (errors.InvalidArgument, "request")
         good = await cluster.client(keys["operator"])
         assert (await generate(good)).usage.completion_tokens == 4
         assert len((await good.tokenize("abc")).token_ids) == 3
@@ -141,6 +148,7 @@ async def test_limits_are_each_callers_own(tiny_model, tmp_path, monkeypatch):
         "ann": Grant(requests_per_minute=2),
         "bob": Grant(tokens_per_minute=120),
         "cat": Grant(max_concurrent=1),
+        "dan": Grant(tokens_per_minute=120),
     }
     async with keyed_cluster(tiny_model, tmp_path, monkeypatch, **grants) as (_, _, clients):
         await generate(clients["ann"])
@@ -155,6 +163,14 @@ async def test_limits_are_each_callers_own(tiny_model, tmp_path, monkeypatch):
             await generate(clients["bob"])
         assert caught.value.field == "tokens_per_minute"
         assert 0 < caught.value.retry_after_s <= 10.6
+
+        with pytest.raises(errors.OutOfRange):  # told from its bytes, which is no work
+            await clients["dan"].tokenize("x" * 600)
+        await clients["dan"].tokenize("x" * 200)  # 80 more than there were
+        for more in (partial(clients["dan"].tokenize, "x"), partial(generate, clients["dan"])):
+            with pytest.raises(errors.RateLimited) as caught:
+                await more()
+            assert caught.value.field == "tokens_per_minute"
 
         stream = await generate(clients["cat"], num_tokens=300, stream=True)
         await anext(stream)
