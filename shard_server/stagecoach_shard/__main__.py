@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
+import logging
+import os
 import sys
 from collections.abc import Iterator
+from typing import NoReturn
 
 PROGRAM = "stagecoach-shard"
 
@@ -25,7 +29,23 @@ def main() -> None:
         from stagecoach.process import lifecycle
         from stagecoach_shard.server import serve
     torch.set_num_threads(settings.threads)
-    sys.exit(lifecycle.run(PROGRAM, lambda stop: serve(settings, stop)))
+    # A file that is cut short while it is read, or a bug in a kernel, ends the process by a signal: this says where.
+    faulthandler.enable()
+    end(lifecycle.run(PROGRAM, lambda stop: serve(settings, stop)))
+
+
+def end(status: int) -> NoReturn:
+    """Ends the process with `status`.
+
+    In the middle of a step, as when a second signal has said not to wait for it, the interpreter's own end would take
+    away what the compute thread still uses, and turn into a crash.
+    """
+    from stagecoach_shard.runtime.stage_runner import is_computing
+
+    if is_computing():
+        logging.shutdown()
+        os._exit(status)
+    sys.exit(status)
 
 
 @contextlib.contextmanager

@@ -21,6 +21,8 @@ from stagecoach_shard.runtime.transfers import for_device, to_host
 
 logger = logging.getLogger(__name__)
 
+_THREAD_NAME = "compute"
+
 
 @dataclass(frozen=True, slots=True)
 class StageInput:
@@ -36,6 +38,11 @@ class StageInput:
 # Hidden states for the next stage ([num_tokens, hidden_size]), or the last stage's outputs; on the CPU.
 StageResult = Tensor | list[Output]
 OnDone = Callable[[StageResult | Exception | None, StepTimes], None]
+
+
+def is_computing() -> bool:
+    """Whether a compute thread of this process has yet to end."""
+    return any(thread.name == _THREAD_NAME for thread in threading.enumerate())
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +70,7 @@ class StageRunner:
         self._num_threads = num_threads
         self._queue: queue.SimpleQueue[_Queued | None] = queue.SimpleQueue()  # None ends the thread
         self._failure: torch.AcceleratorError | None = None
-        self._thread = threading.Thread(target=self._loop, name="compute", daemon=True)
+        self._thread = threading.Thread(target=self._loop, name=_THREAD_NAME, daemon=True)
 
     @property
     def alive(self) -> bool:
