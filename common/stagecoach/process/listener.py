@@ -12,7 +12,7 @@ import grpc.aio
 from stagecoach.errors import ConfigError
 from stagecoach.process.listen_addresses import listen_addresses
 from stagecoach.rpc.addresses import check_address, is_loopback, split_address
-from stagecoach.rpc.channel import public_limits, server_options
+from stagecoach.rpc.channel import peer_limits, public_limits, server_options
 from stagecoach.security.tls import Identity
 
 # For a server to stop, beyond the time that calls have to end.
@@ -45,8 +45,7 @@ def listen(
     if identity is None and not insecure:
         _check_loopback(address)
     options = server_options(max_message_bytes)
-    if public:
-        options += public_limits(max_connections())
+    options += public_limits(max_connections()) if public else peer_limits()
     credentials = None if identity is None else identity.server_credentials()
     server = grpc.aio.server(interceptors=interceptors, options=options)
     port = 0

@@ -31,6 +31,8 @@ MAX_UNSEEN_CALLS = 8192
 # How many calls one connection may have open: fewer than may wait unseen, so that it cannot take all of these places,
 # and more than callers send at once before they know of the limit.
 MAX_STREAMS = MAX_UNSEEN_CALLS // 2
+# The same for a server whose callers are routers and shards, of which each has a few calls.
+MAX_PEER_STREAMS = 256
 # The pause between two attempts to connect. It is short at first, because every call fails at once during it.
 FIRST_RECONNECT_DELAY_S = 0.1
 MAX_RECONNECT_DELAY_S = 3.0
@@ -95,9 +97,7 @@ def public_limits(max_connections: int) -> Options:
     MAX_STREAMS, and nobody tells the caller when to come back.
     """
     return [
-        ("grpc.max_concurrent_streams", MAX_STREAMS),
-        ("grpc.server.max_pending_requests", MAX_UNSEEN_CALLS),
-        ("grpc.server.max_pending_requests_hard_limit", MAX_UNSEEN_CALLS),
+        *_call_limits(MAX_STREAMS),
         ("grpc.max_allowed_incoming_connections", max_connections),
         ("grpc.max_connection_idle_ms", _milliseconds(MAX_IDLE_S)),
     ]
@@ -106,6 +106,19 @@ def public_limits(max_connections: int) -> Options:
 def shard_channel_options() -> Options:
     """Those of a channel to a shard: what holds a payload may be large, other answers only as large as they need be."""
     return [*channel_options(MAX_SHARD_MESSAGE_BYTES), ("grpc.service_config", response_limits())]
+
+
+def peer_limits() -> Options:
+    """Further options, for a server that only routers and shards can reach."""
+    return _call_limits(MAX_PEER_STREAMS)
+
+
+def _call_limits(max_streams: int) -> Options:
+    return [
+        ("grpc.max_concurrent_streams", max_streams),
+        ("grpc.server.max_pending_requests", MAX_UNSEEN_CALLS),
+        ("grpc.server.max_pending_requests_hard_limit", MAX_UNSEEN_CALLS),
+    ]
 
 
 def dial_plainly(address: str) -> grpc.aio.Channel:

@@ -14,6 +14,7 @@ from stagecoach.rpc.channel import (
     MAX_PUBLIC_MESSAGE_BYTES,
     MAX_SHARD_MESSAGE_BYTES,
     channel_options,
+    peer_limits,
     public_limits,
     server_options,
 )
@@ -118,3 +119,9 @@ def test_strangers_get_limits_that_a_shard_and_its_router_do_not() -> None:
     assert limits["grpc.max_allowed_incoming_connections"] == 7
     assert limits["grpc.server.max_pending_requests"] == limits["grpc.server.max_pending_requests_hard_limit"]
     assert not limits.keys() & dict(server_options(1)).keys()
+
+
+def test_one_connection_cannot_have_all_the_calls_that_may_wait_to_be_looked_at() -> None:
+    """Before, 3,000 calls of one peer made a shard's next Describe fail."""
+    for limits in (dict(public_limits(7)), dict(peer_limits())):
+        assert limits["grpc.max_concurrent_streams"] < limits["grpc.server.max_pending_requests"]
