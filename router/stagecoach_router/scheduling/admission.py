@@ -135,17 +135,29 @@ class Admission:
 
     # ---- trials
 
-    def begin_trial(self, *, is_idle: bool) -> None:
-        """Lets the next suspect run, if its turn has come. `is_idle`: no step is under way, nor can one be planned.
+    @property
+    def turn_is_over(self) -> bool:
+        """Whether the suspect on trial gets no step now, as others are to have some as soon as its last is back."""
+        suspect = self._replays.on_trial
+        if suspect is None or suspect not in self._running.prefilling or not self._replays.turn_is_over:
+            return False
+        return len(self._running) > 1 or any(sequence.leader is None for sequence in self._waiting)
+
+    def take_turns(self, num_in_flight: int) -> None:
+        """Lets the next suspect run, if its turn has come, and stops the one that runs, if its turn is over.
 
         Suspects come after those others that the loss has put back, and take turns with everybody else.
         """
         replays, running = self._replays, self._running
+        if self.turn_is_over and not num_in_flight and replays.on_trial is not None:
+            self._put_back(replays.on_trial)
+            return
         suspect = replays.first_suspect
         if suspect is None or replays.on_trial is not None or replays.first is not None or not running.num_free_slots:
             return
         if any(sequence.num_losses for sequence in running.prefilling):
             return
+        is_idle = not (num_in_flight or running)
         if (is_idle or not replays.others_are_owed) and self._give_blocks(suspect, for_trial=True):
             self._begin(suspect)
             running.seat(suspect)
@@ -153,10 +165,13 @@ class Admission:
 
     def end_trial(self, suspect: Sequence) -> None:
         """It cannot go on, as the others have the blocks that it needs: it has to wait until they let some go."""
+        self._put_back(suspect)
+        self._blocked_at = self._blocks.num_releases
+
+    def _put_back(self, suspect: Sequence) -> None:
         self._running.unseat(suspect)
         self._replays.add(suspect)
         self._waiting.num_left -= 1
-        self._blocked_at = self._blocks.num_releases
 
     def stepped(self) -> None:
         """One more step was planned."""

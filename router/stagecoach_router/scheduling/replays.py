@@ -8,6 +8,10 @@ from itertools import chain
 
 from stagecoach_router.scheduling.sequence import Sequence
 
+# A suspect with a long log is computed in turns of so many steps, so that nobody beside it stands still for all of it.
+# What it has computed stays in the prefix cache. As others may evict it, each turn is twice as long as the one before.
+FIRST_TURN_STEPS = 16
+
 
 class Replays:
     """Sequences that have lost their pipeline and have neither slot nor blocks.
@@ -22,7 +26,9 @@ class Replays:
         self._innocent: list[Sequence] = []
         self._suspects: list[Sequence] = []
         self._on_trial: Sequence | None = None
-        self._num_owed = 0  # steps that the others have yet to get for the last trial's
+        self._num_owed = 0  # steps that the others have yet to get for the last turn's
+        self._last_tried: Sequence | None = None
+        self._turn_steps = FIRST_TURN_STEPS
 
     def __len__(self) -> int:
         return len(self._innocent) + len(self._suspects)
@@ -49,8 +55,13 @@ class Replays:
 
     @property
     def others_are_owed(self) -> bool:
-        """Whether the last trial took more steps than the others have had since."""
+        """Whether the last turn of a suspect took more steps than the others have had since."""
         return self._num_owed > 0
+
+    @property
+    def turn_is_over(self) -> bool:
+        """Whether the one on trial has had as many steps as it may have before others get some."""
+        return self._num_owed >= self._turn_steps
 
     def add(self, sequence: Sequence) -> None:
         """A sequence that has just stopped running, or was let go of by another pipeline's queue."""
@@ -66,7 +77,8 @@ class Replays:
 
     def begin_trial(self, sequence: Sequence) -> None:
         """A suspect has a slot and blocks now."""
-        self._on_trial, self._num_owed = sequence, 0
+        self._turn_steps = 2 * self._turn_steps if sequence is self._last_tried else FIRST_TURN_STEPS
+        self._on_trial, self._last_tried, self._num_owed = sequence, sequence, 0
 
     def stepped(self) -> None:
         """One more step was planned: of the sequence on trial, where there is one, else of others."""

@@ -138,7 +138,7 @@ class Scheduler:
 
     def schedule(self) -> Plan | None:
         """The next step. None: nothing can be computed before a step completes or a token is appended."""
-        self._admission.begin_trial(is_idle=not (self._in_flight or self._running))
+        self._admission.take_turns(len(self._in_flight))
         suspect = self._admission.on_trial
         pace = self._pace(suspect)
         if len(self._in_flight) >= pace.num_lanes:
@@ -146,10 +146,8 @@ class Scheduler:
         draft = Draft(self.max_batch_tokens, self.max_logit_rows)
         if suspect is None:
             self._plan_together(draft, pace)
-        elif all(
-            plan.rows[0].sequence is suspect for plan in self._in_flight
-        ):  # else the others' steps come back first
-            self._plan_alone(suspect, draft, pace)
+        elif not self._admission.turn_is_over and all(plan.rows[0].sequence is suspect for plan in self._in_flight):
+            self._plan_alone(suspect, draft, pace)  # else what is under way comes back first
         if not draft.rows:
             return None
         self._admission.stepped()

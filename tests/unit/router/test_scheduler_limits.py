@@ -107,3 +107,28 @@ def test_what_a_sequence_finds_again_in_the_prefix_cache_is_no_prefill():
     asked.clear()
     scheduler.schedule()
     assert asked[-1].num_tokens == 42 - 40
+
+
+def test_others_get_steps_while_a_long_suspect_is_on_trial():
+    """A trial of a long log takes many steps, and is made in turns, in which nobody else has a row."""
+    scheduler = make_scheduler(num_blocks=400, max_batch_tokens=8, max_running=4)
+    suspect = add(scheduler, 1, 800, max_tokens=20)
+    scheduler.schedule()
+    for _ in range(2):
+        suspect.lost_pipeline(alone=False)
+    scheduler.preempt_all()
+    other = add(scheduler, 2, 4, max_tokens=900)
+    longest = num_steps = num_computed = 0
+    while suspect.is_suspect:
+        plan = scheduler.schedule()
+        assert len(plan.rows) == 1, "never both"
+        longest = longest + 1 if plan.rows[0].sequence is suspect else 0
+        num_computed += plan.rows[0].num_tokens * (plan.rows[0].sequence is suspect)
+        num_steps += 1
+        assert longest <= 64
+        for row in scheduler.complete(plan):
+            row.sequence.got_token()
+            scheduler.append_token(row.sequence, 7)
+    assert num_steps > 100
+    assert len(other.output_tokens) >= 40
+    assert num_computed <= 810, "what was computed is not computed again"
