@@ -107,7 +107,8 @@ class World:
         cached = dict(enumerate(self.blocks._digest_of))
         plan = self.scheduler.schedule()
         if before:
-            assert min(before, key=lambda sequence: sequence.order).slot is not None, "the first in order was preempted"
+            first = min(before, key=lambda sequence: sequence.order)
+            assert first.slot is not None or first.is_suspect, "the first in order was preempted"
         if plan is None:
             return None
         assert plan.rows
