@@ -46,9 +46,11 @@ def test_a_stream_ends_as_if_nothing_were_while_its_router_and_its_shard_stop(ti
 
 def test_a_second_signal_stops_at_once(tiny_model):
     with one_shard_cluster(tiny_model) as (shard, router, client):
+        deadline = time.monotonic() + TIMEOUT_S
+        while not client.status().pipelines[0].ready:  # until a token has come through it, requests wait
+            assert time.monotonic() < deadline
         os.kill(shard.pid, signal.SIGSTOP)  # so that nothing can end
         stream = client.generate(stream=True, **ANSWER)
-        deadline = time.monotonic() + TIMEOUT_S
         while client.status().num_running == 0:
             assert time.monotonic() < deadline
         os.kill(router.pid, signal.SIGTERM)

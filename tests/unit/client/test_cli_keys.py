@@ -39,7 +39,7 @@ def test_with_a_file_it_adds_the_entry_and_prints_the_key_alone(capsys, tmp_path
     [
         (["--name", "a b"], "error: name: 1 to 64 letters"),
         (["--name", "a", "--requests-per-minute", "0"], "error: requests_per_minute: a whole number in [1, "),
-        (["--name", "a", "--file", "/nonexistent/keys.toml"], "error: cannot write /nonexistent/keys.toml: "),
+        (["--name", "a", "--file", "/dev/null/keys.toml"], "error: cannot write /dev/null/keys.toml: "),
     ],
 )
 def test_what_cannot_be_is_one_line(capsys, arguments, message):
