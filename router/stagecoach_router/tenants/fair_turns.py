@@ -2,7 +2,8 @@
 
 It goes by the time that turns took, not by their number or by how large they looked: a caller whose turns are long gets
 fewer of them. Who comes new, or comes back, begins at what the next in line has used: it is next soon, and what it did
-not use while it was away it does not get later (start-time fair queuing; Goyal, Vin and Cheng, 1996).
+not use while it was away it does not get later (start-time fair queuing; Goyal, Vin and Cheng, 1996). What somebody
+used while nobody waited was taken from nobody: when nobody waits any more, all begin anew.
 """
 
 from __future__ import annotations
@@ -34,8 +35,10 @@ class FairTurns(Generic[Item]):
                 del self._waiting[caller]
 
     def next(self) -> Item | None:
-        """Takes the item whose turn it is; None where nobody waits."""
+        """Takes the item whose turn it is; None where nobody waits. To be asked whenever a turn has ended."""
         if not self._waiting:
+            self._used_s.clear()
+            self._least_s = 0.0
             return None
         caller = min(self._waiting, key=self._used)  # of equals, the one that has waited longest
         self._least_s = self._used(caller)

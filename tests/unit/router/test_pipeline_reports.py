@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from stagecoach.rpc.framing import FrameCounter, write_frame
 from stagecoach.v1 import model_pb2
 from stagecoach.v1 import shard_pb2 as pb
 from stagecoach_router.metrics.load_report import LoadReport
+from stagecoach_router.pipelines import pipeline as pipeline_module
 from stagecoach_router.pipelines import stage_session
 from stagecoach_router.pipelines.pipeline import Pipeline, PipelineContext, check_timings
 from stagecoach_router.pipelines.shard_description import ShardDescription
@@ -154,6 +156,30 @@ def test_a_step_is_never_larger_than_its_hidden_states_may_be_in_a_message(dtype
     assert Pipeline([shard("a:1", **facts), shard("b:1", **facts)], 1, NoListener(), context).max_batch_tokens == most
     facts["max_batch_tokens"] = 100
     assert Pipeline([shard("a:1", **facts), shard("b:1", **facts)], 1, NoListener(), context).max_batch_tokens == 100
+
+
+async def test_a_stage_that_breaks_while_another_is_opened_breaks_the_opening(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would count as open: its model as chosen for good, and its shards as broken by what came later."""
+    told: list[StagecoachError] = []
+    listener = NoListener()
+    listener.pipeline_lost = told.append  # type: ignore[method-assign]
+    pipeline = Pipeline([shard("shard:0"), shard("shard:1")], 1, listener, PipelineContext(lease_id=1))
+    fault = ShardFault("out of memory", addresses=["shard:0"])
+
+    async def open_well(*_: object) -> None:
+        pass
+
+    async def open_after_the_other_broke(*_: object) -> None:
+        pipeline.session_ended(fault)
+
+    link = SimpleNamespace(open=open_well, close=open_well)
+    monkeypatch.setattr(pipeline_module, "ForwardLink", lambda *_, **__: link)
+    pipeline.stages[0].open = open_well  # type: ignore[method-assign]
+    pipeline.stages[1].open = open_after_the_other_broke  # type: ignore[method-assign]
+    with pytest.raises(ShardFault) as caught:
+        await pipeline.open(num_blocks=1, max_slots=1)
+    assert caught.value is fault
+    assert told == [], "who opens it knows by the error"
 
 
 async def test_where_one_stage_refuses_its_lease_the_others_are_not_opened_behind_its_back(pipeline: Pipeline) -> None:
