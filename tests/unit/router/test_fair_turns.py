@@ -64,6 +64,32 @@ def test_what_was_not_used_while_away_is_not_had_later() -> None:
     assert order.count("b") in (10, 11)
 
 
+def test_what_was_used_while_nobody_waited_is_held_against_nobody() -> None:
+    turns: FairTurns[str] = FairTurns()
+    for _ in range(100):
+        turns.used("a", 1.0)  # it did not have to wait for its turn
+        assert turns.next() is None
+    for item in "aaaabbbb":
+        turns.wait(item, item)
+    assert take(turns, 1.0, 8) == "abababab"
+
+
+def test_nothing_is_remembered_of_those_who_come_while_nobody_waits() -> None:
+    turns: FairTurns[str] = FairTurns()
+    for number in range(1000):
+        turns.used(f"host {number}", 1.0)
+        assert turns.next() is None
+        assert not turns._used_s
+
+
+def test_nothing_is_remembered_of_those_who_have_used_no_more_than_the_next_in_line() -> None:
+    turns = waiting("a" * 1000)
+    for number in range(400):
+        turns.wait(f"host {number}", f"host {number}")
+        take(turns, 1.0, 2)
+        assert len(turns._used_s) <= 3
+
+
 def test_what_leaves_has_no_turn() -> None:
     turns = waiting("ab")
     turns.leave("a", "a")
