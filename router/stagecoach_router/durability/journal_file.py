@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import sqlite3
 import stat
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +16,20 @@ logger = logging.getLogger(__name__)
 LOG_SUFFIX = "-wal"
 # Of a file: its device and inode.
 Identity = tuple[int, int]
+# What a disk says that is full, broken or read-only, or that is gone. Whoever gave the path can do nothing about it.
+_DISK_ERRNOS = frozenset(
+    {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE, errno.ETIMEDOUT, errno.ENODEV, errno.ENXIO}
+)
+# The same as SQLite says it; the third where there is no room for a log's name.
+_DISK_CODES = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY})
+
+
+def is_of_the_disk(error: Exception) -> bool:
+    """Whether it is the disk that fails, and not the file that is wrong: the same file may be good a minute later."""
+    if isinstance(error, OSError):
+        return error.errno in _DISK_ERRNOS
+    # The lowest byte is the kind. Errors that Python itself raises have no code.
+    return isinstance(error, sqlite3.Error) and getattr(error, "sqlite_errorcode", 0) & 0xFF in _DISK_CODES
 
 
 def identity_of(path: Path) -> Identity:

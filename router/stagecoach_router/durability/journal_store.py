@@ -23,7 +23,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from stagecoach.errors import ConfigError, InvalidArgument
-from stagecoach_router.durability.journal_file import Identity, delete, identity_of, log_of, make_private
+from stagecoach_router.durability.journal_file import (
+    Identity,
+    delete,
+    identity_of,
+    is_of_the_disk,
+    log_of,
+    make_private,
+)
 from stagecoach_router.durability.journal_records import (
     check_past,
     read_request,
@@ -122,7 +129,10 @@ _Schema = list[tuple[object, ...]]
 
 
 class JournalStore:
-    """An open journal. Raises ConfigError where the file is none of ours, or another router has it open."""
+    """An open journal. Raises ConfigError where the file is none of ours, or another router has it open.
+
+    Here as in all that reads, what the disk says when it fails is raised as it is: sqlite3.Error or OSError.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -130,14 +140,17 @@ class JournalStore:
             make_private(path)
             self._db = sqlite3.connect(path, LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False)
         except (OSError, sqlite3.Error) as error:
+            if is_of_the_disk(error):
+                raise
             raise ConfigError(f"journal: {path}: {error}", field="journal", value=path) from error
         try:
             with self._reading("is no journal"):
                 self._prepare()
             self._files = self._identities()
-        except (ConfigError, OSError) as error:
-            self._db.close()
-            if isinstance(error, OSError):
+        except Exception as error:
+            with suppress(sqlite3.Error):
+                self._db.close()
+            if isinstance(error, OSError) and not is_of_the_disk(error):
                 raise ConfigError(f"journal: {path}: {error}", field="journal", value=path) from error
             raise
 
@@ -198,14 +211,17 @@ class JournalStore:
             self._db.execute(f"DELETE FROM tokens WHERE (owner, request_id) IN ({old})", (finished_s,))
             self._db.execute("DELETE FROM requests WHERE finished_s < ?", (finished_s,))
 
-    def load(self) -> list[JournaledRequest]:
-        """Every request that is known, in the order in which they were accepted.
+    def load(self, finished_since_s: float = 0.0) -> list[JournaledRequest]:
+        """Every request that runs or was finished since that Unix time, in the order in which they were accepted.
 
         Raises ConfigError for a damaged file.
         """
-        select = "SELECT owner, request_id, digest, content, cache_salt FROM requests ORDER BY rowid"
+        select = (
+            "SELECT owner, request_id, digest, content, cache_salt FROM requests "
+            "WHERE finished_s IS NULL OR finished_s >= ? ORDER BY rowid"
+        )
         # A cursor that is left open would keep the file locked.
-        with self._reading(), closing(self._db.execute(select)) as rows:
+        with self._reading(), closing(self._db.execute(select, (finished_since_s,))) as rows:
             return [self._read(*row) for row in rows]
 
     def close(self) -> None:
@@ -218,12 +234,16 @@ class JournalStore:
             self._db.close()
         delete(self._path, self.identity)
 
-    def begin_anew(self, former: Identity) -> None:
-        """Makes this an empty journal, where it is the file that was `former`, or a new one.
+    def begin_anew(self, former: Identity | None) -> None:
+        """Makes this an empty journal, where it is the file that was `former`, or a new one; with None, any that is.
 
         Raises ConfigError where it is another one that holds requests, and sqlite3.Error where the disk still fails.
         """
-        if self.identity != former and self._db.execute("SELECT 1 FROM requests").fetchone() is not None:
+        if (
+            former is not None
+            and self.identity != former
+            and self._db.execute("SELECT 1 FROM requests").fetchone() is not None
+        ):
             raise self._error("is another journal now, and holds requests")
         with self._db:
             self._db.execute("BEGIN")
@@ -300,12 +320,14 @@ class JournalStore:
 
     @contextmanager
     def _reading(self, failed: str = "cannot be used") -> Iterator[None]:
-        """Raises ConfigError for whatever SQLite cannot read, or not within MAX_READ_S."""
+        """Raises ConfigError for what is wrong with the file, as if it cannot be read within MAX_READ_S."""
         end_s = time.monotonic() + MAX_READ_S
         self._db.set_progress_handler(lambda: time.monotonic() > end_s, _STEPS_BETWEEN_LOOKS)
         try:
             yield
         except (*_NOT_READABLE, InvalidArgument) as error:
+            if is_of_the_disk(error):
+                raise
             # Python's own errors of this class, as for text that is none, have no code.
             code = getattr(error, "sqlite_errorcode", None)
             if code == sqlite3.SQLITE_BUSY:
