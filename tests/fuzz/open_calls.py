@@ -84,6 +84,8 @@ class _Connection:
         ]
         do = self._rng.choice(acts)
         for _ in range(self._rng.randint(1, MAX_REPEATS)):
+            if self._writer.transport.is_closing():  # what is written to it goes nowhere
+                raise ConnectionAbortedError
             do()
         if self._rng.random() < 0.02:
             self._writer.write(self._rng.randbytes(64))

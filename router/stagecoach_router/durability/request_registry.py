@@ -114,8 +114,8 @@ class RequestRegistry:
         its caller's share of the places; then nothing was begun.
         """
         assert key not in self._known, "found before"
-        state = RequestState(request, key=key, digest=digest, tenant=None if caller is None else caller.tenant)
-        num_sequences, name = request.params.n, "" if caller is None else caller.name
+        state = RequestState(request, key=key, digest=digest, caller=caller)
+        num_sequences, name = request.params.n, state.caller_name
         if not past:
             self._places.size = self._engine.num_places
             self._places.check(name, num_sequences, retry_after_s=self._engine.retry_after_s)
@@ -128,9 +128,9 @@ class RequestRegistry:
         self._idle.clear()
         if self._log is not None:
             self._log.begin(state)
-        state.on_end = lambda error: self._end(state, error, name)
+        state.on_end = lambda error: self._end(state, error)
         if state.ended:  # with the tokens of `past`
-            self._end(state, state.error, name)
+            self._end(state, state.error)
         return state
 
     @contextmanager
@@ -180,8 +180,8 @@ class RequestRegistry:
         self._engine.cancel(state)
         state.fail(errors.Cancelled("the request was cancelled"))
 
-    def _end(self, state: RequestState, error: errors.StagecoachError | None, caller_name: str) -> None:
-        self._places.give_back(caller_name, state.request.params.n)
+    def _end(self, state: RequestState, error: errors.StagecoachError | None) -> None:
+        self._places.give_back(state.caller_name, state.request.params.n)
         if state.tenant is not None:
             state.charge(time.monotonic())
             state.tenant.end(state.request.params.n)

@@ -232,6 +232,7 @@ class Engine:
             seed=request.params.seed,
             index=index,
             priority=request.priority,
+            caller=state.caller_name,
             leader=leader,
             cache_salt=request.cache_salt,
             want=wanted_output(request.params, self._vocab_size),
@@ -253,7 +254,7 @@ class Engine:
                 num_sequences=replica.num_sequences,
                 num_cached_tokens=replica.scheduler.blocks.num_cached_tokens(sequence),
                 fits=replica.fits_new(sequence),
-                has_room=was_accepted or replica.scheduler.has_room(sequence.params.n, sequence.num_tokens),
+                has_room=was_accepted or replica.scheduler.has_room(sequence),
                 ready=replica.ready,
                 speed=speed,
                 away_s=replica.unproven_s,
@@ -292,10 +293,8 @@ class Engine:
             replica.move(request, other)
             other.dispatch()
             return
-        capacity = self.capacity_tokens
-        if not request.request.names_limit and (
-            request.num_output_tokens or len(request.request.prompt_tokens) < capacity
-        ):
+        capacity, has_begun = self.capacity_tokens, request.num_output_tokens > 0
+        if not request.request.names_limit and (has_begun or len(request.request.prompt_tokens) < capacity):
             replica.shorten(request, capacity)
             if not replica.fits(request):
                 self.find_room(replica, request)  # that is another one

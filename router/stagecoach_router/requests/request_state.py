@@ -18,7 +18,7 @@ from stagecoach_router.requests.output_log import OutputLog
 from stagecoach_router.requests.request import Request, RequestKey
 from stagecoach_router.sampling.outputs import Sampled
 from stagecoach_router.scheduling.sequence import Sequence
-from stagecoach_router.tenants.tenants import Tenant
+from stagecoach_router.tenants.caller import Caller
 
 # With the most log-probabilities that may be asked for, so many deltas are half a megabyte.
 MAX_DELTAS_READ = 256
@@ -27,19 +27,21 @@ MAX_DELTAS_READ = 256
 class RequestState:
     """One request, from its acceptance until it is forgotten. For use on one event loop.
 
-    `key` and `digest` say which request it is, `tenant` is who is charged for its tokens. `sequences` and
+    `key` and `digest` say which request it is, `caller` is whose shares it goes by and who is charged for its tokens.
+    None: nobody. `sequences` and
     `completions` belong together by index. `tap`, where it is set, is given every delta that is put, and has to call
     `show` before anyone can read it. `on_end` is called once: when the last delta of the last completion can be read,
     or with the error.
     """
 
     def __init__(
-        self, request: Request, *, key: RequestKey | None = None, digest: bytes = b"", tenant: Tenant | None = None
+        self, request: Request, *, key: RequestKey | None = None, digest: bytes = b"", caller: Caller | None = None
     ) -> None:
         self.request = request
         self.key = key or ("", request.request_id)
         self.digest = digest
-        self.tenant = tenant
+        self.caller_name = "" if caller is None else caller.name
+        self.tenant = None if caller is None else caller.tenant
         self.sequences: list[Sequence] = []
         self.completions: list[Completion] = []
         self.demand = Demand()

@@ -39,12 +39,14 @@ class Admission:
         """The last estimate of when a refused caller may come again."""
         return self._waiting.retry_after_s
 
-    def check_room(self, *, num_sequences: int = 1, num_tokens: int = 0, now_s: float | None = None) -> None:
+    def check_room(
+        self, *, num_sequences: int = 1, sequence: Sequence | None = None, now_s: float | None = None
+    ) -> None:
         """Raises as WaitingQueue.check_room."""
         self._waiting.check_room(
             self._running.num_free_slots,
             num_sequences=num_sequences,
-            num_tokens=num_tokens,
+            sequence=sequence,
             num_ahead=len(self._replays),
             now_s=now_s,
         )

@@ -113,10 +113,10 @@ class Scheduler:
             )
         self._admission.check_room(num_sequences=num_sequences, now_s=now_s)
 
-    def has_room(self, num_sequences: int, num_tokens: int) -> bool:
-        """Whether `add` would take so many more now, of so many tokens each."""
+    def has_room(self, sequence: Sequence) -> bool:
+        """Whether `add` would take a sequence now, and the siblings that are to follow it."""
         try:
-            self._admission.check_room(num_sequences=num_sequences, num_tokens=num_sequences * num_tokens)
+            self._admission.check_room(num_sequences=sequence.params.n, sequence=sequence)
         except Overloaded:
             return False
         return True
@@ -132,7 +132,7 @@ class Scheduler:
             sequence, context_length=self.context_length, capacity=self.blocks.capacity_tokens
         )
         if not was_accepted:
-            self._admission.check_room(num_tokens=sequence.num_tokens)
+            self._admission.check_room(sequence=sequence)
         sequence.order = (self._order_key(sequence), sequence.seq_id)
         self._admission.join(sequence)
 

@@ -32,6 +32,7 @@ class Sequence:
     seed: int = field(repr=False)
     index: int = 0  # which of the request's n completions
     priority: int = 0  # larger runs first
+    caller: str = ""  # whose share of the waiting tokens it goes by
     # A sibling that computes the shared prompt first: this one is admitted once the leader's prompt is dispatched,
     # and then finds it in the prefix cache.
     leader: Sequence | None = field(default=None, repr=False)

@@ -11,8 +11,9 @@ from stagecoach.errors import OutOfRange, Overloaded
 from stagecoach_router.scheduling.block_manager import BlockManager
 from stagecoach_router.scheduling.retry_after import RetryAfter
 from stagecoach_router.scheduling.sequence import Sequence
+from stagecoach_router.tenants.fair_share import FairShare
 
-# Of all that wait, prompts and what they had when they were preempted; some 100 bytes each.
+# Of all that wait, prompts and what they had when they were preempted; some 100 bytes each. A caller has a share.
 MAX_WAITING_TOKENS = 4 * 2**20
 # Admission leaves a block free for each running sequence to grow into, or else the newcomer would be preempted soon;
 # but no more than this part of all blocks.
@@ -75,7 +76,7 @@ class WaitingQueue:
         self._blocks = blocks
         self._max_waiting = max_waiting
         self._queue: list[Sequence] = []
-        self._num_tokens = 0  # of all that wait
+        self._tokens = FairShare("tokens of sequences that wait", MAX_WAITING_TOKENS)
         self.num_left = 0  # so far, those that will be back left out; those that are replayed count as waiting, too
         self._retry_after = RetryAfter()
         # Who found too few blocks, and blocks.num_releases then: no use in trying again before that has risen.
@@ -102,14 +103,15 @@ class WaitingQueue:
         num_free_slots: int,
         *,
         num_sequences: int = 1,
-        num_tokens: int = 0,
+        sequence: Sequence | None = None,
         num_ahead: int = 0,
         now_s: float | None = None,
     ) -> None:
-        """Raises Overloaded if not so many more may wait, or not with so many tokens together.
+        """Raises Overloaded if not so many more may wait, or if the tokens of `sequence` are beyond its caller's share.
 
-        Those that wait only for the next step do not count, and tokens do not where nobody else waits. `num_ahead` wait
-        elsewhere, and go first. With the clock's reading, `retry_after_s` is an estimate of now, else the last one.
+        Those that wait only for the next step do not count. Where nobody else waits, tokens do not, so no prompt is
+        refused for ever. `num_ahead` wait elsewhere, and go first. With the clock's reading, `retry_after_s` is an
+        estimate of now, else the last one.
         """
         num_waiting = len(self._queue) + num_ahead
         num_starting = 0 if self._lacks_blocks() else num_free_slots
@@ -120,13 +122,9 @@ class WaitingQueue:
                 value=num_waiting,
                 retry_after_s=self._retry_after_s(num_waiting, now_s),
             )
-        if num_waiting and self._num_tokens + num_tokens > MAX_WAITING_TOKENS:
-            raise Overloaded(
-                f"the sequences that wait have {self._num_tokens} tokens; at most {MAX_WAITING_TOKENS} may wait",
-                limit=MAX_WAITING_TOKENS,
-                value=self._num_tokens,
-                retry_after_s=self._retry_after_s(num_waiting, now_s),
-            )
+        if num_waiting and sequence is not None:
+            retry_after_s = self._retry_after_s(num_waiting, now_s)
+            self._tokens.check(sequence.caller, _own_tokens(sequence), retry_after_s=retry_after_s)
 
     def _retry_after_s(self, num_waiting: int, now_s: float | None) -> float:
         if now_s is None:
@@ -141,7 +139,7 @@ class WaitingQueue:
     def adopt(self, sequence: Sequence) -> None:
         """A sequence that another queue has released."""
         insort(self._queue, sequence, key=by_order)
-        self._num_tokens += sequence.num_tokens
+        self._tokens.force(sequence.caller, _own_tokens(sequence))
 
     def leave(self, sequence: Sequence) -> None:
         """A waiting sequence that is not wanted any more."""
@@ -155,7 +153,8 @@ class WaitingQueue:
             self._blocked = None
 
     def _take_out(self, index: int) -> None:
-        self._num_tokens -= self._queue.pop(index).num_tokens
+        sequence = self._queue.pop(index)
+        self._tokens.give_back(sequence.caller, _own_tokens(sequence))
 
     def admit(self, num_running: int, before: Any = None) -> Sequence | None:
         """Gives the first sequence that may start its blocks, and takes it out of the queue.
@@ -191,6 +190,11 @@ class WaitingQueue:
             return False
         self._blocked = None
         return True
+
+
+def _own_tokens(sequence: Sequence) -> int:
+    """Tokens that are kept for this sequence alone: all completions of a request have one prompt, their leader's."""
+    return sequence.num_tokens if sequence.leader is None else len(sequence.output_tokens)
 
 
 def _follows_leader(sequence: Sequence) -> bool:

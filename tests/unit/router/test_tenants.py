@@ -16,6 +16,7 @@ from stagecoach_router.requests.request_state import RequestState
 from stagecoach_router.sampling.outputs import Sampled
 from stagecoach_router.scheduling.sequence import Sequence
 from stagecoach_router.tenants import tenants as module
+from stagecoach_router.tenants.caller import Caller
 from stagecoach_router.tenants.tenants import Tenant, Tenants
 from tests.unit.router.fake_pipelines import NoText
 
@@ -230,7 +231,7 @@ def test_what_a_former_process_let_in_counts_as_running_whatever_the_limits_say(
 
 def test_tokens_are_charged_once_each_and_those_of_a_former_process_not_again():
     ann = Tenant("ann", Grant(tokens_per_minute=60), 0.0)
-    state = RequestState(Request("r", (1,) * 10, SamplingParams(max_tokens=99)), tenant=ann)
+    state = RequestState(Request("r", (1,) * 10, SamplingParams(max_tokens=99)), caller=Caller("ann", ann))
     state.sequences.append(Sequence(seq_id=1, prompt_tokens=(1,) * 10, params=state.request.params, seed=0))
     completion = Completion(0, (1,) * 10, state.request.params, NoText())
     state.completions.append(completion)
