@@ -43,7 +43,7 @@ class PipelineListener(Protocol):
         """
 
     def pipeline_lost(self, error: errors.StagecoachError) -> None:
-        """A part of it has broken. Told once, and nothing comes after it."""
+        """A part of it has broken, which was open. Told once, and nothing comes after it."""
 
 
 # Opens a pipeline under an epoch that none had before.
@@ -81,6 +81,7 @@ class Pipeline:
         self.max_batch_tokens = min(max_step_tokens(shard.facts) for shard in shards)
         self.vocab_size: int = shards[0].facts.model.vocab_size
         self.lost: errors.StagecoachError | None = None
+        self._is_open = False  # has been, at least
         self.stages = [StageSession(shard, self, context.totals.frames) for shard in shards]
         self._listener = listener
         self._context = context
@@ -91,7 +92,10 @@ class Pipeline:
         self._watching: asyncio.Task[None] | None = None
 
     async def open(self, *, num_blocks: int, max_slots: int) -> None:
-        """Opens a session with every stage, then the stream into the first. Raises the first stage's typed error."""
+        """Opens a session with every stage, then the stream into the first. Raises the first stage's typed error.
+
+        Also where a stage breaks that was open already: the listener hears nothing of a pipeline that never was.
+        """
         self.num_blocks = num_blocks
         next_hops = [stage.address for stage in self.stages[1:]] + [""]
         try:
@@ -101,6 +105,9 @@ class Pipeline:
             )
             self._forward = ForwardLink(self.stages[0].address, on_failure=self._lose, dial=self._context.dial)
             await self._forward.open(OPEN_TIMEOUT_S)
+            if self.lost is not None:
+                raise self.lost
+            self._is_open = True
             self._watching = asyncio.create_task(self._watch())
         except BaseException:
             await self.close()
@@ -210,7 +217,8 @@ class Pipeline:
             self.lost = error
             for stage in self.stages:
                 stage.expect_no_load()
-            self._listener.pipeline_lost(error)
+            if self._is_open:  # else `open` raises it
+                self._listener.pipeline_lost(error)
 
 
 def max_step_tokens(facts: shard_pb2.DescribeResponse) -> int:
