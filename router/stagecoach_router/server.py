@@ -192,6 +192,7 @@ class Router:
         if self._journal is not None:
             self._service.reason = "the journal is being opened"
             await self._journal.open()
+            self._registry.choice.expect(self._journal.former_fingerprint)
         tasks = [asyncio.create_task(self._registry.run()), asyncio.create_task(self._serve_model())]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

@@ -75,6 +75,7 @@ async def test_a_router_that_fails_while_it_drains_says_so(tiny_model, monkeypat
     async def fail(registry, shard):
         raise RuntimeError("a bug")
 
+    monkeypatch.setattr("stagecoach_router.pipelines.pipeline_manager.START_PATIENCE_S", 0.0)
     shard = start_shard(tiny_model, "0:4")
     absent = f"127.0.0.1:{free_port()}"  # which is asked again and again
     router = start_router([shard.address, absent], drain_timeout_s=DRAIN_TIMEOUT_S)

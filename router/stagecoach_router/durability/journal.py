@@ -76,6 +76,11 @@ class Journal:
         except (sqlite3.Error, OSError) as error:
             self._say_that_it_failed(error)
 
+    @property
+    def former_fingerprint(self) -> str:
+        """Of the model that the file was of when it was opened; "": of none, or that is not known."""
+        return "" if self._store is None else self._store.former_fingerprint
+
     async def load(self, fingerprint: str) -> list[JournaledRequest]:
         """What a former process left, in the order in which it was accepted; nothing where the disk fails.
 

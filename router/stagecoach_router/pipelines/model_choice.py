@@ -1,7 +1,8 @@
 """Which model is a router's, where its shards have several: a shard may be of another one, or lie.
 
 A pipeline needs all of its shards to agree. So it is the model of which there is a whole chain; of several such, the
-one that most shards have; and of these the one of the shard that is listed first. Pure, but for a clock.
+one that the router's journal is of; then the one that most shards have; and of these the one of the shard that is
+listed first. Pure, but for a clock.
 """
 
 from __future__ import annotations
@@ -29,7 +30,16 @@ class ModelChoice:
         self.reference: ShardDescription | None = None
         self._fetches_files = fetches_files
         self.settled = False
+        self._expected_fingerprint = ""  # "": any
         self._rejected: dict[str, tuple[float, StagecoachError]] = {}  # small files by digest: until when, and why
+
+    def expect(self, fingerprint: str) -> None:
+        """The router has requests of the model with this fingerprint, left by a former one. "": it has none."""
+        self._expected_fingerprint = fingerprint
+
+    def is_expected(self, shard: ShardDescription) -> bool:
+        """Whether this may be the model that the router had before."""
+        return self._expected_fingerprint in ("", shard.facts.model.fingerprint)
 
     def choose(self, shards: Sequence[ShardDescription]) -> None:
         """Decides among what the shards say they have."""
@@ -42,6 +52,7 @@ class ModelChoice:
             shards,
             files_matter=self._fetches_files,
             is_rejected=lambda shard: self._rejection(shard) is not None,
+            is_expected=self.is_expected,
         )
 
     def fits(self, shard: ShardDescription, model: ShardDescription) -> bool:
@@ -74,10 +85,11 @@ def choose_model(
     *,
     files_matter: bool = True,
     is_rejected: Callable[[ShardDescription], bool] = lambda shard: False,
+    is_expected: Callable[[ShardDescription], bool] = lambda shard: True,
 ) -> ShardDescription | None:
     """A shard whose model it is; one that has the small files, where any has them. None: there are none to choose from.
 
-    is_rejected: whether the small files of that shard are of no use.
+    is_rejected: whether the small files of that shard are of no use. is_expected: whether its model is to be preferred.
     """
     groups: list[list[ShardDescription]] = []
     # Those with files first: the others go with any of them, and so stand in every group that they fit into.
@@ -94,7 +106,12 @@ def choose_model(
     places = {shard.address: place for place, shard in enumerate(shards)}
     best = max(
         groups,
-        key=lambda group: (has_whole_chain(group), len(group), -min(places[shard.address] for shard in group)),
+        key=lambda group: (
+            has_whole_chain(group),
+            is_expected(group[0]),
+            len(group),
+            -min(places[shard.address] for shard in group),
+        ),
     )
     return best[0]
 

@@ -26,11 +26,12 @@ FIND_TIMEOUT_S = 2.0
 ASK_PATIENCE_S = 1.0
 # What says nothing against the shards: others hold their blocks, or our own settings do not fit.
 NO_FAULT_OF_SHARDS = (errors.KVCacheFull, errors.ConfigError, errors.TopologyError)
-# Shards that have not been heard of yet have so long to say which model they have, before it is chosen without them.
+# Shards that have not been heard of yet have so long to say which model they have, before most of them choose it.
 MODEL_PATIENCE_S = 1.0
 # A spare that loads layers is waited for so long, before a shard in quarantine is taken again in its place.
 QUARANTINE_PATIENCE_S = 5.0
-# At the start, shards that have not answered yet are waited for so long before others load what is missing.
+# At the start, shards that have not answered yet are waited for so long before others load what is missing, and before
+# fewer than most of them decide which model it is.
 START_PATIENCE_S = 30.0
 # So many shards say in one error why they cannot take part. All of them stand in a status.
 MAX_REASONS = 4
@@ -77,19 +78,40 @@ class PipelineManager:
     async def choose_model(self) -> ShardDescription:
         """A shard that has the model which pipelines are opened of from now on, until one is open for good.
 
-        Raises Unavailable where no shard answers for a while.
+        Raises Unavailable where no shard answers for a while, or too few to decide by.
         """
         began = time.monotonic()
         while True:
             waited_s = time.monotonic() - began
+            model = None
             everybody_was_asked = all(shard.was_asked for shard in self.registry.free)
             if everybody_was_asked or waited_s >= MODEL_PATIENCE_S:
                 model = self.registry.choose_model()
-                if model is not None:
+                if model is not None and self._is_decided(model):
                     return model
             if waited_s >= FIND_TIMEOUT_S:
-                raise self._explained(errors.Unavailable("no shard has answered yet"))
+                raise self._explained(errors.Unavailable(self._why_undecided(model)))
             await self.registry.changed(MODEL_PATIENCE_S)
+
+    def _is_decided(self, model: ShardDescription) -> bool:
+        """Whether the first pipeline may be of this model, which then is the router's as long as that lives.
+
+        After a loss of power the shards come one after another, and the first may lie or be a forgotten one: it alone
+        decides nothing, as long as the others can be expected to come.
+        """
+        registry = self.registry
+        if registry.choice.settled or registry.is_majority(model) or registry.nobody_is_missing:
+            return True
+        return self._has_waited_enough() and registry.choice.is_expected(model)
+
+    def _why_undecided(self, model: ShardDescription | None) -> str:
+        registry = self.registry
+        if model is None:
+            return "no shard has answered yet"
+        told = f"{len(registry.of_model(model))} of {len(registry.shards)} shards have said that they have this model"
+        if not registry.choice.is_expected(model):
+            return f"{told}, and the journal is of another one"
+        return f"{told}, which is not decided by so few until {START_PATIENCE_S:g} s have passed"
 
     def is_ready_for(self, num_replicas: int) -> bool:
         """Whether there are shards for so many pipelines, all but the last of which are open.

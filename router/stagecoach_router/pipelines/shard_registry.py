@@ -62,6 +62,16 @@ class ShardRegistry:
         return all(shard.epoch is not None or shard.description is not None for shard in self.shards.values())
 
     @property
+    def nobody_is_missing(self) -> bool:
+        """Whether all have answered with anything: who says what no shard can say, or refuses us, is there, too."""
+        return all(
+            shard.epoch is not None
+            or shard.description is not None
+            or (shard.error is not None and not isinstance(shard.error, errors.Unavailable))
+            for shard in self.shards.values()
+        )
+
+    @property
     def candidates(self) -> list[Candidate]:
         """The shards that a pipeline can be made of, now or when they have loaded what they were told to."""
         candidates = [shard.candidate for shard in self.shards.values()]
@@ -91,6 +101,10 @@ class ShardRegistry:
     def of_model(self, model: ShardDescription) -> list[ShardDescription]:
         """The shards that are of that model, as they have said."""
         return [shard for shard in self._described if self.choice.fits(shard, model)]
+
+    def is_majority(self, model: ShardDescription) -> bool:
+        """Whether most of the shards that the router was given are of that model, as they have said."""
+        return 2 * len(self.of_model(model)) > len(self.shards)
 
     @property
     def _described(self) -> list[ShardDescription]:

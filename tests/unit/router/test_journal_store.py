@@ -83,6 +83,13 @@ def test_a_transaction_that_fails_leaves_nothing(path: Path) -> None:
     assert store.load() == []
 
 
+def test_a_journal_says_which_model_it_is_of(path: Path) -> None:
+    store = JournalStore(path)
+    assert store.former_fingerprint == "", "a new one"
+    store.check_model("f")
+    assert reopened(store, path).former_fingerprint == "f"
+
+
 def test_another_models_journal_is_refused(path: Path) -> None:
     store = JournalStore(path)
     store.check_model("f00d")

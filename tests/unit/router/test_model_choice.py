@@ -179,14 +179,16 @@ async def test_where_all_have_answered_and_nothing_fits_it_is_an_error_for_good(
         await manager._find([], is_wanted=True)
 
 
-async def test_where_one_has_not_answered_nothing_is_for_good():
+async def test_where_one_has_not_answered_nothing_is_for_good(monkeypatch):
+    monkeypatch.setattr(pipeline_manager, "START_PATIENCE_S", 0.0)
     manager, _ = make_manager(said("a:1", "0:2"), said("b:1", "2:4", model="other"), Unavailable("c:1: refused"))
     await manager.choose_model()
     with pytest.raises(Unavailable, match="fingerprint"):
         await manager._find([], is_wanted=True)
 
 
-async def test_a_chain_that_came_while_another_was_looked_for_is_taken_the_next_time():
+async def test_a_chain_that_came_while_another_was_looked_for_is_taken_the_next_time(monkeypatch):
+    monkeypatch.setattr(pipeline_manager, "START_PATIENCE_S", 0.0)
     manager, registry = make_manager(said("a:1", "0:2", model="other"), None, None)
     await manager.choose_model()
     registry.learn(said("b:1", "0:2"))
@@ -195,6 +197,55 @@ async def test_a_chain_that_came_while_another_was_looked_for_is_taken_the_next_
         await manager._find([], is_wanted=True)
     assert (await manager.choose_model()).address == "b:1"
     assert await manager._find([], is_wanted=True) == ["b:1", "c:1"]
+
+
+REFUSED = Unavailable("nobody is there")
+
+
+async def test_the_first_to_answer_does_not_decide_for_those_that_come_a_little_later():
+    """As after a loss of power: it may lie, or have been forgotten, and has a whole chain by itself."""
+    manager, registry = make_manager(said("a:1", "0:4", model="other"), REFUSED, REFUSED)
+    with pytest.raises(Unavailable, match="1 of 3 shards"):
+        await manager.choose_model()
+    registry.learn(said("b:1", "0:2"))
+    registry.learn(said("c:1", "2:4"))
+    assert (await manager.choose_model()).address == "b:1"
+
+
+async def test_most_of_the_shards_decide_without_the_others():
+    manager, _ = make_manager(*HONEST, REFUSED)
+    assert await manager.choose_model() == HONEST[0]
+
+
+async def test_who_cannot_be_of_any_model_is_not_waited_for():
+    manager, _ = make_manager(said("a:1", "0:4"), ModelMismatch("b:1 has 9"), PermissionDenied("c:1: another name"))
+    assert (await manager.choose_model()).address == "a:1"
+
+
+async def test_few_decide_where_the_others_do_not_come(monkeypatch):
+    manager, _ = make_manager(said("a:1", "0:4"), REFUSED)
+    with pytest.raises(Unavailable):
+        await manager.choose_model()
+    monkeypatch.setattr(pipeline_manager, "START_PATIENCE_S", 0.0)
+    assert (await manager.choose_model()).address == "a:1"
+
+
+async def test_few_never_decide_against_the_journal(monkeypatch):
+    """Its requests could not go on, and the router would have to end."""
+    monkeypatch.setattr(pipeline_manager, "START_PATIENCE_S", 0.0)
+    manager, registry = make_manager(said("a:1", "0:4", model="other"), REFUSED)
+    registry.choice.expect("honest")
+    with pytest.raises(Unavailable, match="the journal is of another one"):
+        await manager.choose_model()
+    registry.learn(said("b:1", "0:4"))
+    assert (await manager.choose_model()).address == "b:1", "of two chains that of the journal"
+
+
+async def test_where_all_have_another_model_than_the_journal_it_is_chosen():
+    """The operator has changed it: reading the journal then ends with what to do."""
+    manager, registry = make_manager(said("a:1", "0:4", model="other"), said("b:1", "0:4", model="other"))
+    registry.choice.expect("honest")
+    assert (await manager.choose_model()).address == "a:1"
 
 
 async def test_many_reasons_make_no_long_error(monkeypatch):
