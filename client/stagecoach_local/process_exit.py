@@ -47,9 +47,17 @@ class Ended:
         return self.status == 0 or -self.status in _SIGNALS_FROM_OUTSIDE
 
     @property
+    def was_misused(self) -> bool:
+        """Whether it does not know its own command line. Whatever else changes, it would end in the same way again."""
+        return self.status == _WRONG_USAGE
+
+    @property
     def was_mistaken(self) -> bool:
-        """Whether it ended because of its settings or of what they name. Then it would end in the same way again."""
-        if self.status == _WRONG_USAGE:
+        """Whether it ended because of its settings or of what they name, as the memory or the disk that is there.
+
+        One that has never come up would end in the same way again. For another this may pass as it has come.
+        """
+        if self.was_misused:
             return True
         is_error = self.status == _ERROR and bool(self.last_lines) and _ERROR_MARK in self.last_lines[-1]
         return is_error and not self.port_was_taken

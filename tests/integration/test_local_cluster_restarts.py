@@ -68,11 +68,11 @@ def kill(cluster: LocalCluster, index: int) -> int:
     return pid
 
 
-def failing_after(marker: Path, last_words: str) -> str:
+def failing_after(marker: Path, last_words: str, status: int = 1) -> str:
     """A shard that starts once, and from then on ends at once."""
     return (
         f"import pathlib, sys; seen = pathlib.Path({str(marker)!r} + '-'.join(sys.argv[1:]).replace(':', '-'))\n"
-        f"if seen.exists(): sys.exit({last_words!r})\n"
+        f"if seen.exists(): print({last_words!r}, file=sys.stderr), sys.exit({status})\n"
         "seen.touch()\n"
     ) + SHARD
 
@@ -135,10 +135,26 @@ def test_one_that_does_not_come_up_any_more_ends_the_wait(
     assert all(gone(process.pid) for process in cluster.processes)
 
 
-def test_a_mistake_in_its_settings_ends_the_wait_at_once(
+def test_a_shortage_that_passes_costs_no_shard(model: Path, tmp_path: Path, events: Events, loaded: Loaded) -> None:
+    commands = FakeCommands(shard=failing_after(tmp_path / "seen", "stagecoach-shard: error: too little memory"))
+    with LocalCluster(
+        model, 1, restart=True, on_event=events.put, on_line=loaded.on_line, commands=commands
+    ) as cluster:
+        loaded.wait_for(1)
+        kill(cluster, 0)
+        told = events.next()
+        while not told.endswith("to be started again in 0.5 s"):
+            told = events.next()
+        for marker in tmp_path.glob("seen*"):
+            marker.unlink()
+        loaded.wait_for(1)
+        cluster.check()
+
+
+def test_a_command_line_that_it_does_not_know_any_more_ends_the_wait_at_once(
     model: Path, tmp_path: Path, events: Events, loaded: Loaded
 ) -> None:
-    commands = FakeCommands(shard=failing_after(tmp_path / "seen", "stagecoach-shard: error: model: it is gone"))
+    commands = FakeCommands(shard=failing_after(tmp_path / "seen", "usage: it is gone", status=2))
     with LocalCluster(
         model, 1, restart=True, on_event=events.put, on_line=loaded.on_line, commands=commands
     ) as cluster:
@@ -160,7 +176,7 @@ def test_one_that_cannot_be_kept_up_is_left_alone_as_long_as_the_others_can_serv
     spares: int,
 ) -> None:
     monkeypatch.setenv("NUM_PIPELINES", str(replicas))
-    commands = FakeCommands(shard=failing_after(tmp_path / "seen", "stagecoach-shard: error: device: it is broken"))
+    commands = FakeCommands(shard=failing_after(tmp_path / "seen", "usage: it is broken", status=2))
     with LocalCluster(
         model,
         1,

@@ -89,7 +89,6 @@ def test_one_that_never_comes_up_is_given_up_however_long_it_tried(
 
 def test_one_that_cannot_be_started_is_tried_later_and_later_and_then_given_up() -> None:
     restarts = Restarts()
-    assert delays_s(restarts, [1000.0], status=KILL) == [0.0]
     decisions = [restarts.after_no_start() for _ in range(MAX_FAILED_STARTS)]
     assert decisions[:-1] == [StartAgain(delay_s) for delay_s in (0.5, 0.5, 1.0, 2.0)], "never at once: that failed"
     assert decisions[-1] == GiveUp(f"and did not come up {MAX_FAILED_STARTS} times in a row")
@@ -132,7 +131,33 @@ def test_a_port_that_somebody_else_has_is_told_from_other_ends() -> None:
     assert not ended(1, "stagecoach-router: error: shards: missing").port_was_taken
 
 
+REFUSED = ended(1, "stagecoach-shard: error: kv-cache-memory: too little")
+
+
 def test_a_mistake_is_not_tried_again_unless_the_process_had_come_up() -> None:
-    wrong = ended(1, "stagecoach-shard: error: model: it is gone")
-    assert Restarts().after(wrong, lived_s=1.0, came_up=False) == GiveUp("which a new start does not mend")
-    assert Restarts().after(wrong, lived_s=1.0, came_up=True) == StartAgain(0.0)
+    assert Restarts().after(REFUSED, lived_s=1.0, came_up=False) == GiveUp("which a new start does not mend")
+    assert Restarts().after(REFUSED, lived_s=1.0, came_up=True) == StartAgain(0.0)
+
+
+def test_what_is_short_for_a_while_costs_no_process_that_had_come_up() -> None:
+    """The system kills it for want of memory, and there is too little for its start, too; or it cannot be started."""
+    restarts = Restarts()
+    restarts.after(ended(KILL), lived_s=1000.0, came_up=True)
+    shortages = [
+        *[restarts.after(REFUSED, lived_s=1.0, came_up=False) for _ in range(8)],
+        *[restarts.after(ended(KILL), lived_s=1.0, came_up=False) for _ in range(2 * MAX_KILLED_STARTS)],
+        *[restarts.after_no_start() for _ in range(2 * MAX_FAILED_STARTS)],
+    ]
+    delays = [shortage.delay_s for shortage in shortages if isinstance(shortage, StartAgain)]
+    assert len(delays) == len(shortages)
+    assert delays[:8] == [0.0, 0.5, 1.0, 2.0, 4.0, 8.0, MAX_DELAY_S, MAX_DELAY_S]
+    assert delays[-20:] == [MAX_DELAY_S] * 20
+    assert restarts.after(ended(CRASH), lived_s=1.0, came_up=False) == StartAgain(MAX_DELAY_S), "its first crash"
+    restarts.after(ended(CRASH), lived_s=1.0, came_up=True)
+    assert restarts.after(REFUSED, lived_s=1.0, came_up=False) == StartAgain(0.5), "coming up is a new beginning"
+
+
+def test_one_that_does_not_know_its_command_line_any_more_is_given_up_though_it_had_come_up() -> None:
+    restarts = Restarts()
+    restarts.after(ended(KILL), lived_s=1000.0, came_up=True)
+    assert isinstance(restarts.after(ended(2, "usage"), lived_s=1.0, came_up=False), GiveUp)
