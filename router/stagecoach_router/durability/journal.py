@@ -24,6 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
+from stagecoach.errors import InternalError
 from stagecoach_router.durability.journal_file import Identity, is_of_the_disk
 from stagecoach_router.durability.journal_store import (
     MAX_READ_S,
@@ -158,9 +159,11 @@ class Journal:
                 self._writing = asyncio.get_running_loop().create_task(self._write_all())
 
     async def _write_all(self) -> None:
-        while self._entries and self._store is not None:
-            await self._transact(self._store)
-        self._writing = None
+        try:
+            while self._entries and self._store is not None:
+                await self._transact(self._store)
+        finally:  # else nothing would be written any more, nor shown
+            self._writing = None
 
     async def _transact(self, store: JournalStore) -> None:
         entries, self._entries = self._entries, []
@@ -175,7 +178,7 @@ class Journal:
             self._shows.clear()
             self._begin_anew_later(store)
         for state, num_deltas in shows.items():
-            state.show(num_deltas)
+            _show(state, num_deltas)
 
     def _say_that_it_failed(self, error: Exception) -> None:
         logger.error(
@@ -257,3 +260,15 @@ def _load(store: JournalStore, fingerprint: str) -> list[JournaledRequest]:
             raise
         logger.warning("journal: what is old could not be deleted: %s", error)
     return store.load(finished_since_s)
+
+
+def _show(state: RequestState, num_deltas: int) -> None:
+    """Shows them. An error that nobody foresaw costs this request, and none of the others that wait for the disk."""
+    try:
+        state.show(num_deltas)
+    except Exception as error:
+        logger.exception("showing tokens of request %s", state.request.request_id)
+        try:
+            state.fail(InternalError(f"showing tokens: {error!r}"))
+        except Exception:
+            logger.exception("failing request %s", state.request.request_id)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from stagecoach.errors import Cancelled
+from stagecoach.errors import Cancelled, InternalError
 from stagecoach.sampling_params import SamplingParams
 from stagecoach_router.durability.journal import Journal
 from stagecoach_router.durability.journal_store import JournalStore
@@ -169,6 +169,35 @@ async def test_answers_are_shown_before_a_failed_disk_is_let_go(path: Path, monk
     state.put(delta(1))
     await journal.close()
     assert num_readable == [1]
+
+
+async def test_a_request_that_cannot_be_shown_fails_and_the_others_go_on(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The journal's task would have ended with it, and with that every answer."""
+    journal = await opened(path)
+    broken, good = accepted_request(), accepted_request()
+    good.key = ("", "good")
+
+    def show(num_deltas: int) -> None:
+        raise ZeroDivisionError("a bug")
+
+    def cannot_end(error: object) -> None:
+        raise ValueError("another bug")
+
+    monkeypatch.setattr(broken, "show", show)
+    broken.on_end = cannot_end
+    for state in (broken, good):
+        journal.begin(state)
+        state.put(delta(1))
+    async with asyncio.timeout(10):
+        assert [each.token_id for each in await OutputReader(good).read()] == [1]
+        with pytest.raises(InternalError, match="a bug"):
+            await OutputReader(broken).read()
+        good.put(delta(2))
+        assert [each.token_id for each in await OutputReader(good, (1,)).read()] == [2]
+    assert "Traceback" in caplog.text
+    await journal.close()
 
 
 async def test_a_disk_that_hangs_holds_no_answer_back(
