@@ -11,6 +11,7 @@ from stagecoach import errors
 from stagecoach.rpc.shard_rpc import ShardStub
 from stagecoach.v1 import shard_pb2
 from stagecoach_client import AsyncClient
+from stagecoach_router.engine.replica import Replica
 from stagecoach_router.pipelines.shard_registry import ShardRegistry
 from tests.cluster import free_port, start_router, start_shard, wait_until_ready
 from tests.held_stage import held_stages
@@ -126,7 +127,15 @@ async def test_a_shard_serves_the_leases_it_has_and_opens_no_more(tiny_model, re
         await shard.task
 
 
-async def test_a_shard_whose_lease_does_not_end_in_time_tells_its_router(tiny_model):
+async def test_a_shard_whose_lease_does_not_end_in_time_tells_its_router(tiny_model, monkeypatch):
+    losses = []
+    pipeline_lost = Replica.pipeline_lost
+
+    def hear(replica, error):
+        losses.append(type(error))
+        pipeline_lost(replica, error)
+
+    monkeypatch.setattr(Replica, "pipeline_lost", hear)
     shard = start_shard(tiny_model, "0:4", drain_timeout_s=0.2)
     router = start_router([shard.address])
     async with AsyncClient(router.address, max_retries=0) as client, asyncio.timeout(TIMEOUT_S):
@@ -134,4 +143,5 @@ async def test_a_shard_whose_lease_does_not_end_in_time_tells_its_router(tiny_mo
         await shard.close()
         while (await client.status()).ready:
             await asyncio.sleep(0.01)
+    assert losses == [errors.ShardStopping]
     await router.close()

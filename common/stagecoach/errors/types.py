@@ -128,6 +128,10 @@ class Unavailable(StagecoachError):
     retryable = True
 
 
+class ShardStopping(Unavailable):
+    """A shard ends the lease as it was told to stop: nothing that it computed is to blame."""
+
+
 class HandshakeFailed(Unavailable):
     """The two sides do not agree on TLS, or do not trust each other: files or options have to change first."""
 

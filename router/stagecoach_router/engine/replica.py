@@ -237,7 +237,9 @@ class Replica(AssignedRequests):
         steps, self._steps = self._steps, None
         self._lost.set()  # first: whatever the rest comes to, it is opened again
         self._say_ready(False)
-        poison = self._poison.pipeline_lost({} if steps is None else steps.under_way(), time.monotonic())
+        poison = None
+        if not isinstance(error, errors.ShardStopping):  # who says that it stops would have, whatever it computed
+            poison = self._poison.pipeline_lost({} if steps is None else steps.under_way(), time.monotonic())
         if poison is not None:
             num_losses = poison.num_losses_alone
             text = f"the pipeline was lost {num_losses} times while it computed this request alone: {error}"

@@ -192,9 +192,13 @@ class StageSession:
         return errors.Unavailable(text, addresses=[self.address])
 
 
-def read_fault(fault: shard_pb2.Fault, stage: StageSession) -> errors.ShardFault:
-    """A fault is about the stage that reports it and whom that names: its next hop, where their link has broken."""
+def read_fault(fault: shard_pb2.Fault, stage: StageSession) -> errors.ShardFault | errors.ShardStopping:
+    """A fault is about the stage that reports it and whom that names: its next hop, where their link has broken.
+
+    A stage that says that it stops is no fault of what it computes, so that is told apart.
+    """
     cause = from_status(fault.status)
     named = () if cause is None else cause.addresses
     message = clean(fault.status.message, MAX_MESSAGE_BYTES)
-    return errors.ShardFault(f"{stage}: {message}", addresses=[stage.address, *named])
+    kind = errors.ShardStopping if isinstance(cause, errors.ShardStopping) else errors.ShardFault
+    return kind(f"{stage}: {message}", addresses=[stage.address, *named])

@@ -135,4 +135,4 @@ class ServedStage:
     def end_sessions(self) -> None:
         """Tells every router that this shard stops."""
         for session in list(self._sessions.values()):
-            session.fail(errors.Unavailable("the shard is stopping"))
+            session.fail(errors.ShardStopping("the shard is stopping"))

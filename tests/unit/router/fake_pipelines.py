@@ -93,8 +93,8 @@ class FakePipeline:
             self.answer()
         raise AssertionError(f"more than {most} steps")
 
-    def break_down(self) -> None:
-        self._lose(Unavailable("gone"))
+    def break_down(self, error: StagecoachError | None = None) -> None:
+        self._lose(error or Unavailable("gone"))
 
     def _lose(self, error: StagecoachError) -> None:
         self._open.lost = error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from stagecoach.errors import ShardFault, Unavailable
+from stagecoach.errors import ShardFault, ShardStopping, Unavailable
 from stagecoach.v1 import shard_pb2 as pb
 from tests.unit.router.fake_pipelines import TOKEN, FakeCluster, FakePipeline, request
 
@@ -66,6 +66,26 @@ async def test_who_had_a_step_under_way_at_each_loss_is_given_up_and_who_waited_
     pipeline.answer()  # the prompt
     [delta] = waiting.read_from(0)
     assert delta.token_id == TOKEN
+
+
+async def test_shards_that_are_told_to_stop_speak_against_nobody():
+    """As in a rolling restart, in the middle of a prompt that takes longer than the restart of a stage."""
+    pipeline = FakePipeline()
+    cluster = FakeCluster(pipeline)
+    replica = await cluster.open(answered=True)
+    state = cluster.submit(request("a"))
+    for _ in range(20):
+        assert any(list(header.row_slots) == [0] for header in pipeline.sent)
+        pipeline.break_down(ShardStopping("the shard is stopping"))
+        await replica.open()
+        pipeline.answer()  # the health probe
+    for _ in range(4):  # nor for anybody: these are as many as convict where nothing else breaks
+        assert state.error is None
+        pipeline.break_down()
+        await replica.open()
+        pipeline.answer()
+    with pytest.raises(ShardFault, match="lost 4 times"):
+        state.read_from(0)
 
 
 async def test_losses_while_nothing_of_it_is_under_way_do_not_count():

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from stagecoach.errors import ShardFault, StagecoachError, Unavailable
+from stagecoach.errors import ShardFault, ShardStopping, StagecoachError, Unavailable
 from stagecoach.errors.status import to_status
 from stagecoach.rpc.framing import FrameCounter, write_frame
 from stagecoach.v1 import model_pb2
@@ -97,6 +97,15 @@ def test_a_fault_is_about_the_stage_that_reports_it_and_about_the_other_end_of_i
     assert read_fault(own, stage).addresses == ("a:1",)
     link = pb.Fault(status=to_status(Unavailable("b:1: Socket closed", addresses=["b:1"])))
     assert read_fault(link, stage).addresses == ("a:1", "b:1")
+
+
+def test_a_stage_that_says_that_it_stops_is_told_from_one_that_broke() -> None:
+    listener: Any = None
+    stage = StageSession(shard("a:1"), listener, FrameCounter())
+    stopping = read_fault(pb.Fault(status=to_status(ShardStopping("the shard is stopping"))), stage)
+    assert (type(stopping), stopping.addresses) == (ShardStopping, ("a:1",))
+    # By its class, never by its words.
+    assert type(read_fault(pb.Fault(status=to_status(Unavailable("the shard is stopping"))), stage)) is ShardFault
 
 
 class FramesOfAShard:
