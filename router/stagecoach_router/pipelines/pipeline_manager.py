@@ -214,7 +214,7 @@ class PipelineManager:
         except BaseException as error:
             taken.release(error)
             raise
-        self.registry.choice.settle(shards[0])
+        self.registry.pipeline_opened(shards[0])
         places = ", ".join(f"layers {stage.layers} at {stage.address}" for stage in pipeline.stages)
         logger.info("pipeline open in epoch %d: %s; %d K/V blocks", pipeline.epoch, places, num_blocks)
         return pipeline

@@ -149,7 +149,7 @@ class ShardRegistry:
         for address in addresses:
             shard = self.shards[address]
             if shard.description is not None:
-                shard.process.quarantine()
+                shard.quarantine()
 
     async def changed(self, timeout_s: float) -> None:
         """Returns when something was learnt about a shard, or after `timeout_s`."""
@@ -230,6 +230,7 @@ class ShardRegistry:
     async def _load(self, shard: Shard, process: ProcessRecord, layers: LayerRange, fingerprint: str) -> None:
         try:
             await assign(shard.address, layers, self._dial, fingerprint=fingerprint)
+            process.loaded = layers
         except Exception as error:
             known = isinstance(error, errors.StagecoachError)
             logger.warning("layers %s could not be loaded: %s", layers, error, exc_info=not known)
@@ -239,6 +240,11 @@ class ShardRegistry:
             if shard.process is process:  # else another one answers at the address by now, and was told nothing
                 shard.loading = shard.description = None  # what it has now, it has to say
                 shard.wake.set()
+
+    def pipeline_opened(self, shard: ShardDescription) -> None:
+        """A pipeline is open, of which this is a shard. Those that are left may have to stand by for it."""
+        self.choice.settle(shard)
+        self._tell()
 
     def _tell(self) -> None:
         event, self._changed = self._changed, asyncio.Event()

@@ -146,6 +146,77 @@ def test_blame_stays_with_a_process_whatever_it_loads_and_ends_with_it():
     assert not shard.is_quarantined
 
 
+def test_a_new_name_for_each_answer_does_not_clear_who_breaks_pipelines_all_the_time():
+    shard = Shard(ADDRESS)
+    for number in range(shard_module.MAX_LOSSES):
+        shard.learn(description(f"name {number}", LAYERS))
+        assert not shard.is_quarantined, "a process that dies now and then is as good as new"
+        shard.quarantine()
+    for name in ("another", "and another"):
+        shard.learn(None, Unavailable("refused"))
+        shard.learn(description(name, LAYERS))
+        assert shard.is_quarantined
+
+
+def test_losses_that_are_long_ago_count_for_nothing_with_a_new_process(monkeypatch):
+    shard = Shard(ADDRESS)
+    for number in range(shard_module.MAX_LOSSES):
+        shard.learn(description(f"process {number}", LAYERS))
+        shard.quarantine()
+    shard.lost_at_s[0] -= shard_module.QUARANTINE_S
+    shard.learn(description("another", LAYERS))
+    assert not shard.is_quarantined
+
+
+async def test_who_says_that_it_has_loaded_and_then_has_nothing_is_left_alone(registry, shards):
+    registry.load(ADDRESS, LAYERS)
+    (await shards.assigned.get()).set_result(None)
+    shard = await becomes(registry, lambda shard: shard.description is not None and shard.loading is None)
+    assert not may_load(shard)
+    assert "said that it has loaded layers 2:4, and has none" in shard.reason
+
+
+async def test_who_has_loaded_what_another_router_wanted_may_be_told_again_soon(registry, shards):
+    registry.load(ADDRESS, LAYERS)
+    answered = await shards.assigned.get()
+    shards.answer = description("one", LayerRange(0, 2))
+    answered.set_result(None)
+    shard = await becomes(registry, lambda shard: shard.description is not None and shard.loading is None)
+    assert not may_load(shard)
+    assert shard.reason == "", "nothing is known to be wrong with it"
+
+
+async def test_who_has_loaded_what_it_was_told_may_be_told_something_else_at_once(registry, shards):
+    registry.load(ADDRESS, LAYERS)
+    answered = await shards.assigned.get()
+    shards.answer = description("one", LAYERS)
+    answered.set_result(None)
+    shard = await becomes(registry, lambda shard: shard.layers == LAYERS)
+    assert may_load(shard)
+
+
+async def test_a_new_name_for_each_answer_makes_no_loop_of_loads(registry, shards, monkeypatch):
+    for number in range(shard_module.MAX_LOADS):
+        assert may_load(registry.shards[ADDRESS])
+        registry.load(ADDRESS, LAYERS)
+        (await shards.assigned.get()).set_result(None)
+        shards.answer = description(f"name {number}")
+        name = shards.answer.process_id
+        await becomes(registry, lambda shard, name=name: shard.process.process_id == name and shard.loading is None)
+    assert not may_load(registry.shards[ADDRESS])
+    monkeypatch.setattr(shard_module, "LOADS_WINDOW_S", 0.0)
+    assert may_load(registry.shards[ADDRESS])
+
+
+async def test_an_open_pipeline_wakes_those_who_look_for_what_is_to_be_done():
+    registry = ShardRegistry([ADDRESS], lease_id=1, timeout_s=1.0)
+    waiting = asyncio.create_task(registry.changed(30.0))
+    await asyncio.sleep(0)
+    registry.pipeline_opened(description("one", LAYERS))
+    async with asyncio.timeout(5.0):
+        await waiting
+
+
 def test_one_that_says_for_ever_that_it_loads_is_not_counted_on(monkeypatch):
     shard = Shard(ADDRESS)
     shard.learn(description("one"))
