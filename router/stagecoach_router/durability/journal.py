@@ -116,11 +116,11 @@ class Journal:
             if self._closed.is_set():  # not in the file: the next process will compute it, and show it
                 return
             self._shows[state] = self._shows.get(state, 0) + 1
-            if delta.sampled is None:  # it has ended at a limit that came down meanwhile: that is what is to be known
+            if delta.sampled is not None:
+                self._write(Token(state.key, delta.index, num_tokens[delta.index], delta.sampled))
+                num_tokens[delta.index] += 1
+            if delta.finish_reason is not None and state.request.cut_short:  # a replay of its tokens finds no end
                 self._write(Begin(state.key, state.digest, state.request))
-                return
-            self._write(Token(state.key, delta.index, num_tokens[delta.index], delta.sampled))
-            num_tokens[delta.index] += 1
 
         state.tap = tap
         self._write(Begin(state.key, state.digest, state.request))

@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 
 from stagecoach.errors import InvalidArgument
-from stagecoach.sampling_params import MAX_LOGPROBS, SamplingParams
-from stagecoach_router.requests.request import Request
+from stagecoach.sampling_params import MAX_LOGPROBS, MAX_N, SamplingParams
+from stagecoach_router.requests.request import CutShort, Request
 from stagecoach_router.sampling.outputs import Sampled
 
 _MAX_TOKEN_ID = 2**31 - 1
 _MAX_PRIORITY = 2**31
 _TOKENS_AT_ONCE = 4096
+_OPTIONAL = {"names_limit", "cut_short"}
 _PARAMS = {spec.name for spec in fields(SamplingParams)}
 
 
@@ -25,11 +26,13 @@ def write_request(request: Request) -> str:
     params = asdict(request.params)
     # JSON's keys are strings, and its numbers may be read as floats by others: pairs keep the ids what they are.
     params["logit_bias"] = list(request.params.logit_bias.items())
-    facts = json.dumps({"params": params, "priority": request.priority, "names_limit": request.names_limit})
+    facts = {"params": params, "priority": request.priority, "names_limit": request.names_limit}
+    if request.cut_short:
+        facts["cut_short"] = request.cut_short
     # In pieces, since json keeps the interpreter's lock, and the event loop waits for that: 10 ms for 131,072 tokens.
     prompt, step = request.prompt_tokens, _TOKENS_AT_ONCE
     pieces = (json.dumps(prompt[first : first + step])[1:-1] for first in range(0, len(prompt), step))
-    return f'{{"prompt_tokens": [{", ".join(pieces)}], {facts[1:]}'
+    return f'{{"prompt_tokens": [{", ".join(pieces)}], {json.dumps(facts)[1:]}'
 
 
 def read_request(request_id: object, content: object, cache_salt: object) -> Request:
@@ -37,7 +40,7 @@ def read_request(request_id: object, content: object, cache_salt: object) -> Req
     if not isinstance(request_id, str) or not isinstance(cache_salt, bytes):
         raise InvalidArgument("request_id: not text, or a salt that is not bytes", field="request_id")
     values = _parse(content)
-    if not isinstance(values, dict) or values.keys() - {"names_limit"} != {"prompt_tokens", "params", "priority"}:
+    if not isinstance(values, dict) or values.keys() - _OPTIONAL != {"prompt_tokens", "params", "priority"}:
         raise InvalidArgument("content: other fields than a request has", field="content")
     params, prompt_tokens, priority = values["params"], values["prompt_tokens"], values["priority"]
     if not isinstance(params, dict) or params.keys() - _PARAMS:
@@ -56,7 +59,9 @@ def read_request(request_id: object, content: object, cache_salt: object) -> Req
     for name in ("stop", "stop_token_ids"):
         if isinstance(params.get(name), list):
             params[name] = tuple(params[name])
-    return Request(request_id, tuple(prompt_tokens), SamplingParams(**params), priority, cache_salt, names_limit)
+    cut_short = _read_ends(values.get("cut_short", []))
+    params = SamplingParams(**params)
+    return Request(request_id, tuple(prompt_tokens), params, priority, cache_salt, names_limit, cut_short)
 
 
 def write_logprobs(sampled: Sampled) -> str | None:
@@ -80,8 +85,9 @@ def read_sampled(token_id: object, logprobs: object) -> Sampled:
     return Sampled(token_id, float(logprob), tuple((other, float(value)) for other, value in top))
 
 
-def check_past(past: Sequence[Sequence[Sampled]], params: SamplingParams, *, vocab_size: int) -> None:
-    """Raises InvalidArgument for tokens that this request cannot have had."""
+def check_past(past: Sequence[Sequence[Sampled]], request: Request, *, vocab_size: int) -> None:
+    """Raises InvalidArgument for tokens, and ends, that this request cannot have had."""
+    params = request.params
     longest = max((len(tokens) for tokens in past), default=0)
     if len(past) != params.n or params.max_tokens is None or longest > params.max_tokens:
         raise InvalidArgument(
@@ -90,11 +96,32 @@ def check_past(past: Sequence[Sequence[Sampled]], params: SamplingParams, *, voc
             limit=params.max_tokens,
             value=longest,
         )
+    for end in request.cut_short:
+        if request.names_limit or end.completion >= len(past) or end.num_tokens != len(past[end.completion]):
+            text = f"cut_short: completion {end.completion} has ended at {end.num_tokens} tokens, which it has not"
+            raise InvalidArgument(text, field="cut_short", value=end.num_tokens)
     ids = (token_id for tokens in past for sampled in tokens for token_id in (sampled.token_id, *dict(sampled.top)))
     highest = max(ids, default=0)
     if highest >= vocab_size:
         text = f"tokens: {highest} is outside the vocabulary of {vocab_size}"
         raise InvalidArgument(text, field="tokens", limit=vocab_size, value=highest)
+
+
+def _read_ends(values: object) -> tuple[CutShort, ...]:
+    if not isinstance(values, list) or not all(_is_end(each) for each in values):
+        raise InvalidArgument("cut_short: not the ends of completions", field="cut_short")
+    return tuple(CutShort(*each) for each in values)
+
+
+def _is_end(value: object) -> bool:
+    if not isinstance(value, list) or len(value) != 3:
+        return False
+    completion, num_tokens, with_token = value
+    return (
+        _is_whole(completion, 0, MAX_N - 1)
+        and isinstance(with_token, bool)
+        and _is_whole(num_tokens, with_token, _MAX_TOKEN_ID)
+    )
 
 
 def _parse(text: object) -> object:

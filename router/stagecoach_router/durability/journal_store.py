@@ -73,7 +73,7 @@ CREATE TABLE tokens (
 
 
 class Begin(NamedTuple):
-    """A request was accepted, or is another by now: one that names no limit may have been given a lower one."""
+    """A request was accepted, or is another by now: one that names no limit may have been cut short."""
 
     key: RequestKey
     digest: bytes
@@ -121,7 +121,7 @@ class JournaledRequest:
         check_params(request.params, vocab_size=vocab_size)
         if request.params.seed is None:
             raise InvalidArgument("seed: it was accepted without one", field="seed")
-        check_past(self.past, request.params, vocab_size=vocab_size)
+        check_past(self.past, request, vocab_size=vocab_size)
 
 
 # Name, type, table and statement of what a database has.

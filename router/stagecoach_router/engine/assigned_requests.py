@@ -94,7 +94,6 @@ class AssignedRequests:
     def shorten(self, request: RequestState, capacity_tokens: int) -> None:
         """Has a request end where it comes to so many tokens; its completions that have come to that end now."""
         most = capacity_tokens - len(request.request.prompt_tokens)
-        request.request = request.request.shortened(max(most, *(each.num_tokens for each in request.completions)))
         for sequence in request.sequences:
             if sequence.seq_id not in self._requests:
                 continue

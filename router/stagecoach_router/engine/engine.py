@@ -170,18 +170,18 @@ class Engine:
 
         Raises OutOfRange, and Overloaded for a new one, and then nothing was begun.
         """
+        num_completions, most = state.request.params.n, None
         if past and not state.request.names_limit:  # in a former process there may have been more room
             room = self.usual_capacity_tokens(len(state.request.prompt_tokens)) - len(state.request.prompt_tokens)
-            state.request = state.request.shortened(max(1, room, *map(len, past)))
-        params = state.request.params
+            most = max(room, 0 if any(past) else 1)
         replica: Replica | None = None
         leader: Sequence | None = None
         try:
             # Once for all completions: where few tokens of a prompt have text, many of them have to be looked at.
             tail = self._tokenizer.prompt_tail(state.request.prompt_tokens)
-            for index in range(params.n):
-                sequence = self._add_completion(state, index, leader, tail)
-                if past and state.replay(index, past[index]):
+            for index in range(num_completions):
+                sequence = self._add_completion(state, most, leader, tail)
+                if past and state.replay(index, past[index], most):
                     continue
                 leader = leader or sequence
                 replica = replica or self._assign_new(sequence, was_accepted=bool(past))
@@ -189,7 +189,7 @@ class Engine:
         except errors.StagecoachError:
             self.cancel(state)
             raise
-        self.counters.prompt_tokens += len(state.request.prompt_tokens) * params.n
+        self.counters.prompt_tokens += len(state.request.prompt_tokens) * num_completions
         if replica is not None:
             replica.dispatch()
 
@@ -220,15 +220,15 @@ class Engine:
             self._next_expiry = asyncio.get_running_loop().call_later(max(0.0, next_s - now_s), self._expire)
 
     def _add_completion(
-        self, state: RequestState, index: int, leader: Sequence | None, prompt_tail: tuple[int, ...]
+        self, state: RequestState, most: int | None, leader: Sequence | None, prompt_tail: tuple[int, ...]
     ) -> Sequence:
-        """Adds the next completion to a request; returns its sequence."""
-        request = state.request
+        """Adds the next completion to a request; returns its sequence, which comes to `most` tokens, where given."""
+        request, index = state.request, len(state.completions)
         assert request.params.seed is not None, "set where the request came in"
         sequence = Sequence(
             seq_id=self._next_seq_id,
             prompt_tokens=request.prompt_tokens,
-            params=request.params,
+            params=request.params if most is None else request.shortened(max(most, 1)).params,
             seed=request.params.seed,
             index=index,
             priority=request.priority,

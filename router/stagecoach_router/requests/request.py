@@ -6,12 +6,21 @@ import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from stagecoach.errors import InvalidArgument, OutOfRange
 from stagecoach.sampling_params import MAX_N, SamplingParams
 
 # Whose request (an API key's name, or ""), and its id: one tenant's ids mean nothing to another.
 RequestKey = tuple[str, str]
+
+
+class CutShort(NamedTuple):
+    """A completion has ended at so many tokens, as there was no room for more. Its caller has been told."""
+
+    completion: int
+    num_tokens: int
+    with_token: bool  # its last token was its end; else the end came afterwards, without one
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +33,18 @@ class Request:
     params: SamplingParams = field(repr=False)
     priority: int = 0
     cache_salt: bytes = field(default=b"", repr=False)  # requests of different salts share no blocks
-    names_limit: bool = True  # False: max_tokens is what there was room for, and becomes less where there is less
+    names_limit: bool = True  # False: max_tokens is what there was room for, and it ends with less where there is less
+    # Of one that names no limit: which of its completions stay ended, however much room there is later.
+    cut_short: tuple[CutShort, ...] = ()
 
     def shortened(self, max_tokens: int) -> Request:
         """The same request with a limit of its tokens that is no higher than this."""
         assert self.params.max_tokens is not None, "set where the request came in"
         return replace(self, params=replace(self.params, max_tokens=min(self.params.max_tokens, max_tokens)))
+
+    def with_end(self, end: CutShort) -> Request:
+        """The same request, of which a completion has ended like this."""
+        return replace(self, cut_short=(*(each for each in self.cut_short if each.completion != end.completion), end))
 
 
 def check_prompt_length(num_tokens: int, *, context_length: int) -> None:

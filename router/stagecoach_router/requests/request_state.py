@@ -12,10 +12,10 @@ from collections.abc import Callable
 from collections.abc import Sequence as Many
 
 from stagecoach.errors import StagecoachError
-from stagecoach_router.requests.completion import Completion, OutputDelta
+from stagecoach_router.requests.completion import Completion, FinishReason, OutputDelta
 from stagecoach_router.requests.demand import Demand
 from stagecoach_router.requests.output_log import OutputLog
-from stagecoach_router.requests.request import Request, RequestKey
+from stagecoach_router.requests.request import CutShort, Request, RequestKey
 from stagecoach_router.sampling.outputs import Sampled
 from stagecoach_router.scheduling.sequence import Sequence
 from stagecoach_router.tenants.caller import Caller
@@ -72,9 +72,14 @@ class RequestState:
         """How many pipelines in a row were lost while they computed one of its sequences, and nobody else's."""
         return max(sequence.num_losses_alone for sequence in self.sequences)
 
-    def replay(self, index: int, past: Many[Sampled]) -> bool:
-        """Takes a completion's tokens that a former process sampled, and charged. Returns whether they finish it."""
+    def replay(self, index: int, past: Many[Sampled], max_tokens: int | None = None) -> bool:
+        """Takes a completion's tokens that a former process sampled, and charged.
+
+        Returns whether it is finished: by its tokens, or as it may come to no more than `max_tokens` now.
+        """
         sequence, completion = self.sequences[index], self.completions[index]
+        if CutShort(index, len(past), with_token=True) in self.request.cut_short:
+            completion.limit(len(past))
         for sampled in past:
             sequence.output_tokens.append(sampled.token_id)
             self._num_charged += 1
@@ -82,7 +87,12 @@ class RequestState:
             self.put(delta)
             if delta.finish_reason is not None:
                 return True
-        return False
+        if CutShort(index, len(past), with_token=False) in self.request.cut_short:
+            max_tokens = len(past)
+        end = None if max_tokens is None else completion.limit(max_tokens)
+        if end is not None:
+            self.put(end)
+        return end is not None
 
     def charge(self, now_s: float) -> None:
         """Charges the tenant for the tokens that have come since the last time."""
@@ -107,6 +117,9 @@ class RequestState:
 
     def put(self, delta: OutputDelta) -> None:
         """Adds a delta, and wakes the readers."""
+        if delta.finish_reason is FinishReason.LENGTH and not self.request.names_limit:
+            num_tokens = self.completions[delta.index].num_tokens
+            self.request = self.request.with_end(CutShort(delta.index, num_tokens, delta.sampled is not None))
         self._log.append(delta)
         if self.tap is None:
             self.show(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from stagecoach_router.durability.journal import Journal
 from stagecoach_router.durability.journal_store import JournalStore
 from stagecoach_router.requests.completion import FinishReason, OutputDelta
 from stagecoach_router.requests.output_stream import OutputReader
-from stagecoach_router.requests.request import Request
+from stagecoach_router.requests.request import CutShort, Request
 from stagecoach_router.requests.request_state import RequestState
 from stagecoach_router.sampling.outputs import Sampled
 
@@ -102,13 +103,14 @@ async def test_after_it_was_closed_nothing_is_written_nor_shown(path: Path) -> N
     assert await tokens_left(path) == [[1]]
 
 
-async def test_an_end_without_a_token_is_read_after_the_tokens_and_leaves_a_lower_limit(path: Path) -> None:
+async def test_an_end_without_a_token_is_read_after_the_tokens_and_is_in_the_file(path: Path) -> None:
     journal = await opened(path)
     state = accepted_request()
+    state.request = replace(REQUEST, names_limit=False)
     journal.begin(state)
     state.put(delta(1))
     state.put(delta(2))
-    state.request = state.request.shortened(2)
+    state.completions[0].num_tokens = 2
     state.put(OutputDelta(0, "", None, None, FinishReason.LENGTH))
     assert state.read_from(0) == [], "nothing is in the file yet"
     while not state.ended:
@@ -120,7 +122,7 @@ async def test_an_end_without_a_token_is_read_after_the_tokens_and_leaves_a_lowe
     store = JournalStore(path)
     [entry] = store.load()
     store.close()
-    assert entry.request.params.max_tokens == 2
+    assert entry.request.cut_short == (CutShort(0, 2, with_token=False),)
     assert [sampled.token_id for sampled in entry.past[0]] == [1, 2]
 
 
