@@ -162,17 +162,20 @@ class Router:
         if self._service.serving is None:
             return
         timeout_s, requests = self._settings.drain_timeout_s, self._service.serving.requests
-        if requests.num_running:
-            logger.info(
-                "draining: %d requests have %g s to end; a second signal stops at once", requests.num_running, timeout_s
-            )
-        ended = asyncio.create_task(requests.all_ended())
+        if num_left := requests.num_running + self._service.num_reading:
+            logger.info("draining: %d requests have %g s to end; a second signal stops at once", num_left, timeout_s)
+
+        async def all_ended() -> None:
+            await self._service.all_read()  # what is read now may run yet
+            await requests.all_ended()
+
+        ended = asyncio.create_task(all_ended())
         try:
             await asyncio.wait([ended, working], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
             ended.cancel()
-        if requests.num_running:
-            logger.warning("%d requests have not ended in time", requests.num_running)
+        if num_left := requests.num_running + self._service.num_reading:
+            logger.warning("%d requests have not ended in time", num_left)
 
     async def _close(self, tasks: Sequence[asyncio.Task[Any]]) -> None:
         self._health.set_ready(False)

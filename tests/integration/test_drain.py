@@ -1,6 +1,7 @@
 """Who is told to stop takes nothing new, finishes what it has, and then stops."""
 
 import asyncio
+import threading
 
 import grpc.aio
 import pytest
@@ -13,6 +14,8 @@ from stagecoach.v1 import shard_pb2
 from stagecoach_client import AsyncClient
 from stagecoach_router.engine.replica import Replica
 from stagecoach_router.pipelines.shard_registry import ShardRegistry
+from stagecoach_router.text import prompt_encoder
+from stagecoach_router.text.tokenizer import Tokenizer
 from tests.cluster import free_port, start_router, start_shard, wait_until_ready
 from tests.held_stage import held_stages
 from tests.tiny_model import greedy, random_prompts, reference_tokens
@@ -51,6 +54,35 @@ async def test_a_router_finishes_what_runs_and_refuses_what_comes(tiny_model, re
             expected = reference_tokens(reference, prompts[0], 60)
             for each in (stream, again):
                 assert (await each.collect()).completions[0].token_ids == expected
+        await router.task
+    await shard.close()
+
+
+async def test_a_router_waits_for_a_request_whose_text_is_being_tokenized(tiny_model, monkeypatch):
+    began, may_end, encode = threading.Event(), threading.Event(), Tokenizer.encode_within
+
+    def held_up(self, *args):
+        began.set()
+        assert may_end.wait(TIMEOUT_S)
+        return encode(self, *args)
+
+    monkeypatch.setattr(Tokenizer, "encode_within", held_up)
+    monkeypatch.setattr(prompt_encoder, "MAX_LENGTH_ON_LOOP", 0)
+    shard = start_shard(tiny_model, "0:4")
+    router = start_router([shard.address], drain_timeout_s=DRAIN_TIMEOUT_S)
+    async with (
+        AsyncClient(router.address, max_retries=0) as client,
+        grpc.aio.insecure_channel(router.address) as channel,
+        asyncio.timeout(TIMEOUT_S),
+    ):
+        await wait_until_ready(client, router, shard)
+        answer = asyncio.create_task(client.generate("a" * 100, **greedy(3)))
+        await asyncio.to_thread(began.wait, TIMEOUT_S)
+        router.stop.set()
+        while (await HealthStub(channel).Check(HealthCheckRequest())).status == HealthCheckResponse.SERVING:
+            await asyncio.sleep(0.01)
+        may_end.set()
+        assert len((await answer).completions[0].token_ids) == 3
         await router.task
     await shard.close()
 

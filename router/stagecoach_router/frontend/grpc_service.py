@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,12 +70,19 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self.serving: Serving | None = None
         self.reason = "starting"
         self.draining = False
+        self.num_reading = 0  # new requests that are neither accepted nor refused yet
+        self._all_read = asyncio.Event()
+        self._all_read.set()
         self._started = time.monotonic()
 
     @property
     def retry_after_s(self) -> float:
         """When a caller that is refused for want of room may come again: what the last one was told, or a second."""
         return FIRST_S if self.serving is None else self.serving.engine.retry_after_s
+
+    async def all_read(self) -> None:
+        """Returns when no new request is being read: while `draining`, none comes after that."""
+        await self._all_read.wait()
 
     async def Generate(  # noqa: N802
         self, request: pb.GenerateRequest, context: Context
@@ -141,17 +151,20 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         key = (tenant.name, request.request_id)
         if serving.requests.knows(key):
             tenant.admit_return(time.monotonic())
-            known = serving.requests.find(key, await digest_of(request))
+            digest = await digest_of(request)
+            self._check_still(serving)
+            known = serving.requests.find(key, digest)
             if known is not None:  # else its time was up just now
                 return known
         num_sequences = max(1, min(request.sampling.n, MAX_N))
         self._check_new(request)
         serving.requests.check_room(caller, num_sequences)
-        with tenant.admit(time.monotonic(), num_sequences):
+        with self._reading(), tenant.admit(time.monotonic(), num_sequences):
             checked = await read_request(
                 request, model=serving.model, encoder=serving.encoder, engine=serving.engine, caller=caller
             )
             digest = await digest_of(request)
+            self._check_still(serving)
             known = serving.requests.find(key, digest)
             if known is not None:  # while this one was read, another call brought the same
                 return known
@@ -160,10 +173,26 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             tenant.charge(len(checked.prompt_tokens), time.monotonic())
         return state
 
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        self.num_reading += 1
+        self._all_read.clear()
+        try:
+            yield
+        finally:
+            self.num_reading -= 1
+            if not self.num_reading:
+                self._all_read.set()
+
+    def _check_still(self, serving: Serving) -> None:
+        """Raises Unavailable where what was served when a call began is closed by now: it would never answer."""
+        if self.serving is not serving:
+            raise _stopping()
+
     def _check_new(self, request: pb.GenerateRequest) -> None:
         """Raises Unavailable or FailedPrecondition where no request that is not known can be taken."""
         if self.draining:
-            raise errors.Unavailable("the router is stopping", retry_after_s=STOPPING_RETRY_AFTER_S)
+            raise _stopping()
         if any(request.from_tokens):
             raise errors.FailedPrecondition(
                 f"request_id: {request.request_id!r} is not known here, or not any more, so it cannot go on",
@@ -183,6 +212,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 value=model,
             )
         return self.serving
+
+
+def _stopping() -> errors.Unavailable:
+    return errors.Unavailable("the router is stopping", retry_after_s=STOPPING_RETRY_AFTER_S)
 
 
 def _caller(tenant: Tenant, context: Context) -> Caller:

@@ -7,11 +7,11 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from stagecoach.errors import OutOfRange
+from stagecoach.errors import OutOfRange, Unavailable
 from stagecoach_router.tenants.caller import Caller
 from stagecoach_router.text.chat_template import ChatTemplate, Message
 from stagecoach_router.text.serial_queue import SerialQueue
-from stagecoach_router.text.template_process import tokens_for_rendering
+from stagecoach_router.text.template_process import STOPPING_RETRY_AFTER_S, tokens_for_rendering
 from stagecoach_router.text.tokenizer import Encoded, TextKind, Tokenizer
 
 # Characters that are encoded on the event loop: 0.1 ms of work, 0.7 if each is a token. Longer texts have a thread.
@@ -33,12 +33,13 @@ class PromptEncoder:
         self._long_texts = SerialQueue("to be tokenized")
         # Not one of the many threads that all others share: each of those would keep the memory of its largest text.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+        self._closed = False
 
     async def encode_prompt(self, text: str, caller: Caller) -> list[int]:
         """The tokens of a plain prompt.
 
         Raises InvalidArgument and OutOfRange for a text that cannot be taken, RateLimited for a caller that has no
-        tokens left, and Overloaded where too much text waits.
+        tokens left, Overloaded where too much text waits, and Unavailable where its turn comes after `close`.
         """
         return await self._encode(text, TextKind.PROMPT, caller)
 
@@ -49,7 +50,8 @@ class PromptEncoder:
 
     async def close(self) -> None:
         """Ends the process of the chat template, and the thread when it is done with the text that it has."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._closed = True
+        self._thread.shutdown(wait=False)
         await self._chat_template.close()
 
     async def _encode(self, text: str, kind: TextKind, caller: Caller, num_charged: int = 0) -> list[int]:
@@ -66,6 +68,8 @@ class PromptEncoder:
                 charge(job.result())
 
         def start() -> asyncio.Future[Encoded]:
+            if self._closed:
+                raise Unavailable("the router is stopping", retry_after_s=STOPPING_RETRY_AFTER_S)
             caller.tenant.check_tokens(time.monotonic())
             job = asyncio.get_running_loop().run_in_executor(self._thread, encode)
             job.add_done_callback(charge_job)

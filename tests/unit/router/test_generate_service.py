@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from stagecoach.errors import FailedPrecondition
+from stagecoach.errors import FailedPrecondition, Unavailable
 from stagecoach.v1 import inference_pb2 as pb
 from stagecoach_router.frontend import auth_interceptor, grpc_service
 from stagecoach_router.frontend.grpc_service import InferenceService
@@ -32,11 +32,51 @@ class JustLapsed:
         return None
 
 
-async def test_a_request_that_is_forgotten_between_two_looks_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def abort(context: object, error: Exception) -> None:
-        raise error
+async def raise_it(context: object, error: Exception) -> None:
+    raise error
 
-    monkeypatch.setattr(grpc_service, "abort", abort)
+
+class NoneKnown:
+    """The requests that are known: none, and there is room."""
+
+    def knows(self, key: object) -> bool:
+        return False
+
+    def check_room(self, caller: object, num_sequences: int) -> None:
+        pass
+
+
+async def test_a_request_that_is_read_while_the_router_closes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def read(*_: object, **__: object) -> None:
+        assert service.num_reading == 1
+        service.serving = None
+
+    monkeypatch.setattr(grpc_service, "abort", raise_it)
+    monkeypatch.setattr(grpc_service, "read_request", read)
+    service = make_service(requests=NoneKnown(), encoder=None, engine=None)
+    context: Any = SimpleNamespace(peer=lambda: "ipv4:127.0.0.1:1")
+    with pytest.raises(Unavailable, match="stopping") as caught:
+        await service.Generate(pb.GenerateRequest(prompt="late"), context)
+    assert caught.value.retry_after_s > 0
+    assert service.num_reading == 0
+    await service.all_read()
+
+
+async def test_a_request_that_comes_back_while_the_router_closes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def digest_of(*_: object) -> bytes:
+        service.serving = None
+        return b""
+
+    monkeypatch.setattr(grpc_service, "abort", raise_it)
+    monkeypatch.setattr(grpc_service, "digest_of", digest_of)
+    service = make_service(requests=JustLapsed())
+    context: Any = SimpleNamespace(peer=lambda: "ipv4:127.0.0.1:1")
+    with pytest.raises(Unavailable, match="stopping"):
+        await service.Generate(pb.GenerateRequest(request_id="old"), context)
+
+
+async def test_a_request_that_is_forgotten_between_two_looks_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpc_service, "abort", raise_it)
     service = make_service(requests=JustLapsed())
     context: Any = SimpleNamespace(peer=lambda: "ipv4:127.0.0.1:1")
     with pytest.raises(FailedPrecondition, match="not known here, or not any more"):

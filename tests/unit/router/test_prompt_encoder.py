@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from stagecoach.errors import FailedPrecondition, InvalidArgument, OutOfRange, RateLimited
+from stagecoach.errors import FailedPrecondition, InvalidArgument, OutOfRange, RateLimited, Unavailable
 from stagecoach_router.tenants.caller import Caller
 from stagecoach_router.text.chat_template import ChatTemplate
 from stagecoach_router.text.model_files import ModelFiles
@@ -179,3 +179,20 @@ async def test_other_threads_go_on_while_a_long_text_is_encoded(process: Templat
         last_s += gaps_s[-1]
     assert len(await encoding) == len(text)
     assert max(gaps_s) < (last_s - begin_s) / 2, "the interpreter's lock was kept to the end"
+
+
+async def test_whose_turn_comes_after_the_end_is_told_to_go_elsewhere_and_who_has_it_goes_on(
+    process: TemplateProcess,
+) -> None:
+    tokenizer = HeldUp(files(library()))
+    encoder = PromptEncoder(tokenizer, ChatTemplate(None, {}, process), MAX_TOKENS)
+    first = asyncio.create_task(encoder.encode_prompt("a" * 3000, ANYONE))
+    await asyncio.to_thread(tokenizer.began.wait, TIMEOUT_S)
+    second = asyncio.create_task(encoder.encode_prompt("b" * 3000, ANYONE))
+    await asyncio.sleep(0)
+    await encoder.close()
+    tokenizer.may_end.set()
+    async with asyncio.timeout(TIMEOUT_S):
+        assert len(await first) == 3000
+        with pytest.raises(Unavailable, match="stopping"):
+            await second
