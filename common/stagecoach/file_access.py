@@ -43,6 +43,33 @@ def on_thread(read: Callable[[], Result]) -> Future[Result]:
     return future
 
 
+class BoundedReads:
+    """Reads for whoever asks, on `max_threads` threads at most: those that hang, and will for ever, are among them."""
+
+    def __init__(self, max_threads: int) -> None:
+        self._free = asyncio.Semaphore(max_threads)
+
+    async def read(self, read: Callable[[], Result], what: str) -> Result:
+        """As read_in_time. Raises TimeoutError, too, where no thread has become free within that time."""
+        try:
+            async with asyncio.timeout(FILE_TIMEOUT_S):
+                await self._free.acquire()
+        except TimeoutError:
+            text = f"{what} could not be read in {FILE_TIMEOUT_S:g} s: too many reads hang, or wait for a slow disk"
+            raise TimeoutError(text) from None
+        try:
+            reading = on_thread(read)
+        except BaseException:  # there are no more threads
+            self._free.release()
+            raise
+        asyncio.wrap_future(reading).add_done_callback(self._thread_ended)
+        return await in_time(reading, what, FILE_TIMEOUT_S)
+
+    def _thread_ended(self, reading: asyncio.Future[Result]) -> None:
+        reading.exception()  # whoever waits is told; here nobody does
+        self._free.release()
+
+
 async def in_time(reading: Future[Result], what: str, timeout_s: float) -> Result:
     """What comes of `reading`. Raises TimeoutError, naming `what`, where it takes longer than that from now on."""
     try:

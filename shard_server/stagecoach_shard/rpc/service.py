@@ -14,7 +14,7 @@ import torch
 
 from stagecoach import PROTOCOL_VERSION, __version__, errors
 from stagecoach.errors.status import abort
-from stagecoach.file_access import read_in_time
+from stagecoach.file_access import BoundedReads
 from stagecoach.rpc.channel import Dial, dial_plainly
 from stagecoach.topology import LayerRange
 from stagecoach.v1 import model_pb2, shard_pb2
@@ -30,6 +30,8 @@ from stagecoach_shard.rpc.session_stream import serve_session
 FILE_CHUNK_BYTES = 64 << 10
 # What is read at a time.
 FILE_PIECE_BYTES = 1 << 20
+# A read that hangs keeps its thread, and whoever waits for it comes again.
+MAX_FILE_THREADS = 8
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -58,6 +60,7 @@ class ShardService:
         self._limits = limits
         self._process_id = process_id
         self._dial = dial
+        self._reads = BoundedReads(MAX_FILE_THREADS)
 
     async def describe(self, request: shard_pb2.DescribeRequest, context: Context) -> shard_pb2.DescribeResponse:
         try:
@@ -86,9 +89,9 @@ class ShardService:
     ) -> AsyncIterator[shard_pb2.FileChunk]:
         """A piece at a time, so that callers who do not read have little of this process's memory."""
         try:
-            paths = await read_in_time(self._checkpoint.tokenizer_files, str(self._checkpoint.path))
+            paths = await self._reads.read(self._checkpoint.tokenizer_files, str(self._checkpoint.path))
             for name, path in paths.items():
-                async for chunk in _chunks(path):
+                async for chunk in _chunks(path, self._reads):
                     yield shard_pb2.FileChunk(name=name, data=chunk)
         except OSError as error:  # TimeoutError is one
             await abort(context, errors.Unavailable(str(error)))
@@ -151,11 +154,11 @@ class ShardService:
         return wanted
 
 
-async def _chunks(path: Path) -> AsyncIterator[bytes]:
+async def _chunks(path: Path, reads: BoundedReads) -> AsyncIterator[bytes]:
     """What is in the file, at least one chunk. Between two pieces it is not even open. Raises OSError."""
     num_bytes = 0
     while True:
-        piece = await read_in_time(functools.partial(_piece, path, num_bytes), str(path))
+        piece = await reads.read(functools.partial(_piece, path, num_bytes), str(path))
         for start in range(0, len(piece), FILE_CHUNK_BYTES):
             yield piece[start : start + FILE_CHUNK_BYTES]
         num_bytes += len(piece)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import asynccontextmanager
 from types import SimpleNamespace
 
 import grpc.aio
@@ -26,14 +27,24 @@ def chunks_of(files, size=30):
 
 
 class FakeShards:
-    """By address, what each sends: chunks, pauses in seconds, and errors to raise. `asked`: whom, in order."""
+    """By address, what each sends: chunks, pauses in seconds, and errors to raise. `asked`: whom, in order.
+
+    most_at_once: the most connections that there were.
+    """
 
     def __init__(self, **sent):
         self.sent = {f"{name}:1": sent for name, sent in sent.items()}
         self.asked = []
+        self.num_open = self.most_at_once = 0
 
-    def dial(self, address):
-        return FakeChannel(address)
+    @asynccontextmanager
+    async def dial(self, address):
+        self.num_open += 1
+        self.most_at_once = max(self.most_at_once, self.num_open)
+        try:
+            yield SimpleNamespace(address=address)
+        finally:
+            self.num_open -= 1
 
     def stub(self, channel):
         self.asked.append(channel.address)
@@ -50,17 +61,6 @@ class FakeShards:
             return grpc.aio.EOF
 
         return SimpleNamespace(fetch_files=lambda request: SimpleNamespace(read=read))
-
-
-class FakeChannel:
-    def __init__(self, address):
-        self.address = address
-
-    async def __aenter__(self):
-        return self
-
-    async def __aexit__(self, *_):
-        pass
 
 
 @pytest.fixture
@@ -135,6 +135,41 @@ async def test_a_trickle_is_no_progress(fake, monkeypatch):
     with pytest.raises(Unavailable, match="bytes of its files came in"):
         async with asyncio.timeout(5.0):
             await fetch_files("a:1", shards.dial)
+
+
+async def test_what_nobody_reads_is_no_progress(fake, monkeypatch):
+    spam = shard_pb2.FileChunk(name="weights.bin", data=bytes(1 << 20))
+    shards = fake(a=[item for _ in range(100) for item in (0.01, spam)])
+    with pytest.raises(Unavailable, match="a:1: 0 bytes of its files came in"):
+        async with asyncio.timeout(5.0):
+            await fetch_files("a:1", shards.dial)
+
+
+async def test_beside_one_that_is_slow_the_next_is_asked_and_the_first_to_be_through_is_taken(fake, monkeypatch):
+    """One that lies may send a little for as long as its files may be large."""
+    monkeypatch.setattr(shard_files, "PATIENCE_S", 0.02)
+    monkeypatch.setattr(shard_files, "MAX_SILENCE_S", 30.0)
+    shards = fake(a=[*list(chunks_of(FILES))[:2], 30.0], b=chunks_of(FILES), c=chunks_of(FILES))
+    async with asyncio.timeout(5.0):
+        assert await ShardFiles(shards.dial).fetch([said("a"), said("b"), said("c")]) == FILES
+    assert shards.asked == ["a:1", "b:1"]
+
+
+async def test_who_was_slow_only_may_be_the_one_that_is_taken(fake, monkeypatch):
+    monkeypatch.setattr(shard_files, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(shard_files, "MAX_SILENCE_S", 30.0)
+    shards = fake(a=[0.05, *chunks_of(FILES)], b=[30.0])
+    async with asyncio.timeout(5.0):
+        assert await ShardFiles(shards.dial).fetch([said("a"), said("b")]) == FILES
+
+
+async def test_only_a_few_send_at_the_same_time(fake, monkeypatch):
+    monkeypatch.setattr(shard_files, "PATIENCE_S", 0.001)
+    shards = fake(**{name: [30.0] for name in "abcdef"})
+    with pytest.raises(Unavailable):  # all are silent for too long, the last ones after the first
+        async with asyncio.timeout(5.0):
+            await ShardFiles(shards.dial).fetch([said(name) for name in "abcdef"])
+    assert shards.most_at_once == shard_files.MAX_AT_ONCE
 
 
 async def test_files_that_nobody_reads_are_not_kept_and_end_too(fake, monkeypatch):
