@@ -9,7 +9,7 @@ from stagecoach.errors import Overloaded
 from stagecoach_router.requests.completion import OutputDelta
 from stagecoach_router.requests.request_state import RequestState
 
-# A caller that reads so much slower than its answer is generated is cut off.
+# For each completion. A caller that reads so much slower than its answer is generated is cut off.
 MAX_UNREAD_DELTAS = 4096
 
 
@@ -18,6 +18,9 @@ class OutputReader:
 
     `from_tokens` says how many tokens of each completion the caller has; those are left out. What is there already can
     be read at any pace. Of what comes while it is being read, no more than MAX_UNREAD_DELTAS may wait in addition.
+
+    A caller that has read everything is not late, however much comes then in one go, as after a journal's slow write:
+    that, too, is there already.
     """
 
     __slots__ = ("_max_unread", "_position", "_skipped", "_state")
@@ -30,7 +33,7 @@ class OutputReader:
             self._position = from_tokens[0] if from_tokens else 0
         else:
             self._skipped = {index: skipped for index, skipped in enumerate(from_tokens) if skipped}
-        self._max_unread = max(0, self._num_unread) + MAX_UNREAD_DELTAS
+        self._begin_to_read()
 
     async def read(self) -> list[OutputDelta]:
         """The deltas that have come since the last time; an empty list at the end.
@@ -53,6 +56,10 @@ class OutputReader:
             if state.ended:
                 return []
             await state.wait()
+            self._begin_to_read()
+
+    def _begin_to_read(self) -> None:
+        self._max_unread = max(0, self._num_unread) + MAX_UNREAD_DELTAS * self._state.request.params.n
 
     @property
     def _num_unread(self) -> int:

@@ -165,6 +165,40 @@ async def test_a_reader_that_falls_further_behind_than_it_began_is_cut_off_alone
     assert await read_all(quick) == [7]
 
 
+@pytest.mark.parametrize("num_stalls", [1, 3])
+async def test_a_reader_that_had_read_all_is_not_late_for_what_comes_in_one_go(num_stalls: int) -> None:
+    """As after a journal's slow write of a wide answer."""
+    n, total = 2, 2 * MAX_UNREAD_DELTAS + 500
+    state = request_state(n)
+    state.tap = lambda _: None
+    reader = OutputReader(state)
+    taken: list[int] = []
+    for stall in range(num_stalls):
+        for number in range(total):
+            state.put(delta(stall * total + number, number % n))
+        reading = asyncio.create_task(read(reader))
+        await asyncio.sleep(0)
+        assert not reading.done()
+        state.show(total)
+        taken += await reading
+        while len(taken) < (stall + 1) * total:
+            taken += await read(reader)
+    assert taken == list(range(num_stalls * total))
+
+
+async def test_a_wide_answer_may_wait_in_proportion() -> None:
+    n = 4
+    state = request_state(n)
+    reader = OutputReader(state)
+    for number in range(n * MAX_UNREAD_DELTAS):
+        state.put(delta(number, number % n))
+    assert await read(reader)
+    for number in range(MAX_DELTAS_READ + 1):
+        state.put(delta(number))
+    with pytest.raises(Overloaded, match="not being read"):
+        await reader.read()
+
+
 async def test_what_is_tapped_is_read_when_it_is_shown_and_not_before() -> None:
     state = request_state()
     tapped: list[OutputDelta] = []
