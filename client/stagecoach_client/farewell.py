@@ -50,7 +50,7 @@ class Farewell:
 
     def tell(self) -> Any:
         """Tells the router, unless that was done before. Returns gRPC's call object; None where nobody can be told."""
-        if self._telling is None and self in _open:
+        if self._telling is None and self in _open and self._is_ours:
             # When the channel or its event loop is closed already, it is done when the program ends.
             with contextlib.suppress(ValueError, RuntimeError, grpc.aio.UsageError):
                 options = self._settings.call_options(CANCEL_TIMEOUT_S)
@@ -58,14 +58,19 @@ class Farewell:
                 self._telling.add_done_callback(self._told)
         return self._telling
 
+    @property
+    def _is_ours(self) -> bool:
+        """Whether this is the process that has sent the request. A child that was forked leaves its parent's alone."""
+        return self._pid == os.getpid()
+
     def _told(self, call: Any) -> None:
         if not call.cancelled():  # as by the end of the event loop
             _open.discard(self)
 
     def tell_at_exit(self, timeout_s: float) -> None:
         """Tells the router, and waits for the answer. Needs no thread and no event loop. Raises grpc.RpcError."""
-        if self._pid != os.getpid() or isinstance(self._channel, grpc.aio.Channel):
-            return  # it is the parent's request, or there is nothing to call with
+        if not self._is_ours or isinstance(self._channel, grpc.aio.Channel):
+            return  # or there is nothing to call with
         own_channel = self._settings.channel() if self._channel is None else None
         try:
             stub = InferenceStub(self._channel or own_channel)  # type: ignore[no-untyped-call]

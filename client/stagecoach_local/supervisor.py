@@ -16,6 +16,8 @@ _POLL_INTERVAL_S = 0.1
 # Between two looks at the cluster. They are taken only while a process that was started again has not come up; often,
 # since one that is killed before it was seen to have come up counts as one that failed to.
 _LOOK_INTERVAL_S = 0.25
+# At the end, for a look that is being taken: gRPC would complain of a router that stops in its midst.
+_LAST_LOOK_TIMEOUT_S = 1.0
 
 
 class Supervisor:
@@ -56,10 +58,11 @@ class Supervisor:
         self._looker.start()
 
     def stop(self) -> None:
-        """Ends the watch. Nothing is started any more once this has returned. It may be called again."""
+        """Ends the watch. Nothing is started or looked at any more once this has returned. It may be called again."""
         self._stopping.set()
         self._wants_look.set()
         self._thread.join()
+        self._looker.join(_LAST_LOOK_TIMEOUT_S)
 
     def _run(self) -> None:
         try:
@@ -135,6 +138,8 @@ class Supervisor:
         try:
             while not self._stopping.is_set():
                 self._wants_look.wait()
+                if self._stopping.is_set():  # that is what has woken us
+                    return
                 began_at = self._clock()
                 self._seen = (began_at, self._look())
                 self._stopping.wait(_LOOK_INTERVAL_S)

@@ -99,13 +99,16 @@ def test_a_program_that_is_killed_leaves_its_request_to_linger() -> None:
     assert router.cancelled == []
 
 
-def test_a_child_process_does_not_end_its_parents_request() -> None:
+@pytest.mark.parametrize("how", ["", "stream.close()"])
+def test_a_child_process_does_not_end_its_parents_request(how: str) -> None:
+    """Neither where it just ends, nor where it unwinds."""
     router = FakeRouter(counting, stay_open=True)
-    code = """
+    code = f"""
 from stagecoach_client import farewell
 stream = client.generate('x', **OPTIONS); next(stream)
 [words] = farewell._open
 words._pid -= 1  # as a forked child sees it, where gRPC itself could not be used
+{how}
 """
     with serving(router) as address:
         assert leave(code, address).returncode == 0

@@ -7,7 +7,9 @@ no record is long, and what is said again and again is said once in a while, wit
 from __future__ import annotations
 
 import logging
+import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from stagecoach.process.relayed_log import RelayHandler
@@ -56,8 +58,9 @@ class _Repeated:
 class RepeatFilter(logging.Filter):
     """Lets a warning through once in `REPEAT_S`. What breaks may break again and again, for the same reason."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
+        self._clock = clock  # not the record's own time: a clock that is set back would silence what breaks till then
         self._seen: OrderedDict[tuple[str, str], _Repeated] = OrderedDict()
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -65,14 +68,15 @@ class RepeatFilter(logging.Filter):
             return True
         message = cut(record.getMessage(), MAX_LENGTH // 4)
         key = (record.name, message)
+        now_s = self._clock()
         seen = self._seen.get(key)
-        if seen is not None and record.created - seen.since_s < REPEAT_S:
+        if seen is not None and now_s - seen.since_s < REPEAT_S:
             seen.num_left_out += 1
             return False
         if seen is not None and seen.num_left_out:
-            past_s = record.created - seen.since_s
+            past_s = now_s - seen.since_s
             record.msg, record.args = f"{message} ({seen.num_left_out} times more in the last {past_s:.0f} s)", None
-        self._seen[key] = _Repeated(record.created)
+        self._seen[key] = _Repeated(now_s)
         self._seen.move_to_end(key)
         if len(self._seen) > MAX_REMEMBERED:
             self._seen.popitem(last=False)

@@ -61,6 +61,16 @@ def test_what_the_router_knows_of_the_process_before_it_does_not_count_for_the_o
         assert spare.does_its_job(read_status(answer)) == does
 
 
+def test_nobody_looks_at_a_router_that_is_about_to_be_stopped() -> None:
+    """gRPC would write of a connection that ends to standard error, which is that of `up`."""
+    looks: list[str] = []
+    supervisor = Supervisor([], lambda: looks.append("a look"))
+    supervisor.start()
+    supervisor.stop()
+    assert not [thread for thread in threading.enumerate() if "supervisor" in thread.name]
+    assert looks == []
+
+
 def test_a_router_that_does_not_answer_delays_no_restart() -> None:
     looks, asked, restarted = threading.Event(), threading.Event(), threading.Event()
 

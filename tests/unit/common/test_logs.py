@@ -66,10 +66,14 @@ def test_a_long_traceback_keeps_its_beginning_and_its_end(log):
 
 
 def test_a_warning_that_is_repeated_is_told_once_in_a_while_with_how_often_it_came(log, monkeypatch):
+    """However the wall clock is set meanwhile."""
     logger, output = log
     now_s = 1000.0
-    monkeypatch.setattr(logging.time, "time_ns", lambda: int(now_s * 1e9), raising=False)
-    monkeypatch.setattr(logging.time, "time", lambda: now_s)
+    monkeypatch.setattr(logging.time, "time_ns", lambda: int((9e8 - 1000 * now_s) * 1e9), raising=False)
+    monkeypatch.setattr(logging.time, "time", lambda: 9e8 - 1000 * now_s)
+    handler = logger.handlers[0]
+    handler.removeFilter(handler.filters[0])
+    handler.addFilter(logs.RepeatFilter(lambda: now_s))
     for _ in range(100):
         logger.warning("pipeline lost: %s", "broken")
         now_s += 0.1
