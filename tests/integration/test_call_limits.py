@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import time
 import weakref
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -15,21 +16,24 @@ import pytest
 
 from stagecoach import errors
 from stagecoach.errors.status import abort
+from stagecoach.security.api_keys import Grant, new_entry, new_key
 from stagecoach_router.frontend.auth_interceptor import HEALTH_CHECK, AuthInterceptor
 from stagecoach_router.frontend.call_limits import (
     HEALTH_WATCH,
     MAX_HEALTH_CHECKS,
     MAX_HEALTH_WATCHES,
     MAX_REQUEST_STREAMS,
+    METERED,
     QUICK_TURNS,
     CallLimits,
 )
 from stagecoach_router.tenants.fair_share import ALPHA
-from stagecoach_router.tenants.tenants import Tenants
+from stagecoach_router.tenants.tenants import MIN_REFUSALS_READ, Tenants
 from tests.source_address import coming_from
 
 TIMEOUT_S = 20.0
 HOLD = b"this call does not end by itself"
+TOKENIZE = "/stagecoach.v1.Inference/Tokenize"
 STREAM, ONCE, FAIL, BOTH = "/test.Echo/Stream", "/test.Echo/Once", "/test.Echo/Fail", "/test.Echo/Both"
 
 
@@ -56,7 +60,7 @@ class Echo(grpc.GenericRpcHandler):
             return grpc.unary_unary_rpc_method_handler(self.fail, request_deserializer=self.receive)
         if details.method == BOTH:
             return grpc.stream_stream_rpc_method_handler(self.both, request_deserializer=self.receive)
-        if details.method in (ONCE, HEALTH_CHECK):
+        if details.method in (ONCE, HEALTH_CHECK, TOKENIZE):
             return grpc.unary_unary_rpc_method_handler(self.once, request_deserializer=self.receive)
         return None
 
@@ -92,9 +96,9 @@ class Echo(grpc.GenericRpcHandler):
 
 
 @asynccontextmanager
-async def serving(limits: CallLimits) -> AsyncIterator[tuple[Echo, grpc.aio.Channel]]:
+async def serving(limits: CallLimits, tenants: Tenants | None = None) -> AsyncIterator[tuple[Echo, grpc.aio.Channel]]:
     echo = Echo()
-    server = grpc.aio.server(interceptors=[AuthInterceptor(Tenants(None, 0.0)), limits])
+    server = grpc.aio.server(interceptors=[AuthInterceptor(tenants or Tenants(None, 0.0)), limits])
     server.add_generic_rpc_handlers((echo,))
     echo.port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -142,6 +146,29 @@ async def test_beyond_the_limit_a_call_is_told_when_to_come_back_and_its_request
         assert len([answer async for answer in first]) == 2
         await until(lambda: limits.num_calls == 0)
         assert await channel.unary_unary(ONCE)(b"third") == b"third"
+
+
+async def test_who_sends_on_after_its_minute_is_used_up_is_refused_unread() -> None:
+    assert TOKENIZE in METERED
+    key = new_key()
+    tenants = Tenants([new_entry(key, "ann", Grant(requests_per_minute=1))], time.monotonic())
+    metadata = (("authorization", f"Bearer {key}"),)
+    ann = tenants.identify(metadata)
+    with ann.admit(time.monotonic()):
+        pass
+    async with serving(CallLimits(8), tenants) as (echo, channel):
+        call = channel.unary_unary(TOKENIZE)
+        await call(b"x", metadata=metadata)  # it may be one that comes back for its answer
+        for _ in range(MIN_REFUSALS_READ):
+            with contextlib.suppress(errors.RateLimited), ann.admit(time.monotonic()):
+                raise AssertionError("the minute's call is used up")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call(b"x", metadata=metadata)
+        error = errors.from_rpc_error(caught.value, "router")
+        assert type(error) is errors.RateLimited
+        assert 0 < error.retry_after_s < 2
+        assert echo.num_received == 1
+        assert await channel.unary_unary(ONCE)(b"x", metadata=metadata) == b"x", "what has no rate is let in"
 
 
 async def test_a_request_is_kept_no_longer_than_the_service_wants_it() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Context = grpc.aio.ServicerContext[Any, Any]
 Serve = Callable[[Any, Any], Awaitable[Any]]
 
+# What a tenant may call so often in a minute, and no more.
+METERED = frozenset(f"/stagecoach.v1.Inference/{name}" for name in ("Generate", "Tokenize"))
 HEALTH_WATCH = "/grpc.health.v1.Health/Watch"
 
 # Calls of other sorts than those that work on something, which have a limit each, so that none is in another's way.
@@ -108,6 +111,8 @@ class CallLimits(grpc.aio.ServerInterceptor):
 
         async def guarded(_: object, context: Context) -> None:
             caller = host_of(context.peer()) if needs_no_key else _caller(context)
+            if method in METERED:
+                await _check_reading(context)
             # Not kept in a variable: the service lets go of it when it has read it.
             await serve(await self._request(sort, caller, context), TimedContext(context, self._timeouts))
 
@@ -178,6 +183,14 @@ def _taken(request: Any) -> Any:
 
 def _caller(context: Context) -> str:
     return caller_of(calling_tenant(), context.peer())
+
+
+async def _check_reading(context: Context) -> None:
+    """Ends a call whose tenant goes on to send what it has used up its limits for: it is refused unread."""
+    try:
+        calling_tenant().check_reading(time.monotonic())
+    except errors.RateLimited as error:
+        await abort(context, error)
 
 
 def _answer_once(serve: Serve) -> Serve:

@@ -15,6 +15,9 @@ AUTHORIZATION = "authorization"
 CONCURRENCY_RETRY_AFTER_S = 1.0
 # Calls of the next minute that may be used up in advance by who comes back for a request, at least.
 MIN_RETURNS_IN_ADVANCE = 10
+# Calls a minute, at least, that are read although the tenant's limits are used up, as any of them may be one that comes
+# back for its answer. Reading a request costs far more than refusing the call.
+MIN_REFUSALS_READ = 60
 # Compared with where there is no such id, so that this takes as long as a wrong key does.
 _NO_SHA256 = "0" * 64
 
@@ -28,11 +31,13 @@ class Tenant:
         self.num_running = 0  # sequences: a request with n completions counts n times
         self.requests = _bucket(None, grant.requests_per_minute, now_s)
         self.tokens = _bucket(None, grant.tokens_per_minute, now_s)
+        self._refusals = TokenBucket(_refusals_read(grant), now_s)
 
     def change(self, grant: Grant, now_s: float) -> None:
         """Other limits from now on; what was used stays used."""
         self.requests = _bucket(self.requests, grant.requests_per_minute, now_s)
         self.tokens = _bucket(self.tokens, grant.tokens_per_minute, now_s)
+        self._refusals.resize(_refusals_read(grant), now_s)
         self.grant = grant
 
     def check_model(self, model: str) -> None:
@@ -63,11 +68,7 @@ class Tenant:
         tenant sent nothing else until then. Raises PermissionDenied for more sequences than may ever run.
         """
         self._check_concurrent(num_sequences)
-        waits = {
-            "tokens_per_minute": 0.0 if self.tokens is None else self.tokens.wait_s(now_s),
-            "requests_per_minute": 0.0 if self.requests is None else self.requests.wait_s(now_s),
-        }
-        self._check_wait(*max(waits.items(), key=lambda item: item[1]))
+        self._check_wait(*self._longest_wait(now_s), now_s)
         if self.requests is not None:
             self.requests.take(1, now_s)
         self.begin(num_sequences)
@@ -86,7 +87,7 @@ class Tenant:
         if self.requests is None or limit is None:
             return
         owing = max(limit, MIN_RETURNS_IN_ADVANCE)
-        self._check_wait("requests_per_minute", self.requests.wait_s(now_s, owing))
+        self._check_wait("requests_per_minute", self.requests.wait_s(now_s, owing), now_s)
         self.requests.take(1, now_s)
 
     def begin(self, num_sequences: int = 1) -> None:
@@ -121,7 +122,7 @@ class Tenant:
         have been let in if the first had been charged by then.
         """
         if self.tokens is not None:
-            self._check_wait("tokens_per_minute", self.tokens.wait_s(now_s))
+            self._check_wait("tokens_per_minute", self.tokens.wait_s(now_s), now_s)
 
     @property
     def is_metered(self) -> bool:
@@ -133,8 +134,28 @@ class Tenant:
         if self.tokens is not None:
             self.tokens.take(num_tokens, now_s)
 
-    def _check_wait(self, field: str, wait_s: float) -> None:
+    def check_reading(self, now_s: float) -> None:
+        """Raises RateLimited where a call is not to be read: its tenant's minute is used up, and it sends on."""
+        wait_s = self._refusals.wait_s(now_s)
+        field, longest_s = self._longest_wait(now_s)
+        if wait_s > 0 and longest_s > 0:
+            raise RateLimited(
+                f"{self.name} was refused so often that its calls are not read; again in {wait_s:.1f} s",
+                field=field,
+                limit=getattr(self.grant, field),
+                retry_after_s=wait_s,
+            )
+
+    def _longest_wait(self, now_s: float) -> tuple[str, float]:
+        waits = {
+            "tokens_per_minute": 0.0 if self.tokens is None else self.tokens.wait_s(now_s),
+            "requests_per_minute": 0.0 if self.requests is None else self.requests.wait_s(now_s),
+        }
+        return max(waits.items(), key=lambda item: item[1])
+
+    def _check_wait(self, field: str, wait_s: float, now_s: float) -> None:
         if wait_s > 0:
+            self._refusals.take(1, now_s)
             raise RateLimited(
                 f"{self.name} has used up its {field.replace('_', ' ')}; again in {wait_s:.1f} s",
                 field=field,
@@ -199,6 +220,10 @@ class Tenants:
         if entry is None or not same:
             raise Unauthenticated("the API key is not known here", field="api_key")
         return self._by_name[entry.name]
+
+
+def _refusals_read(grant: Grant) -> int:
+    return max(grant.requests_per_minute or 0, MIN_REFUSALS_READ)
 
 
 def _bucket(former: TokenBucket | None, per_minute: int | None, now_s: float) -> TokenBucket | None:

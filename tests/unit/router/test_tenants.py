@@ -207,6 +207,37 @@ def test_who_has_few_calls_a_minute_may_still_come_back_some_times():
     assert returns(Tenant("", Grant(), 0.0), 0.0) is None
 
 
+def test_calls_that_would_be_refused_are_read_now_and_then_only():
+    ann = Tenant("ann", Grant(requests_per_minute=1), 0.0)
+    ann.check_reading(0.0)
+    with ann.admit(0.0):
+        pass
+    for _ in range(module.MIN_REFUSALS_READ):
+        ann.check_reading(0.0)
+        with pytest.raises(RateLimited), ann.admit(0.0):
+            pass
+    with pytest.raises(RateLimited) as caught:
+        ann.check_reading(0.0)
+    later_s = caught.value.retry_after_s
+    assert 0 < later_s < 2
+    ann.check_reading(later_s)
+    ann.admit_return(later_s)  # who comes back for an answer is heard
+    ann.check_reading(1e9)
+
+
+def test_refusals_do_not_keep_anybody_out_who_may_come_in_again():
+    ann = Tenant("ann", Grant(requests_per_minute=600), 0.0)
+    for _ in range(600):
+        with ann.admit(0.0):
+            pass
+    for _ in range(600):
+        with pytest.raises(RateLimited), ann.admit(0.0):
+            pass
+    ann.check_reading(0.2)
+    with ann.admit(0.2):
+        pass
+
+
 def test_a_request_that_runs_on_counts_until_it_ends():
     tenant = Tenant("ann", Grant(max_concurrent=1), 0.0)
     with tenant.admit(0.0):
