@@ -126,8 +126,12 @@ class Router:
     def _listen(self) -> tuple[grpc.aio.Server, int]:
         """The public server, not started yet, and its port."""
         settings, service = self._settings, self._service
-        max_calls = settings.max_running + settings.max_waiting + SPARE_CALLS
-        limits = CallLimits(max_calls, lambda: service.retry_after_s, max_stall_s=settings.max_stall_s)
+        limits = CallLimits(
+            SPARE_CALLS,
+            lambda: service.retry_after_s,
+            num_places=lambda: max(service.num_places, settings.max_running + settings.max_waiting),
+            max_stall_s=settings.max_stall_s,
+        )
         server, port = listen(
             MAX_PUBLIC_MESSAGE_BYTES,
             settings.listen,

@@ -17,6 +17,7 @@ import pytest
 from stagecoach import errors
 from stagecoach.errors.status import abort
 from stagecoach.security.api_keys import Grant, new_entry, new_key
+from stagecoach_router.frontend import call_limits
 from stagecoach_router.frontend.auth_interceptor import HEALTH_CHECK, AuthInterceptor
 from stagecoach_router.frontend.call_limits import (
     HEALTH_WATCH,
@@ -285,6 +286,48 @@ async def test_of_no_sort_of_calls_can_one_host_open_all_and_none_is_in_the_way_
             )
         assert await first_answer(echo, other, method) == b"x", "and so are other hosts' of this sort"
         for call in calls:
+            call.cancel()
+
+
+async def test_who_has_probed_before_is_answered_when_strangers_hold_all_places_of_health_checks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(call_limits, "MAX_HEALTH_CHECKS", 1)
+    async with (
+        serving(CallLimits(8)) as (echo, channel),
+        coming_from("127.0.0.2", echo.port) as stranger,
+        coming_from("127.0.0.3", echo.port) as newcomer,
+    ):
+        assert await channel.unary_unary(HEALTH_CHECK)(b"a") == b"a"
+        silent = stranger.stream_stream(HEALTH_CHECK)(never())
+        while await is_let_in(newcomer):  # it came before the stranger's call
+            silent.cancel()
+            silent = stranger.stream_stream(HEALTH_CHECK)(never())
+        for _ in range(20):
+            assert await channel.unary_unary(HEALTH_CHECK)(b"b") == b"b"
+        silent.cancel()
+
+
+async def is_let_in(channel: grpc.aio.Channel) -> bool:
+    call = channel.stream_stream(HEALTH_CHECK)(never())
+    try:
+        code = await asyncio.wait_for(asyncio.shield(asyncio.ensure_future(call.code())), 0.2)
+    except TimeoutError:
+        return True
+    finally:
+        call.cancel()
+    return code is not grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_there_is_room_for_calls_of_all_places_however_many_pipelines_there_are() -> None:
+    num_places = 0
+    async with serving(limits := CallLimits(1, num_places=lambda: num_places)) as (_, channel):
+        held = [channel.unary_stream(STREAM)(HOLD)]
+        await until(lambda: limits.num_calls == 1)
+        num_places = 20
+        held += [channel.unary_stream(STREAM)(HOLD) for _ in range(15)]
+        await until(lambda: limits.num_calls == 16)
+        for call in held:
             call.cancel()
 
 

@@ -34,6 +34,8 @@ _BY_CODE: dict[grpc.StatusCode, type[types.StagecoachError]] = {
 # Calls beyond a server's limit are refused by gRPC, which cannot say when to come back; the next one may find room.
 _CALL_LIMIT = "Concurrent RPC limit exceeded"
 CALL_LIMIT_RETRY_AFTER_S = 1.0
+# So gRPC itself ends a call that nobody has looked at, where too many wait for that or the server stops.
+_ENDED_UNSEEN = "CANCELLED"
 # gRPC's own words about a connection that failed name every address that was tried, and why.
 MAX_DETAILS_BYTES = 1000
 _MESSAGE_TOO_LARGE = "larger than max"
@@ -69,6 +71,9 @@ def from_rpc_error(error: grpc.RpcError, peer: str, *, names_peer: bool = False)
         kind = types.OutOfRange  # sending it again cannot help
     elif kind is types.Overloaded and _CALL_LIMIT in details:
         retry_after_s = CALL_LIMIT_RETRY_AFTER_S
+    elif kind is types.Cancelled and details == _ENDED_UNSEEN:
+        kind, retry_after_s = types.Unavailable, CALL_LIMIT_RETRY_AFTER_S
+        details = "it has more calls than it can look at, or is stopping"
     elif kind is types.Unavailable and (reason := why_no_handshake(details)):
         kind, details = types.HandshakeFailed, reason
     elif kind is types.Unavailable and _CLOSED_AT_ONCE.search(details):

@@ -12,8 +12,8 @@ from stagecoach.errors import InvalidArgument
 # How many addresses one list may have.
 MAX_ADDRESSES = 1024
 
-# Whoever has one IPv6 address has, as a rule, all of its /64.
-_IPV6_HOST_BITS = 64
+# Whoever has one IPv6 address has, as a rule, all of its /64; providers give their customers a /56, and some a /48.
+_IPV6_HOST_BITS = 56
 _MAX_HOST_LENGTH = 253
 _HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
 
@@ -36,7 +36,7 @@ def is_loopback(host: str) -> bool:
 def host_of(peer: str) -> str:
     """The host of a connection, as gRPC names it: "ipv4:1.2.3.4:5", "ipv6:%5B::1%5D:5".
 
-    All of an IPv6 /64 are one host, and so are all that come without an address, through a Unix socket.
+    All of an IPv6 /56 are one host, and so are all that come without an address, through a Unix socket.
     """
     kind, _, address = peer.partition(":")
     host = address.rpartition(":")[0]

@@ -23,6 +23,7 @@ from stagecoach.errors.status import abort
 from stagecoach.rpc.addresses import host_of
 from stagecoach_router.frontend.auth_interceptor import HEALTH_CHECK, Find, calling_tenant
 from stagecoach_router.frontend.callers import caller_of
+from stagecoach_router.frontend.known_probers import MAX_HOSTS, KnownProbers
 from stagecoach_router.frontend.open_calls import OpenCalls
 from stagecoach_router.frontend.reading_turns import READ_TIMEOUT_S, RETRY_AFTER_S, ReadingTurns
 from stagecoach_router.frontend.request_shape import shape_checking
@@ -56,11 +57,12 @@ class _Sort:
 
 
 class CallLimits(grpc.aio.ServerInterceptor):
-    """Lets in at most `max_calls` at a time, of which each caller has a share; more are refused unread.
+    """Lets in at most `max_calls` more than `num_places()` at a time; each caller has a share. More are refused unread.
 
-    Health checks are counted apart, or a busy router would be taken for a dead one; so are health watches and calls
-    with a stream of requests. `retry_after_s` says when to come back. A caller that takes nothing of its answer for
-    `max_stall_s` is cut off, and so is one that leaves a stream of requests idle for so long.
+    Health checks are counted apart, or a busy router would be taken for a dead one, and those of hosts that are known
+    (`known_probers.py`) apart from strangers'; so are health watches and calls with a stream of requests.
+    `retry_after_s` says when to come back. A caller that takes nothing of its answer for `max_stall_s` is cut off, and
+    so is one that leaves a stream of requests idle for so long.
     """
 
     def __init__(
@@ -68,16 +70,21 @@ class CallLimits(grpc.aio.ServerInterceptor):
         max_calls: int,
         retry_after_s: Callable[[], float] = lambda: RETRY_AFTER_S,
         *,
+        num_places: Callable[[], int] = lambda: 0,
         max_stall_s: float = math.inf,
         read_timeout_s: float = READ_TIMEOUT_S,
     ) -> None:
+        self._max_calls = max_calls
+        self._num_places = num_places
         self._retry_after_s = retry_after_s
         self._timeouts = WriteTimeouts(max_stall_s)
         turns = ReadingTurns(QUICK_TURNS, SLOW_TURNS, read_timeout_s=read_timeout_s)
-        check_turns = ReadingTurns(
-            QUICK_CHECK_TURNS, SLOW_CHECK_TURNS, read_timeout_s=min(read_timeout_s, CHECK_READ_TIMEOUT_S)
-        )
-        self._usual = _Sort(OpenCalls("open calls", max_calls), turns)
+        check_timeout_s = min(read_timeout_s, CHECK_READ_TIMEOUT_S)
+        check_turns = ReadingTurns(QUICK_CHECK_TURNS, SLOW_CHECK_TURNS, read_timeout_s=check_timeout_s)
+        own_turns = ReadingTurns(MAX_HOSTS + 1, MAX_HOSTS + 1, read_timeout_s=check_timeout_s)
+        self._probers = KnownProbers()
+        self._own_checks = _Sort(self._probers.calls, own_turns)
+        self._usual = _Sort(OpenCalls("open calls", max_calls + num_places()), turns)
         self._checks = _Sort(OpenCalls("open health checks", MAX_HEALTH_CHECKS), check_turns)
         self._watches = _Sort(OpenCalls("open health watches", MAX_HEALTH_WATCHES), turns)
         self._streams = _Sort(OpenCalls("open streams of requests", MAX_REQUEST_STREAMS), turns)
@@ -104,17 +111,29 @@ class CallLimits(grpc.aio.ServerInterceptor):
     def _guarded(self, handler: Handler, method: str) -> Serve:
         if handler.request_streaming:
             return self._guarded_stream(handler.stream_stream)
-        sort = {HEALTH_CHECK: self._checks, HEALTH_WATCH: self._watches}.get(method, self._usual)
+        sort = self._watches if method == HEALTH_WATCH else self._usual
         handle: Any = handler.unary_stream if handler.response_streaming else handler.unary_unary
         serve: Serve = handle if handler.response_streaming else _answer_once(handle)
-        needs_no_key = method == HEALTH_CHECK  # so it is nobody's call, and its host's share counts
+        if method == HEALTH_CHECK:
+            return self._guarded_check(serve)
 
         async def guarded(_: object, context: Context) -> None:
-            caller = host_of(context.peer()) if needs_no_key else _caller(context)
+            caller = _caller(context)
             if method in METERED:
                 await _check_reading(context)
             # Not kept in a variable: the service lets go of it when it has read it.
             await serve(await self._request(sort, caller, context), TimedContext(context, self._timeouts))
+
+        return _forgetting_why_it_ended(guarded)
+
+    def _guarded_check(self, serve: Serve) -> Serve:
+        """Health checks need no key: each is nobody's call, and its host's share counts."""
+
+        async def guarded(_: object, context: Context) -> None:
+            host = host_of(context.peer())
+            sort = self._own_checks if self._probers.has_place_for(host) else self._checks
+            await serve(await self._request(sort, host, context), TimedContext(context, self._timeouts))
+            self._probers.answered(host, time.monotonic())
 
         return _forgetting_why_it_ended(guarded)
 
@@ -133,6 +152,8 @@ class CallLimits(grpc.aio.ServerInterceptor):
     async def _request(self, sort: _Sort, caller: str, context: Context) -> Any:
         """The request of a call that brings one. Ends the call where it is not let in, or brings none in time."""
         try:
+            if sort is self._usual:
+                sort.calls.resize(self._max_calls + self._num_places())
             sort.calls.enter(caller, self._retry_after_s())
             request = _taken(await sort.turns.read(context, caller))
             if request is grpc.aio.EOF:

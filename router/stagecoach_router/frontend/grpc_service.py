@@ -80,6 +80,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         """When a caller that is refused for want of room may come again: what the last one was told, or a second."""
         return FIRST_S if self.serving is None else self.serving.engine.retry_after_s
 
+    @property
+    def num_places(self) -> int:
+        """How many sequences may run and wait."""
+        return 0 if self.serving is None else self.serving.engine.num_places
+
     async def all_read(self) -> None:
         """Returns when no new request is being read: while `draining`, none comes after that."""
         await self._all_read.wait()

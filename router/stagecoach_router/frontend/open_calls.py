@@ -23,6 +23,14 @@ class OpenCalls:
     def __len__(self) -> int:
         return self._shares.num_held
 
+    def held_by(self, caller: str) -> int:
+        """How many places a caller holds."""
+        return self._shares.held_by(caller)
+
+    def resize(self, max_calls: int) -> None:
+        """So many places from now on. Calls that are open stay so."""
+        self._shares.size = max_calls
+
     def enter(self, caller: str, retry_after_s: float) -> None:
         """Counts the call that runs in the current task. Raises Overloaded where its caller has too many."""
         self._shares.take(caller, retry_after_s=retry_after_s)

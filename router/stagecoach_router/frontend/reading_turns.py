@@ -19,8 +19,10 @@ from stagecoach_router.tenants.fair_share import FairShare
 
 # For a request to be received before it counts as slow.
 QUICK_S = 0.5
-# For it to be received at all, which takes long only on a slow link; half of it for its turn to come.
-READ_TIMEOUT_S = 10.0
+# For it to be received at all, which takes long only on a slow link: 4 MiB need 17 s at 2 Mbit/s.
+READ_TIMEOUT_S = 60.0
+# For its turn to come, or half of the time that there is to receive it, where that is less.
+TURN_TIMEOUT_S = 5.0
 RETRY_AFTER_S = 1.0
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -47,7 +49,7 @@ class ReadingTurns:
         Raises Overloaded where its turn does not come, or it is too slow for the turns that there are, and
         DeadlineExceeded where it does not come in time.
         """
-        await self._quick.enter(caller, self._read_timeout_s / 2)
+        await self._quick.enter(caller, min(TURN_TIMEOUT_S, self._read_timeout_s / 2))
         reading = _Reading(caller, self._quick, self._slow)
         try:
             async with asyncio.timeout(self._read_timeout_s) as limit:

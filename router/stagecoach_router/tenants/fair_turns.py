@@ -9,7 +9,11 @@ used while nobody waited was taken from nobody: when nobody waits any more, all 
 from __future__ import annotations
 
 from collections import deque
+from heapq import heappop, heappush
 from typing import Generic, TypeVar
+
+# Callers of whom it is known what they have used. Beyond that, those who have used the least are as if they came new.
+MAX_REMEMBERED = 2048
 
 Item = TypeVar("Item")
 
@@ -20,6 +24,7 @@ class FairTurns(Generic[Item]):
     def __init__(self) -> None:
         self._waiting: dict[str, deque[Item]] = {}  # by caller, of those with any
         self._used_s: dict[str, float] = {}
+        self._by_used: list[tuple[float, str]] = []  # a heap of the same, in which former figures may still be
         self._least_s = 0.0  # of whoever had the last turn, when it began
 
     def wait(self, caller: str, item: Item) -> None:
@@ -38,6 +43,7 @@ class FairTurns(Generic[Item]):
         """Takes the item whose turn it is; None where nobody waits. To be asked whenever a turn has ended."""
         if not self._waiting:
             self._used_s.clear()
+            self._by_used.clear()
             self._least_s = 0.0
             return None
         caller = min(self._waiting, key=self._used)  # of equals, the one that has waited longest
@@ -51,7 +57,11 @@ class FairTurns(Generic[Item]):
     def used(self, caller: str, turn_s: float) -> None:
         """A turn of the caller's has ended, and took so long."""
         self._used_s[caller] = self._used(caller) + turn_s
-        self._used_s = {name: used_s for name, used_s in self._used_s.items() if used_s > self._least_s}
+        heappush(self._by_used, (self._used_s[caller], caller))
+        while self._by_used and (self._by_used[0][0] <= self._least_s or len(self._used_s) > MAX_REMEMBERED):
+            used_s, name = heappop(self._by_used)
+            if self._used_s.get(name) == used_s:  # else it has had another turn since
+                del self._used_s[name]
 
     def _used(self, caller: str) -> float:
         return max(self._used_s.get(caller, 0.0), self._least_s)

@@ -12,11 +12,12 @@ ELDER = "ipv4:127.0.0.1:1: Ssl handshake failed: SSL_ERROR_SSL: error:1000007d:S
 
 
 class Failure(grpc.RpcError):
-    def __init__(self, details):
+    def __init__(self, details, code=grpc.StatusCode.UNAVAILABLE):
         self._details = details
+        self._code = code
 
     def code(self):
-        return grpc.StatusCode.UNAVAILABLE
+        return self._code
 
     def details(self):
         return self._details
@@ -61,3 +62,15 @@ def test_other_failures_stay_what_they_are(details):
     assert why_no_handshake(details) == ""
     error = errors.from_rpc_error(Failure(details), "gpu-1:50051")
     assert (type(error), error.message) == (errors.Unavailable, f"gpu-1:50051: {details or 'UNAVAILABLE'}")
+
+
+def test_a_call_that_grpc_ended_before_anybody_looked_at_it_is_made_again():
+    """That is no word of anybody who wanted to cancel it."""
+    error = errors.from_rpc_error(Failure("CANCELLED", grpc.StatusCode.CANCELLED), "router:50050")
+    assert type(error) is errors.Unavailable
+    assert error.retry_after_s > 0
+
+
+def test_a_call_that_somebody_cancelled_stays_cancelled():
+    error = errors.from_rpc_error(Failure("the request was cancelled", grpc.StatusCode.CANCELLED), "router:50050")
+    assert type(error) is errors.Cancelled

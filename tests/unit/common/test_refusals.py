@@ -6,7 +6,7 @@ import pytest
 
 from stagecoach.errors import PermissionDenied, Unauthenticated
 from stagecoach.security import refusals
-from stagecoach.security.refusals import REPEAT_AFTER_S, RefusalLog
+from stagecoach.security.refusals import MAX_HOSTS, MAX_LINES_A_MINUTE, REPEAT_AFTER_S, RefusalLog
 
 WRONG_NAME = PermissionDenied("the caller's certificate is for intruder")
 
@@ -63,6 +63,7 @@ def test_strangers_take_no_more_memory_than_so_much(
     log: RefusalLog, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(refusals, "MAX_HOSTS", 4)
+    monkeypatch.setattr(refusals, "MAX_LINES_A_MINUTE", 101)
     for number in range(100):
         log.refused("ipv4:10.0.0.7:1", WRONG_NAME)  # whoever comes again and again is kept
         log.refused(f"ipv4:10.0.1.{number}:1", WRONG_NAME)
@@ -74,3 +75,16 @@ def test_all_addresses_of_an_ipv6_network_are_one_host(log: RefusalLog, caplog: 
     for number in range(1, 100):
         log.refused(f"ipv6:%5B2001:db8::{number:x}%5D:1", WRONG_NAME)
     assert len(lines(caplog)) == 1
+
+
+def test_whoever_has_many_addresses_gets_so_many_lines_a_minute(
+    log: RefusalLog, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    for host in range(MAX_HOSTS + 1):
+        log.refused(f"ipv6:%5B2001:db8:{host:x}::1%5D:1", WRONG_NAME)
+    assert len(lines(caplog)) == MAX_LINES_A_MINUTE
+    clock.now_s += 60.0
+    log.refused("ipv4:10.0.0.7:1", WRONG_NAME)
+    num_untold = MAX_HOSTS + 1 - MAX_LINES_A_MINUTE
+    assert lines(caplog)[-2] == f"{num_untold} more refusals, of more hosts than are told of in a minute"
+    assert lines(caplog)[-1].startswith("refused ipv4:10.0.0.7:1")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stagecoach_router.tenants.fair_turns import FairTurns
+from stagecoach_router.tenants.fair_turns import MAX_REMEMBERED, FairTurns
 
 
 def take(turns: FairTurns[str], turn_s: float, count: int) -> str:
@@ -119,3 +119,18 @@ def test_while_two_wait_neither_gets_ahead_by_more_than_a_turn_of_each(
         left[caller] -= 1
         used[caller] += turn_s
         assert max(used.values()) - min(used.values()) <= 20
+
+
+def test_of_callers_without_end_only_so_many_are_remembered() -> None:
+    turns: FairTurns[str] = FairTurns()
+    turns.wait("greedy", "greedy")
+    assert turns.next() == "greedy"
+    turns.used("greedy", 1e6)
+    turns.wait("greedy", "greedy")
+    for number in range(3 * MAX_REMEMBERED):
+        turns.wait(f"host {number}", "once")
+        assert turns.next() == "once"
+        turns.used(f"host {number}", 1.0)
+        assert len(turns._used_s) <= len(turns._by_used) <= MAX_REMEMBERED
+    turns.wait("host", "host")
+    assert turns.next() == "host", "who has used the most is not forgotten"
