@@ -139,6 +139,22 @@ async def test_another_models_journal_is_refused(shards, journal, other_model):
         await other.close()
 
 
+async def test_of_two_models_a_router_goes_on_with_that_of_its_journal(shards, journal, other_model):
+    """Else it could only end, though all that its requests need is there."""
+    router = start_router(shards, journal=journal)
+    async with AsyncClient(router.address) as client, asyncio.timeout(TIMEOUT_S):
+        await wait_until_ready(client, router)
+        await router.close()
+    others = [start_shard(other_model, "0:4") for _ in range(2)]
+    router = start_router([*(other.address for other in others), *shards], journal=journal)
+    async with AsyncClient(router.address) as client, asyncio.timeout(TIMEOUT_S):
+        await wait_until_ready(client, router)
+        [pipeline] = (await client.status()).pipelines
+        assert [stage.address for stage in pipeline.stages] == shards
+    for server in (router, *others):
+        await server.close()
+
+
 async def test_a_disk_that_fails_costs_the_journal_and_no_answer(shards, journal, monkeypatch, caplog):
     import sqlite3
 

@@ -78,7 +78,7 @@ class ShardFiles:
         try:
             files = await fetch_files(shard.address, self._dial)
             check_files(shard, files)
-        except errors.StagecoachError:
+        except (errors.StagecoachError, asyncio.CancelledError):  # another one was faster
             self._failed[shard.address] = time.monotonic()
             raise
         logger.info("the model's small files come from %s", shard.address)

@@ -153,6 +153,20 @@ async def test_beside_one_that_is_slow_the_next_is_asked_and_the_first_to_be_thr
     async with asyncio.timeout(5.0):
         assert await ShardFiles(shards.dial).fetch([said("a"), said("b"), said("c")]) == FILES
     assert shards.asked == ["a:1", "b:1"]
+    assert shards.num_open == 0
+
+
+async def test_one_that_was_too_slow_is_asked_last_from_then_on(fake, monkeypatch):
+    monkeypatch.setattr(shard_files, "PATIENCE_S", 0.02)
+    monkeypatch.setattr(shard_files, "MAX_SILENCE_S", 30.0)
+    shards = fake(a=[30.0], b=chunks_of(FILES))
+    files = ShardFiles(shards.dial)
+    async with asyncio.timeout(5.0):
+        await files.fetch([said("a"), said("b")])
+        shards.sent["b:1"] = chunks_of(FILES)
+        shards.asked.clear()
+        await files.fetch([said("a"), said("b")])
+    assert shards.asked == ["b:1"]
 
 
 async def test_who_was_slow_only_may_be_the_one_that_is_taken(fake, monkeypatch):
