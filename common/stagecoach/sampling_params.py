@@ -49,7 +49,7 @@ class SamplingParams:
         _number("presence_penalty", self.presence_penalty, -100.0, 100.0)
         _number("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
         _kind("logit_bias", self.logit_bias, Mapping, "a mapping of token ids to numbers")
-        _length("logit_bias", len(self.logit_bias), MAX_LOGIT_BIAS, "entries")
+        check_length("logit_bias", len(self.logit_bias), MAX_LOGIT_BIAS, "entries")
         for token_id, bias in self.logit_bias.items():
             _integer("logit_bias", token_id, 0, 2**31 - 1)
             _number("logit_bias", bias, -1000.0, 1000.0)
@@ -58,14 +58,14 @@ class SamplingParams:
         if self.max_tokens is not None:
             _integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
         _kind("stop", self.stop, tuple | list, "a tuple of strings")
-        _length("stop", len(self.stop), MAX_STOP_STRINGS, "strings")
+        check_length("stop", len(self.stop), MAX_STOP_STRINGS, "strings")
         for text in self.stop:
             _kind("stop", text, str, "a tuple of strings")
             if not text:
                 raise InvalidArgument("stop: an empty string would stop at once", field="stop")
-            _length("stop", len(text), MAX_STOP_LENGTH, "characters in one string")
+            check_length("stop", len(text), MAX_STOP_LENGTH, "characters in one string")
         _kind("stop_token_ids", self.stop_token_ids, tuple | list, "a tuple of token ids")
-        _length("stop_token_ids", len(self.stop_token_ids), MAX_STOP_TOKEN_IDS, "ids")
+        check_length("stop_token_ids", len(self.stop_token_ids), MAX_STOP_TOKEN_IDS, "ids")
         for token_id in self.stop_token_ids:
             _integer("stop_token_ids", token_id, 0, 2**31 - 1)
         _kind("ignore_eos", self.ignore_eos, bool, "true or false")
@@ -116,6 +116,7 @@ def _kind(name: str, value: object, kind: type | UnionType, what: str) -> None:
         raise InvalidArgument(text, field=name, limit=what, value=type(value).__name__)
 
 
-def _length(name: str, count: int, limit: int, what: str) -> None:
+def check_length(name: str, count: int, limit: int, what: str) -> None:
+    """Raises InvalidArgument for more of a field's parts than there may be."""
     if count > limit:
         raise InvalidArgument(f"{name} has {count} {what}; at most {limit}", field=name, limit=limit, value=count)

@@ -12,7 +12,13 @@ from typing import Any, TypeVar
 
 from stagecoach import errors
 from stagecoach.rpc.channel import MAX_PUBLIC_MESSAGE_BYTES
-from stagecoach.sampling_params import SamplingParams
+from stagecoach.sampling_params import (
+    MAX_LOGIT_BIAS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+    SamplingParams,
+    check_length,
+)
 from stagecoach.v1 import inference_pb2 as pb
 from stagecoach.v1 import model_pb2
 from stagecoach_router.engine.engine import Engine
@@ -114,6 +120,10 @@ def read_params(message: pb.SamplingParams) -> SamplingParams:
     def optional(name: str, default: Any) -> Any:
         return getattr(message, name) if message.HasField(name) else default
 
+    # Before anything is made of them: a message may hold a million.
+    check_length("logit_bias", len(message.logit_bias), MAX_LOGIT_BIAS, "entries")
+    check_length("stop", len(message.stop), MAX_STOP_STRINGS, "strings")
+    check_length("stop_token_ids", len(message.stop_token_ids), MAX_STOP_TOKEN_IDS, "ids")
     return SamplingParams(
         temperature=optional("temperature", 1.0),
         top_k=message.top_k,

@@ -19,7 +19,7 @@ Deserializer: TypeAlias = Callable[[bytes], Any]
 MAX_FIELDS = 16_000
 # Token ids in one field: more than any context holds, and 5 ms to read.
 MAX_NUMBERS = 1 << 20
-# Of smaller requests protobuf reads whatever they hold in less time than it takes to count it: 32,000 fields in 2 ms.
+# Of smaller requests protobuf reads whatever they hold in less time than counting takes: 32,000 fields in 2 ms.
 UNCOUNTED_BYTES = 1 << 16
 MAX_DEPTH = 8
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from stagecoach.errors import InvalidArgument
 from stagecoach.sampling_params import MAX_LOGIT_BIAS, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
 from stagecoach.v1 import inference_pb2 as pb
-from stagecoach_router.frontend.convert import MAX_CHAT_MESSAGES
+from stagecoach_router.frontend.convert import MAX_CHAT_MESSAGES, read_params
 from stagecoach_router.frontend.request_shape import MAX_NUMBERS, UNCOUNTED_BYTES, check_shape, shape_checking
 
 GENERATE = pb.GenerateRequest.DESCRIPTOR
@@ -117,3 +117,15 @@ def test_small_requests_are_protobufs_business_and_what_is_no_message_too() -> N
     assert read(b"") == pb.GenerateRequest()
     assert shape_checking(None) is None
     assert shape_checking(len) is len
+
+
+@pytest.mark.parametrize(("field_name", "content"), [("stop_token_ids", [1] * MAX_NUMBERS), ("stop", [""] * 15_000)])
+def test_long_lists_are_refused_before_anything_is_made_of_them(field_name: str, content: list[object]) -> None:
+    message = pb.SamplingParams(**{field_name: content})  # type: ignore[arg-type]
+    tracemalloc.start()
+    with pytest.raises(InvalidArgument) as caught:
+        read_params(message)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (caught.value.field, caught.value.value) == (field_name, str(len(content)))
+    assert peak < 1 << 16
