@@ -21,6 +21,7 @@ from stagecoach.topology import LayerRange
 from stagecoach.v1 import inference_pb2 as pb
 from stagecoach.v1 import model_pb2
 from stagecoach_router.frontend.convert import read_request
+from stagecoach_router.frontend.large_messages import LargeMessages
 from stagecoach_router.tenants.caller import Caller
 from stagecoach_router.tenants.tenants import Tenants
 from stagecoach_router.text import tokenizer as router_tokenizer
@@ -76,7 +77,7 @@ def generate(scratch: Path) -> Target:
     engine: Any = SimpleNamespace(usual_capacity_tokens=lambda num_prompt_tokens: 64 * 16)
     model = model_pb2.ModelDescription(name="m", vocab_size=tokenizer.vocab_size, context_length=CONTEXT_LENGTH)
     encoder = PromptEncoder(tokenizer, ChatTemplate.from_files(ModelFiles(_files()), TemplateProcess()), CONTEXT_LENGTH)
-    loop = asyncio.new_event_loop()
+    large, loop = LargeMessages(), asyncio.new_event_loop()
     sampling = pb.SamplingParams(
         temperature=0.7,
         top_k=5,
@@ -106,7 +107,7 @@ def generate(scratch: Path) -> Target:
             message = pb.GenerateRequest.FromString(data)
         except DecodeError as error:
             raise errors.InvalidArgument(str(error)) from error
-        reading = read_request(message, model=model, encoder=encoder, engine=engine, caller=ANYONE)
+        reading = read_request(message, model=model, encoder=encoder, engine=engine, large=large, caller=ANYONE)
         request = loop.run_until_complete(asyncio.wait_for(reading, WAIT_S))
         assert request.params.max_tokens is not None
         assert 1 <= request.params.max_tokens <= CONTEXT_LENGTH - len(request.prompt_tokens)

@@ -5,10 +5,9 @@ What a caller sends is checked here, once; what is inside is trusted.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 from stagecoach import errors
 from stagecoach.rpc.channel import MAX_PUBLIC_MESSAGE_BYTES
@@ -22,6 +21,7 @@ from stagecoach.sampling_params import (
 from stagecoach.v1 import inference_pb2 as pb
 from stagecoach.v1 import model_pb2
 from stagecoach_router.engine.engine import Engine
+from stagecoach_router.frontend.large_messages import LargeMessages
 from stagecoach_router.requests.completion import FinishReason, OutputDelta
 from stagecoach_router.requests.request import (
     Request,
@@ -36,11 +36,6 @@ from stagecoach_router.tenants.caller import Caller
 from stagecoach_router.text.prompt_encoder import PromptEncoder
 from stagecoach_router.text.tokenizer import Tokenizer
 
-Message = TypeVar("Message")
-Result = TypeVar("Result")
-
-# Of a message, that are looked at on the event loop: 0.2 ms of work.
-MAX_BYTES_ON_LOOP = 1 << 16
 MAX_CHAT_MESSAGES = 4096
 MAX_REQUEST_ID_LENGTH = 128
 MAX_CACHE_SALT_LENGTH = 128
@@ -61,17 +56,9 @@ def content_digest(request: pb.GenerateRequest) -> bytes:
     return hashlib.sha256(content.SerializeToString(deterministic=True)).digest()
 
 
-async def digest_of(request: pb.GenerateRequest) -> bytes:
-    """The content digest."""
-    return await off_the_loop(content_digest, request, num_bytes=request.ByteSize())
-
-
-async def off_the_loop(work: Callable[[Message], Result], message: Message, *, num_bytes: int) -> Result:
-    """What `work` makes of a message: of a large one, which may take 10 ms, on another thread.
-
-    That needs the interpreter's lock, too, but lets go of it every 5 ms, or sooner.
-    """
-    return work(message) if num_bytes <= MAX_BYTES_ON_LOOP else await asyncio.to_thread(work, message)
+async def digest_of(request: pb.GenerateRequest, large: LargeMessages, caller: Caller) -> bytes:
+    """The content digest. Raises Overloaded."""
+    return await large.read(content_digest, request, request.ByteSize(), caller)
 
 
 async def read_request(
@@ -80,6 +67,7 @@ async def read_request(
     model: model_pb2.ModelDescription,
     encoder: PromptEncoder,
     engine: Engine,
+    large: LargeMessages,
     caller: Caller,
 ) -> Request:
     """The request in tokens, checked against the model. Raises typed errors that name the field.
@@ -95,9 +83,9 @@ async def read_request(
     if request.WhichOneof("input") == "token_ids":
         # Before anything is made of them, which takes 0.2 s for as many as a message can hold.
         check_prompt_length(len(request.token_ids.ids), context_length=model.context_length)
-        prompt_tokens = await off_the_loop(_token_ids, request.token_ids, num_bytes=request.ByteSize())
+        prompt_tokens = await large.read(_token_ids, request.token_ids, request.ByteSize(), caller)
     else:
-        prompt_tokens = tuple(await encode_text(request, encoder, caller))
+        prompt_tokens = tuple(await encode_text(request, encoder, large, caller))
     check_prompt(prompt_tokens, vocab_size=model.vocab_size, context_length=model.context_length)
     return Request(
         request_id=request.request_id,
@@ -144,7 +132,7 @@ def read_params(message: pb.SamplingParams) -> SamplingParams:
 
 
 async def encode_text(
-    request: pb.GenerateRequest | pb.TokenizeRequest, encoder: PromptEncoder, caller: Caller
+    request: pb.GenerateRequest | pb.TokenizeRequest, encoder: PromptEncoder, large: LargeMessages, caller: Caller
 ) -> list[int]:
     """The tokens of a request's prompt or messages. Raises InvalidArgument, and what the encoder raises."""
     kind = request.WhichOneof("input")
@@ -159,7 +147,7 @@ async def encode_text(
                 limit=MAX_CHAT_MESSAGES,
                 value=num_messages,
             )
-        messages = await off_the_loop(_messages, request.chat, num_bytes=request.ByteSize())
+        messages = await large.read(_messages, request.chat, request.ByteSize(), caller)
         return await encoder.encode_chat(messages, caller)
     raise errors.InvalidArgument("input: give a prompt, token_ids or messages", field="input")
 

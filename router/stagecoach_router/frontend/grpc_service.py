@@ -30,6 +30,7 @@ from stagecoach_router.frontend.convert import (
     read_request,
     write_deltas,
 )
+from stagecoach_router.frontend.large_messages import LargeMessages
 from stagecoach_router.pipelines.pipeline_manager import PipelineManager
 from stagecoach_router.requests.output_stream import OutputReader
 from stagecoach_router.requests.request import check_delivery
@@ -70,6 +71,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self.serving: Serving | None = None
         self.reason = "starting"
         self.draining = False
+        self._large = LargeMessages()
         self.num_reading = 0  # new requests that are neither accepted nor refused yet
         self._all_read = asyncio.Event()
         self._all_read.set()
@@ -124,7 +126,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             tenant = calling_tenant()
             serving = self._require(request.model, tenant)
             with tenant.admit(time.monotonic()):
-                token_ids = await encode_text(request, serving.encoder, _caller(tenant, context))
+                token_ids = await encode_text(request, serving.encoder, self._large, _caller(tenant, context))
             response = pb.TokenizeResponse(token_ids=token_ids, context_length=serving.model.context_length)
             check_answer_size(response)
         except errors.StagecoachError as error:
@@ -156,7 +158,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         key = (tenant.name, request.request_id)
         if serving.requests.knows(key):
             tenant.admit_return(time.monotonic())
-            digest = await digest_of(request)
+            digest = await digest_of(request, self._large, caller)
             self._check_still(serving)
             known = serving.requests.find(key, digest)
             if known is not None:  # else its time was up just now
@@ -166,9 +168,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         serving.requests.check_room(caller, num_sequences)
         with self._reading(), tenant.admit(time.monotonic(), num_sequences):
             checked = await read_request(
-                request, model=serving.model, encoder=serving.encoder, engine=serving.engine, caller=caller
+                request,
+                model=serving.model,
+                encoder=serving.encoder,
+                engine=serving.engine,
+                large=self._large,
+                caller=caller,
             )
-            digest = await digest_of(request)
+            digest = await digest_of(request, self._large, caller)
             self._check_still(serving)
             known = serving.requests.find(key, digest)
             if known is not None:  # while this one was read, another call brought the same

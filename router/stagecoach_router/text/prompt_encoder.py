@@ -58,6 +58,8 @@ class PromptEncoder:
         """The tokens; for `num_charged` of them the caller has been charged."""
 
         def encode() -> Encoded:
+            if len(text) > MAX_LENGTH_ON_LOOP:
+                self._tokenizer.check_length(text, self._max_tokens, kind)
             return self._tokenizer.encode_within(text, self._max_tokens, kind)
 
         def charge(encoded: Encoded) -> None:
@@ -79,8 +81,6 @@ class PromptEncoder:
             encoded = encode()
             charge(encoded)
         else:
-            # In parts of some 0.2 ms, but a large text has many of them.
-            await asyncio.to_thread(self._tokenizer.check_length, text, self._max_tokens, kind)
             encoded = await self._long_texts.run(caller.name, len(text), start)
         if encoded.token_ids is None:
             num_tokens, field = encoded.num_tokens, kind.value

@@ -23,39 +23,47 @@ class SerialQueue:
     """Runs one job at a time, so that the event loop keeps a core. Of those that wait, each caller has its turns.
 
     A caller that goes away leaves the queue at once. If its job has begun, which nothing can stop, the next job still
-    waits for its end. `awaited` is what the texts wait for, as a refusal says it: "to be tokenized".
+    waits for its end. Only so much waits: `max_size` of `unit`. A refusal says that with what is `awaited`: so many
+    "characters of text" wait "to be tokenized".
     """
 
-    def __init__(self, awaited: str, max_characters: int = MAX_CHARACTERS, max_wait_s: float = MAX_WAIT_S) -> None:
+    def __init__(
+        self,
+        awaited: str,
+        unit: str = "characters of text",
+        max_size: int = MAX_CHARACTERS,
+        max_wait_s: float = MAX_WAIT_S,
+    ) -> None:
         self._awaited = awaited
+        self._unit = unit
         self._max_wait_s = max_wait_s
-        self._characters = FairShare(f"characters of text that may wait {awaited}", max_characters)
+        self._room = FairShare(f"{unit} that may wait {awaited}", max_size)
         self._turns: FairTurns[asyncio.Future[None]] = FairTurns()
         self._has_job = False
 
     @property
-    def num_characters(self) -> int:
+    def size(self) -> int:
         """Of the job that runs and of those that wait."""
-        return self._characters.num_held
+        return self._room.num_held
 
-    async def run(self, caller: str, num_characters: int, start: Callable[[], asyncio.Future[Result]]) -> Result:
-        """What the job that `start` begins returns. `num_characters` is the size of its text.
+    async def run(self, caller: str, size: int, start: Callable[[], asyncio.Future[Result]]) -> Result:
+        """What the job that `start` begins returns. `size` is that of what it works on, which is held until then.
 
         Raises what the job raises, and Overloaded where too much waits, or has waited for too long.
         """
-        if self._characters.num_held:
-            self._characters.check(caller, num_characters, retry_after_s=RETRY_AFTER_S)
-        self._characters.force(caller, num_characters)
+        if self._room.num_held:
+            self._room.check(caller, size, retry_after_s=RETRY_AFTER_S)
+        self._room.force(caller, size)
         try:
             await self._turn(caller)
         except BaseException:
-            self._characters.give_back(caller, num_characters)
+            self._room.give_back(caller, size)
             raise
         loop = asyncio.get_running_loop()
         began_s = loop.time()
 
         def end(_: object = None) -> None:
-            self._characters.give_back(caller, num_characters)
+            self._room.give_back(caller, size)
             self._turns.used(caller, loop.time() - began_s)
             self._pass_on()
 
@@ -96,8 +104,8 @@ class SerialQueue:
 
     def _no_turn(self) -> Overloaded:
         return Overloaded(
-            f"{self.num_characters} characters of text wait {self._awaited}; no turn came in {self._max_wait_s:g} s",
-            limit=self._characters.size,
-            value=self.num_characters,
+            f"{self.size} {self._unit} wait {self._awaited}; no turn came in {self._max_wait_s:g} s",
+            limit=self._room.size,
+            value=self.size,
             retry_after_s=RETRY_AFTER_S,
         )

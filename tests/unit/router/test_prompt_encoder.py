@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from stagecoach.errors import FailedPrecondition, InvalidArgument, OutOfRange, RateLimited, Unavailable
+from stagecoach.errors import FailedPrecondition, InvalidArgument, OutOfRange, Overloaded, RateLimited, Unavailable
 from stagecoach_router.tenants.caller import Caller
 from stagecoach_router.text.chat_template import ChatTemplate
 from stagecoach_router.text.model_files import ModelFiles
@@ -34,6 +34,19 @@ class ThreadOfEach(Tokenizer):
     def encode_within(self, text: str, max_tokens: int, kind: TextKind) -> Encoded:
         self.threads.append(threading.current_thread())
         return super().encode_within(text, max_tokens, kind)
+
+
+class HeldUpByLength(Tokenizer):
+    """Looks at no text's length before it may; notes how each text begins."""
+
+    def __init__(self, files: ModelFiles) -> None:
+        super().__init__(files)
+        self.may_go_on, self.looked_at = threading.Event(), ""
+
+    def check_length(self, text: str, max_tokens: int, kind: TextKind) -> None:
+        assert self.may_go_on.wait(TIMEOUT_S)
+        self.looked_at += text[0]
+        super().check_length(text, max_tokens, kind)
 
 
 class HeldUp(Tokenizer):
@@ -196,3 +209,31 @@ async def test_whose_turn_comes_after_the_end_is_told_to_go_elsewhere_and_who_ha
         assert len(await first) == 3000
         with pytest.raises(Unavailable, match="stopping"):
             await second
+
+
+async def test_nobody_waits_for_all_texts_of_another_that_are_too_long(process: TemplateProcess) -> None:
+    tokenizer = HeldUpByLength(files(library()))
+    encoder = PromptEncoder(tokenizer, ChatTemplate(None, {}, process), max_tokens=1000)
+    hog, ann = Caller("hog", ANYONE.tenant), Caller("ann", ANYONE.tenant)
+    refused = [asyncio.create_task(encoder.encode_prompt("h" * 5000, hog)) for _ in range(50)]
+    await asyncio.sleep(0)
+    encoding = asyncio.create_task(encoder.encode_prompt("a" * 600, ann))
+    await asyncio.sleep(0)
+    tokenizer.may_go_on.set()
+    async with asyncio.timeout(TIMEOUT_S):
+        assert len(await encoding) == 600
+        results = await asyncio.gather(*refused, return_exceptions=True)
+    assert all(isinstance(result, OutOfRange) for result in results)
+    assert "a" in tokenizer.looked_at[:3]
+
+
+async def test_more_text_than_may_wait_is_refused_before_anything_is_made_of_it(process: TemplateProcess) -> None:
+    tokenizer = HeldUpByLength(files(library()))
+    encoder = PromptEncoder(tokenizer, ChatTemplate(None, {}, process), max_tokens=1000)
+    text = "h" * (4 << 20)
+    tasks = [asyncio.create_task(encoder.encode_prompt(text, ANYONE)) for _ in range(20)]
+    await asyncio.wait(tasks, timeout=TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+    tokenizer.may_go_on.set()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(result) for result in results] == [OutOfRange] * 3 + [Overloaded] * 17
+    assert len(tokenizer.looked_at) == 3

@@ -46,20 +46,20 @@ async def test_one_at_a_time_and_in_order() -> None:
     queue, work = SerialQueue("to be tokenized"), Work()
     tasks = [asyncio.create_task(queue.run("ann", 10, begin(work))) for _ in range(5)]
     await begun(work, 1)
-    assert queue.num_characters == 50
+    assert queue.size == 50
     work.may_end.set()
     assert await asyncio.gather(*tasks) == ["tokens"] * 5
-    assert (work.most_running, queue.num_characters) == (1, 0)
+    assert (work.most_running, queue.size) == (1, 0)
 
 
 async def test_what_would_make_too_much_wait_is_refused_at_once() -> None:
-    queue, work = SerialQueue("to be tokenized", max_characters=100), Work()
+    queue, work = SerialQueue("to be tokenized", max_size=100), Work()
     first = asyncio.create_task(queue.run("ann", 80, begin(work)))
     await begun(work, 1)
     with pytest.raises(Overloaded) as caught:
         await queue.run("ann", 30, begin(work))
     assert caught.value.retry_after_s > 0
-    assert queue.num_characters == 80
+    assert queue.size == 80
     work.may_end.set()
     await first
 
@@ -67,21 +67,21 @@ async def test_what_would_make_too_much_wait_is_refused_at_once() -> None:
 async def test_a_text_above_the_limit_is_taken_where_no_other_waits() -> None:
     work = Work()
     work.may_end.set()
-    assert await SerialQueue("to be tokenized", max_characters=100).run("ann", 1000, begin(work)) == "tokens"
+    assert await SerialQueue("to be tokenized", max_size=100).run("ann", 1000, begin(work)) == "tokens"
 
 
 async def test_callers_that_go_away_do_not_make_more_than_one_thread_work() -> None:
-    queue, work = SerialQueue("to be tokenized", max_characters=100), Work()
+    queue, work = SerialQueue("to be tokenized", max_size=100), Work()
     for _ in range(5):
         task = asyncio.create_task(queue.run("ann", 10, begin(work)))
         await asyncio.sleep(0)
         await begun(work, 1)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-    assert (work.num_begun, queue.num_characters) == (1, 10), "the first one's text is encoded still"
+    assert (work.num_begun, queue.size) == (1, 10), "the first one's text is encoded still"
     work.may_end.set()
     assert await queue.run("ann", 10, begin(work)) == "tokens"
-    assert (work.most_running, queue.num_characters) == (1, 0)
+    assert (work.most_running, queue.size) == (1, 0)
 
 
 async def test_an_error_leaves_the_queue_as_it_was() -> None:
@@ -92,7 +92,7 @@ async def test_an_error_leaves_the_queue_as_it_was() -> None:
 
     with pytest.raises(InvalidArgument):
         await queue.run("ann", 10, begin(fail))
-    assert queue.num_characters == 0
+    assert queue.size == 0
 
 
 async def test_work_that_cannot_be_started_leaves_it_as_it_was_too() -> None:
@@ -103,7 +103,7 @@ async def test_work_that_cannot_be_started_leaves_it_as_it_was_too() -> None:
 
     with pytest.raises(RuntimeError):
         await queue.run("ann", 10, cannot_start)
-    assert queue.num_characters == 0
+    assert queue.size == 0
     work.may_end.set()
     async with asyncio.timeout(10):
         assert await queue.run("ann", 10, begin(work)) == "tokens"
@@ -115,7 +115,7 @@ async def test_who_waits_too_long_for_a_turn_is_told_to_come_back() -> None:
     await begun(work, 1)
     with pytest.raises(Overloaded, match="no turn"):
         await queue.run("ann", 10, begin(work))
-    assert queue.num_characters == 10
+    assert queue.size == 10
     work.may_end.set()
     assert await first == await queue.run("ann", 10, begin(work)) == "tokens"
 
@@ -138,15 +138,15 @@ async def test_who_has_much_waiting_keeps_nobody_else_waiting() -> None:
 
 
 async def test_one_caller_does_not_have_all_the_room_there_is() -> None:
-    queue, work = SerialQueue("to be tokenized", max_characters=90), Work()
+    queue, work = SerialQueue("to be tokenized", max_size=90), Work()
     tasks = [asyncio.create_task(queue.run("hog", 10, begin(work))) for _ in range(9)]
     await begun(work, 1)
-    assert queue.num_characters == 80, "eight ninths: the last one was refused"
+    assert queue.size == 80, "eight ninths: the last one was refused"
     with pytest.raises(Overloaded, match="by this caller"):
         await tasks[-1]
     tasks.append(asyncio.create_task(queue.run("ann", 5, begin(work))))
     await asyncio.sleep(0)
-    assert queue.num_characters == 85
+    assert queue.size == 85
     work.may_end.set()
     await asyncio.gather(*tasks[:8], tasks[9])
 
@@ -161,4 +161,4 @@ async def test_a_turn_that_comes_just_when_its_caller_goes_is_the_next_ones() ->
     work.may_end.set()
     async with asyncio.timeout(TIMEOUT_S):
         assert await last == "tokens"
-    assert queue.num_characters == 0
+    assert queue.size == 0
