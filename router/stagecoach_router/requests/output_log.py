@@ -15,9 +15,11 @@ from stagecoach_router.sampling.outputs import Sampled
 
 # Deltas that are packed together. So many, and fewer than twice as many, are there as objects.
 BLOCK_DELTAS = 256
-# Packed in place of a token's id where there is no token. At most one delta of each completion is such an end.
+# Packed in place of a token's id where there is no token, or one of the likeliest fewer. At most one delta of each
+# completion is such an end.
 _NO_TOKEN = 2**32 - 1
 _NO_SAMPLED = Sampled(_NO_TOKEN, None, ())
+_NO_PAIR = (_NO_TOKEN, 0.0)
 
 
 class OutputLog:
@@ -61,11 +63,12 @@ class _Block:
         self._text = "".join(delta.text for delta in deltas)
         self._ends = array("I", accumulate(len(delta.text) for delta in deltas))
         self._reasons = {place: delta.finish_reason for place, delta in enumerate(deltas) if delta.finish_reason}
-        # Of a request's tokens all have them, or none; the likeliest are as many for each.
+        # Of a request's tokens all have them, or none. The likeliest are as many for each, but for tokens that cannot
+        # come, which are left out.
         has_logprobs = any(sampled.logprob is not None for sampled in tokens)
         self._logprobs = array("d", (sampled.logprob or 0.0 for sampled in tokens)) if has_logprobs else None
-        padding = max((sampled.top for sampled in tokens), key=len)
-        top = [pair for sampled in tokens for pair in (padding if sampled is _NO_SAMPLED else sampled.top)]
+        num_top = max(len(sampled.top) for sampled in tokens)
+        top = [pair for sampled in tokens for pair in (*sampled.top, *[_NO_PAIR] * (num_top - len(sampled.top)))]
         self._top_ids = array("I", (token_id for token_id, _ in top))
         self._top_logprobs = array("d", (logprob for _, logprob in top))
 
@@ -78,7 +81,10 @@ class _Block:
             logprob = None if self._logprobs is None else self._logprobs[place]
             sampled: Sampled | None = None
             if token_id != _NO_TOKEN:
-                sampled = Sampled(token_id, logprob, tuple(top[place * num_top : (place + 1) * num_top]))
+                pairs = top[place * num_top : (place + 1) * num_top]
+                if pairs and pairs[-1] == _NO_PAIR:
+                    pairs = pairs[: pairs.index(_NO_PAIR)]
+                sampled = Sampled(token_id, logprob, tuple(pairs))
             reason: FinishReason | None = self._reasons.get(place)
             id_or_none = None if sampled is None else token_id
             deltas.append(OutputDelta(index, self._text[begin:end], id_or_none, sampled, reason))

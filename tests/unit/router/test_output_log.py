@@ -29,7 +29,8 @@ def outputs(draw: st.DrawFn) -> list[OutputDelta]:
                 texts,
                 token_ids,
                 logprobs,
-                st.tuples(*[st.tuples(token_ids, logprobs)] * (num_top or 0)),
+                # As a rule as many for each; tokens that cannot come are left out.
+                st.lists(st.tuples(token_ids, logprobs), max_size=num_top or 0).map(tuple),
                 st.sampled_from([None, None, *FinishReason]),
             ),
             min_size=1,
