@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import marshal
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from stagecoach.errors import InvalidArgument, Unavailable
 from stagecoach_router.tenants.caller import Caller
 from stagecoach_router.text import template_worker
 from stagecoach_router.text.serial_queue import SerialQueue
-from stagecoach_router.text.template_worker import ANSWER_HEAD, REQUEST_HEAD, Outcome
+from stagecoach_router.text.template_worker import ANSWER_HEAD, OUT_OF_MEMORY_STATUS, REQUEST_HEAD, Outcome
 
 # Of our environment, what says where libraries are and what time it is. Nothing else: keys may be in it.
 _KEPT_VARIABLES = ("LD_LIBRARY_PATH", "PYTHONHOME", "TZ")
@@ -26,6 +27,13 @@ _KEPT_VARIABLES = ("LD_LIBRARY_PATH", "PYTHONHOME", "TZ")
 CHARACTERS_PER_TOKEN = 8
 # Until another router, or this one when it is back, takes the request.
 STOPPING_RETRY_AFTER_S = 1.0
+# How often a rendering is begun whose worker dies, or is not heard of, for no fault of the messages.
+MAX_ATTEMPTS = 2
+# Of what it may compute, what a worker must have computed that runs out of time, or it was the machine that did: it
+# stood still, or had no processor to spare.
+MIN_CPU_SHARE = 0.25
+# For a process whose connection has ended: how it ends.
+_END_TIMEOUT_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +74,7 @@ class TemplateProcess:
 
         The caller is charged for what the worker did, also where that led to nothing. Raises
         InvalidArgument(field="messages") past a limit, Overloaded where too much waits, RateLimited for a caller that
-        has no tokens left, and Unavailable where no worker can be started, or after `close`.
+        has no tokens left, and Unavailable, uncharged, where no worker can be started or kept, or after `close`.
         """
 
         def charge(job: asyncio.Task[tuple[Outcome, str]]) -> None:
@@ -92,22 +100,32 @@ class TemplateProcess:
 
     async def _ask(self, source: str, variables: Mapping[str, Any]) -> tuple[Outcome, str]:
         request = await asyncio.to_thread(marshal.dumps, {"source": source, "variables": variables})
-        self._check_open()
+        failure: Exception | None = None
+        for _ in range(MAX_ATTEMPTS):
+            self._check_open()
+            worker = await self._live_worker()
+            try:
+                async with asyncio.timeout(self._limits.max_wall_s):
+                    return await worker.ask(request, max_bytes=4 * self._limits.max_output_length)
+            except (TimeoutError, EOFError, OSError, ValueError) as error:
+                self._check_open()
+                failure = error
+                overran = await worker.has_overrun(error, self._limits)
+                await self._end_worker()
+                if overran:
+                    raise InvalidArgument(
+                        "the chat template takes more time or memory for these messages than it may", field="messages"
+                    ) from error
+            except BaseException:
+                await self._end_worker()  # an answer may be under way that nobody reads
+                raise
+        raise Unavailable(f"the process that renders chat templates does not last: {failure!r}") from failure
+
+    async def _live_worker(self) -> _Worker:
         if self._worker is None or self._worker.has_ended:
             await self._end_worker()
             self._worker = await _Worker.start(self._limits)
-        try:
-            async with asyncio.timeout(self._limits.max_wall_s):
-                return await self._worker.ask(request, max_bytes=4 * self._limits.max_output_length)
-        except (TimeoutError, EOFError, OSError, ValueError) as error:
-            self._check_open()
-            await self._end_worker()
-            raise InvalidArgument(
-                "the chat template takes more time or memory for these messages than it may", field="messages"
-            ) from error
-        except BaseException:
-            await self._end_worker()  # an answer may be under way that nobody reads
-            raise
+        return self._worker
 
     def _check_open(self) -> None:
         if self._closed:
@@ -128,6 +146,7 @@ class _Worker:
         self._process = process
         self._reader = reader
         self._writer = writer
+        self._cpu_before_s = 0.0  # what it had computed when it was asked
 
     @classmethod
     async def start(cls, limits: RenderLimits) -> _Worker:
@@ -153,6 +172,7 @@ class _Worker:
 
         Raises EOFError or OSError where the process ends before it has answered, and ValueError for what is no answer.
         """
+        self._cpu_before_s = self._cpu_s()
         self._writer.write(REQUEST_HEAD.pack(len(request)))
         self._writer.write(request)
         await self._writer.drain()
@@ -161,6 +181,28 @@ class _Worker:
             raise ValueError(num_bytes)
         text = await self._reader.readexactly(num_bytes)
         return Outcome(outcome), text.decode("utf-8", "surrogatepass")
+
+    async def has_overrun(self, error: Exception, limits: RenderLimits) -> bool:
+        """Whether what `ask` raised is the fault of what it was asked, and not of whoever killed or stopped it."""
+        if isinstance(error, TimeoutError):
+            may_s = min(limits.max_cpu_s, limits.max_wall_s)
+            return self._cpu_s() - self._cpu_before_s >= MIN_CPU_SHARE * may_s
+        if isinstance(error, ValueError):
+            return True
+        try:
+            status = await asyncio.to_thread(self._process.wait, _END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            return False
+        return status in (-signal.SIGXCPU, OUT_OF_MEMORY_STATUS)
+
+    def _cpu_s(self) -> float:
+        """What it has computed, in seconds of CPU time; 0 of one that is gone."""
+        try:
+            with open(f"/proc/{self._process.pid}/stat", encoding="latin-1") as file:
+                user, system = file.read().rpartition(")")[2].split()[11:13]
+        except OSError:
+            return 0.0
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
     async def close(self) -> None:
         self._process.kill()

@@ -18,6 +18,7 @@ import enum
 import functools
 import marshal
 import math
+import os
 import resource
 import signal
 import struct
@@ -38,6 +39,8 @@ _WARM_UP = (
     "{{ nothing.of_it }}",
     "{% if",
 )
+# The status of a process for whose messages there was too little memory. Python's own errors have 1.
+OUT_OF_MEMORY_STATUS = 3
 MAX_REASON_LENGTH = 1000  # characters of what a template or jinja says of a failure
 
 
@@ -117,4 +120,4 @@ if __name__ == "__main__":
     try:
         main()
     except MemoryError:
-        sys.exit(1)  # the parent takes it for what it is; there may be no memory left to say more
+        os._exit(OUT_OF_MEMORY_STATUS)  # there may be no memory left to say more, nor to end in an orderly way

@@ -7,16 +7,21 @@ import os
 import resource
 import signal
 import socket
+import subprocess
 import sys
 import time
 import tracemalloc
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import pytest_asyncio
 
 from stagecoach.errors import InvalidArgument, Unavailable
+from stagecoach_router.tenants.caller import Caller
+from stagecoach_router.text import template_process
 from stagecoach_router.text.chat_template import ChatTemplate
 from stagecoach_router.text.template_process import RenderLimits, TemplateProcess
 from tests.unit.router.anyone import ANYONE
@@ -165,6 +170,57 @@ async def test_a_worker_that_somebody_killed_is_replaced(started: tuple[Template
     assert await ChatTemplate("hi", {}, process).render(USER, ANYONE) == "hi"
 
 
+async def is_under_way(rendering: asyncio.Task[str], worker: int) -> None:
+    """Returns when the worker computes what it was asked."""
+    async with asyncio.timeout(10.0):
+        while state_of(worker) != "R" and not rendering.done():
+            await asyncio.sleep(0.001)
+
+
+async def test_a_worker_that_is_killed_in_the_midst_of_a_rendering_is_no_fault_of_the_messages(
+    started: tuple[TemplateProcess, int],
+) -> None:
+    """As by a system that has run out of memory."""
+    process, pid = started
+    source = "{% for a in range(9999) %}{% for b in range(300) %}{% endfor %}{% endfor %}."
+    rendering = asyncio.create_task(ChatTemplate(source, {}, process).render(USER, ANYONE))
+    await is_under_way(rendering, pid)
+    os.kill(pid, signal.SIGKILL)
+    assert await rendering == "."
+
+
+async def test_a_worker_that_stands_still_is_no_fault_of_the_messages() -> None:
+    """As where the whole machine does."""
+    process = TemplateProcess(RenderLimits(max_wall_s=2.0))
+    before = worker_pids()
+    await ChatTemplate("hi", {}, process).render(USER, ANYONE)
+    [pid] = worker_pids() - before
+    os.kill(pid, signal.SIGSTOP)
+    assert await ChatTemplate("hi", {}, process).render(USER, ANYONE) == "hi"
+    await process.close()
+
+
+async def test_workers_that_do_not_last_cost_the_caller_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[int] = []
+    start_process = template_process._start_process
+
+    def start_and_kill(limits: RenderLimits) -> tuple[subprocess.Popen[bytes], socket.socket]:
+        worker, connection = start_process(limits)
+        worker.kill()
+        started.append(worker.pid)
+        return worker, connection
+
+    monkeypatch.setattr(template_process, "_start_process", start_and_kill)
+    process = TemplateProcess()
+    charged: list[int] = []
+    tenant: Any = SimpleNamespace(check_tokens=lambda _: None, charge=lambda tokens, _: charged.append(tokens))
+    with pytest.raises(Unavailable, match="does not last"):
+        await ChatTemplate("hi", {}, process).render(USER, Caller("someone", tenant))
+    await process.close()
+    assert len(started) == template_process.MAX_ATTEMPTS
+    assert charged == []
+
+
 async def test_what_is_rendered_while_the_router_stops_is_nobodys_mistake() -> None:
     others, process = worker_pids(), TemplateProcess()
     await ChatTemplate("hi", {}, process).render(USER, ANYONE)
@@ -250,9 +306,13 @@ def worker_pids() -> set[int]:
     return {int(pid) for pid in children if b"template_worker" in Path(f"/proc/{pid}/cmdline").read_bytes()}
 
 
+def state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")")[1].split()[0]
+
+
 def is_running(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")")[1].split()[0] != "Z"
+        return state_of(pid) != "Z"
     except FileNotFoundError:
         return False
 
