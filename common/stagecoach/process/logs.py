@@ -18,6 +18,8 @@ from stagecoach.visible_text import cut, visible
 
 # Of one record, its traceback included.
 MAX_LENGTH = 16_384
+# Of an error, as far as it is looked at to tell whether it is the same again: at the end there may be a time of day.
+MAX_KEY_LENGTH = 256
 # A warning that is repeated is left out for so long, and told with how many were when it comes again.
 REPEAT_S = 30.0
 # So many different warnings are remembered.
@@ -61,13 +63,14 @@ class RepeatFilter(logging.Filter):
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
         self._clock = clock  # not the record's own time: a clock that is set back would silence what breaks till then
-        self._seen: OrderedDict[tuple[str, str], _Repeated] = OrderedDict()
+        self._seen: OrderedDict[tuple[str, str, str], _Repeated] = OrderedDict()
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.levelno < logging.WARNING:
             return True
         message = cut(record.getMessage(), MAX_LENGTH // 4)
-        key = (record.name, message)
+        error = record.exc_info[1] if record.exc_info else None  # of the same words, another one is other news
+        key = (record.name, message, "" if error is None else cut(repr(error), MAX_KEY_LENGTH))
         now_s = self._clock()
         seen = self._seen.get(key)
         if seen is not None and now_s - seen.since_s < REPEAT_S:

@@ -42,6 +42,7 @@ class ForwardLink:
         self._num_lent = 0  # credits of frames that have left, which have not come back
         self._wake = asyncio.Event()
         self._opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._has_failed = False
         self._tasks: list[asyncio.Task[None]] = []
         self._channel = dial(address)
 
@@ -98,6 +99,9 @@ class ForwardLink:
                 await self._wake.wait()
         except (grpc.RpcError, asyncio.InvalidStateError):
             return  # the reader learns why
+        except Exception as unforeseen:  # without this, whoever sends would wait for ever
+            logger.exception("writing to %s", self.address)
+            self._fail(errors.InternalError(f"{self.address}: {unforeseen!r}", addresses=[self.address]))
 
     def _take_credits(self, credits: int) -> None:
         """The first ones open the window; later ones are those of frames that have moved on, and no others.
@@ -130,6 +134,13 @@ class ForwardLink:
         except Exception as unforeseen:  # without this, whoever sends would wait for credits for ever
             logger.exception("reading from %s", self.address)
             error = errors.InternalError(f"{self.address}: {unforeseen!r}", addresses=[self.address])
+        self._fail(error)
+
+    def _fail(self, error: errors.StagecoachError) -> None:
+        """The stream has broken, as the reader or the writer has found: it is told once."""
+        if self._has_failed:
+            return
+        self._has_failed = True
         if self._opened.done():
             self._on_failure(error)
         else:

@@ -83,14 +83,13 @@ class Identity:
     async def check(self) -> None:
         """Takes over what has changed."""
         has_begun = self._begins is not None and self._begins <= self._now()
-        if has_begun:
-            self._begins = None
         try:
             if await self._files.look(again=has_begun):
+                self._begins = None
                 logger.info("tls: %s and what goes with it have changed, and are used from now on", self._cert)
         except ConfigError as error:
-            if isinstance(error, _NotValidNow):
-                self._begins = error.begins
+            if not self._files.is_hanging:  # else nobody has looked: it is tried until somebody has
+                self._begins = error.begins if isinstance(error, _NotValidNow) else None
             logger.error("%s; what was there before stays in use", error)
         self._warn_of_end(self.current)
 

@@ -52,7 +52,7 @@ class WatchedFiles(Generic[Content]):
         self._seen = self._signatures()
         self.content = read()
         self._hanging: list[Future[_Look[Content] | None]] = []
-        self._is_hanging = False  # the latest look
+        self.is_hanging = False  # at the latest look
         self._retry_s = timeout_s
         self._next_look_s = 0.0  # time.monotonic()
 
@@ -74,9 +74,9 @@ class WatchedFiles(Generic[Content]):
             found = await in_time(looking, self._names(), self._timeout_s)
         except TimeoutError as error:
             return self._hangs(looking, error)
-        if self._is_hanging:
+        if self.is_hanging:
             logger.info("%s can be read again", self._names())
-        self._is_hanging, self._retry_s, self._next_look_s = False, self._timeout_s, 0.0
+        self.is_hanging, self._retry_s, self._next_look_s = False, self._timeout_s, 0.0
         if found is None:
             return False
         self._seen, content = found
@@ -89,7 +89,7 @@ class WatchedFiles(Generic[Content]):
         self._hanging.append(looking)
         self._next_look_s = time.monotonic() + self._retry_s
         self._retry_s *= 2
-        was_hanging, self._is_hanging = self._is_hanging, True
+        was_hanging, self.is_hanging = self.is_hanging, True
         if not was_hanging:
             raise hangs(self._field, error)
         return False

@@ -35,8 +35,8 @@ def choose_replica(loads: Sequence[ReplicaLoad]) -> int | None:
     """The index of the replica for a request. None: it fits none.
 
     One that is ready, or else has not been for the shortest time; among those, one whose queue has room for it, where
-    there is one; among those that are about as busy, for their speed,
-    as the least busy one, that with the longest cached prefix; then the least busy; then the first.
+    there is one; among those that are about as busy, for their speed, as the least busy one, that with the longest
+    cached prefix; then the least busy; then the first.
     """
     fitting = [index for index, load in enumerate(loads) if load.fits]
     if not fitting:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from typing import Protocol
@@ -61,6 +60,7 @@ class StageSession:
         self._question = 0  # the latest request for a load report
         self._was_asked = asyncio.Event()
         self._unasked_reports = TokenBucket(MAX_UNASKED_REPORTS_A_MINUTE, time.monotonic())
+        self._has_ended = False
         self._awaited_reports: dict[int, asyncio.Future[None]] = {}
 
     @property
@@ -129,18 +129,23 @@ class StageSession:
 
     async def _ask(self, call: Call) -> None:
         """Asks whenever somebody wants to know. A task of its own: a write that is cancelled ends its call."""
-        with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):  # the reader learns why
+        try:
             while True:
                 await self._was_asked.wait()
                 self._was_asked.clear()
                 request = shard_pb2.ReportLoad(number=self._question)
                 self._unasked_reports.take(-1, time.monotonic())
                 await call.write(shard_pb2.SessionRequest(report_load=request))
+        except (grpc.RpcError, asyncio.InvalidStateError):
+            return  # the reader learns why
+        except Exception as unforeseen:  # a bug: without this the shard would seem to be silent
+            logger.exception("asking %s", self.address)
+            self._end(errors.InternalError(f"{self}: {unforeseen!r}", addresses=[self.address]))
 
     async def _read(self, call: Call) -> None:
         error: errors.StagecoachError
         try:
-            while isinstance(data := await call.read(), bytes):
+            while isinstance(data := await call.read(), bytes) and not self._has_ended:
                 self._take(data)
             error = await self._why_ended(call)
         except grpc.RpcError as rpc_error:
@@ -150,7 +155,13 @@ class StageSession:
         except Exception as unforeseen:  # a bug, here or there: without this the streams would wait for ever
             logger.exception("reading from %s", self.address)
             error = errors.ShardFault(f"{self}: {unforeseen!r}", addresses=[self.address])
-        self._listener.session_ended(error)
+        self._end(error)
+
+    def _end(self, error: errors.StagecoachError) -> None:
+        """It has broken, as the reader or the writer has found: it is told once."""
+        if not self._has_ended:
+            self._has_ended = True
+            self._listener.session_ended(error)
 
     def _take(self, data: bytes) -> None:
         """Hands a message on. Raises the fault that it reports, and typed errors for one that cannot be."""

@@ -94,6 +94,27 @@ async def test_a_window_that_cannot_be_is_refused(stream, credits):
     assert (caught.value.field, caught.value.addresses) == ("credits", (ADDRESS,))
 
 
+@pytest.mark.parametrize("where", ["write", "on_sent"])
+async def test_an_error_that_nobody_foresaw_in_sending_is_told_once(stream, monkeypatch, where):
+    """Without that, frames would wait in line for ever, and nobody would know."""
+    link, failed = await opened(stream)
+
+    async def write(frame):
+        raise ZeroDivisionError("a bug")
+
+    if where == "write":
+        monkeypatch.setattr(stream, "write", write)
+        link.send(b"frame")
+    else:
+        link.send(b"frame", lambda: 1 // 0)
+    error = await asyncio.wait_for(failed, 5.0)
+    assert isinstance(error, errors.InternalError)
+    assert error.addresses == (ADDRESS,)
+    stream.answers.put_nowait(None)  # a second result of the future would be an error
+    await asyncio.wait_for(link._tasks[0], 5.0)
+    await link.close()
+
+
 async def test_an_error_that_nobody_foresaw_ends_the_link_and_is_told(stream):
     link, failed = await opened(stream)
     stream.answers.put_nowait(ZeroDivisionError("a bug"))

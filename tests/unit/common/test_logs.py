@@ -92,6 +92,22 @@ def test_a_warning_that_is_repeated_is_told_once_in_a_while_with_how_often_it_ca
     ]
 
 
+def test_the_same_words_with_another_traceback_are_other_news(log):
+    logger, output = log
+    for error in (
+        ValueError("one"),
+        ValueError("one"),
+        ValueError("other"),
+        KeyError("one"),
+        ValueError("x" * 100_000),
+    ):
+        logger.warning("it failed", exc_info=error)
+    assert output.getvalue().count("WARNING log: it failed") == 4
+    [handler] = logger.handlers
+    [repeats] = handler.filters
+    assert sum(len(part) for key in repeats._seen for part in key) < logs.MAX_LENGTH
+
+
 def test_no_more_warnings_are_remembered_than_a_few(log):
     logger, _ = log
     [handler] = logger.handlers

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
 import stat
+import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -316,6 +318,30 @@ async def test_a_certificate_that_came_too_early_is_used_from_its_first_day_on(
     now += timedelta(hours=2)
     await identity.check()
     assert identity.current.cert == new.shard.cert.read_bytes() != before.cert
+
+
+async def test_a_certificate_that_came_too_early_is_used_also_where_the_disk_hangs_on_its_first_day(
+    issued: ClusterCertificates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = datetime.now(UTC)
+    identity = Identity(*issued.shard, issued.ca, now=lambda: now)
+    now -= timedelta(hours=2)
+    new = issue_cluster(tmp_path / "second")
+    replace(issued, new)
+    await identity.check()
+    now += timedelta(hours=2)
+    comes_back, read = threading.Event(), identity._files._read
+    monkeypatch.setattr(identity._files, "_timeout_s", 0.01)
+    monkeypatch.setattr(identity._files, "_read", lambda: comes_back.wait() and read())
+    for _ in range(3):
+        await identity.check()
+        assert identity.current.cert != new.shard.cert.read_bytes()
+    comes_back.set()
+    monkeypatch.setattr(identity._files, "_timeout_s", 10.0)
+    async with asyncio.timeout(10):
+        while identity.current.cert != new.shard.cert.read_bytes():
+            await asyncio.sleep(0.001)
+            await identity.check()
 
 
 async def test_a_certificate_that_ends_soon_is_warned_of_once_a_day(

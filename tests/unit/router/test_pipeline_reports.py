@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from stagecoach.errors import ShardFault, ShardStopping, StagecoachError, Unavailable
+from stagecoach.errors import InternalError, ShardFault, ShardStopping, StagecoachError, Unavailable
 from stagecoach.errors.status import to_status
 from stagecoach.rpc.framing import FrameCounter, write_frame
 from stagecoach.v1 import model_pb2
@@ -144,6 +144,21 @@ async def test_a_fault_ends_a_session_once_and_nothing_that_comes_after_it_is_re
     assert told.num_loads == 1
     assert [(type(end), end.addresses) for end in told.ends] == [(ShardFault, ("a:1",))]
     assert call.left == [load, fault]
+
+
+async def test_an_error_that_nobody_foresaw_in_asking_ends_a_session_once() -> None:
+    """Its shard would have seemed to be silent."""
+    told = Told()
+    stage = StageSession(shard("a:1"), told, FrameCounter())
+
+    async def write(request: pb.SessionRequest) -> None:
+        raise ZeroDivisionError("a bug")
+
+    stage.ask_for_load(1)
+    await asyncio.wait_for(stage._ask(SimpleNamespace(write=write)), 5.0)  # type: ignore[arg-type]
+    fault = write_frame(pb.SessionResponse(fault=pb.Fault(status=to_status(ShardFault("step 3 failed")))))
+    await stage._read(FramesOfAShard(fault))  # type: ignore[arg-type]
+    assert [(type(end), end.addresses) for end in told.ends] == [(InternalError, ("a:1",))]
 
 
 async def test_a_result_that_nobody_has_asked_for_loses_the_pipeline_and_names_the_stage(pipeline: Pipeline) -> None:
