@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from stagecoach.errors import DeadlineExceeded, Overloaded
-from stagecoach_router.frontend.reading_turns import ReadingTurns
+from stagecoach.rpc.channel import MAX_PUBLIC_MESSAGE_BYTES
+from stagecoach_router.frontend.reading_turns import READ_TIMEOUT_S, ReadingTurns
 
 LONG_S = 60.0
 
@@ -28,6 +29,11 @@ class Sender:
     def read_in_turn(self, turns: ReadingTurns, caller: str) -> asyncio.Task[Any]:
         context: Any = self
         return asyncio.create_task(turns.read(context, caller))
+
+
+def test_the_largest_request_comes_in_time_over_a_slow_link() -> None:
+    bits_per_s = 1_000_000
+    assert MAX_PUBLIC_MESSAGE_BYTES * 8 / bits_per_s < READ_TIMEOUT_S
 
 
 async def settle() -> None:

@@ -13,6 +13,7 @@ from stagecoach.errors import DeadlineExceeded, OutOfRange, Overloaded
 from stagecoach.security.api_keys import Grant
 from stagecoach_router.durability.request_registry import RequestRegistry
 from stagecoach_router.requests.request_state import RequestState
+from stagecoach_router.scheduling import waiting_queue
 from stagecoach_router.tenants.caller import Caller
 from stagecoach_router.tenants.tenants import Tenant
 from tests.unit.router.fake_pipelines import FakeCluster, FakePipeline, request
@@ -132,6 +133,18 @@ async def test_each_caller_has_a_share_of_the_places_to_run_and_to_wait() -> Non
     registry.accept(("", "late"), b"", request("late"), caller=late)
     registry.cancel(("", "more"))
     registry.check_room(greedy, 1)
+
+
+async def test_each_caller_has_a_share_of_the_tokens_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting_queue, "MAX_WAITING_TOKENS", 45)
+    scene = Scene()
+    await scene.cluster.open(answered=True)
+    registry, greedy, late = scene.registry, caller("greedy"), caller("late")
+    registry.accept(("", "running"), b"", request("running", n=4), caller=greedy)
+    registry.accept(("", "many"), b"", request("many", num_prompt=38, n=4), caller=greedy)
+    with pytest.raises(Overloaded, match="by this caller"):
+        registry.accept(("", "more"), b"", request("more", num_prompt=6), caller=greedy)
+    registry.accept(("", "late"), b"", request("late", num_prompt=6), caller=late)
 
 
 async def test_more_completions_than_a_caller_can_have_are_refused_for_good() -> None:
