@@ -53,8 +53,10 @@ async def _begin_again(
             tenant = tenants.former(entry.key[0])
             caller = Caller(tenant.name, tenant)
             state = requests.accept(entry.key, entry.digest, entry.request, entry.past, caller=caller)
-        except StagecoachError as error:
-            logger.warning("request %s of the journal cannot go on: %s", entry.request.request_id, error)
+        except Exception as error:  # one that nobody foresaw would keep the router from starting, each time anew
+            unforeseen = not isinstance(error, StagecoachError)
+            text = "request %s of the journal cannot go on: %s"
+            logger.warning(text, entry.request.request_id, repr(error) if unforeseen else error, exc_info=unforeseen)
             journal.forget(entry.key)
         else:
             going_on.append(state)

@@ -186,7 +186,7 @@ class Engine:
                 leader = leader or sequence
                 replica = replica or self._assign_new(sequence, was_accepted=bool(past))
                 replica.add(state, sequence, was_accepted=bool(past))
-        except errors.StagecoachError:
+        except BaseException:  # also what nobody foresaw: else some of it would go on, for nobody
             self.cancel(state)
             raise
         self.counters.prompt_tokens += len(state.request.prompt_tokens) * num_completions

@@ -53,7 +53,7 @@ class FakeJournal:
 
 
 class FakeEngine:
-    """Takes requests, but none that is called full, and computes nothing."""
+    """Takes requests, but none that is called full, or strange, and computes nothing."""
 
     def __init__(self) -> None:
         self.num_submitted = 0
@@ -62,6 +62,8 @@ class FakeEngine:
     def submit(self, state: RequestState, past: Any = ()) -> None:
         if state.request.request_id == "full":
             raise Overloaded("no room")
+        if state.request.request_id == "strange":
+            raise ZeroDivisionError("a bug")
         assert not self.deadlines_s, "callers could not come back yet"
         self.num_submitted += 1
 
@@ -100,6 +102,7 @@ async def test_a_request_that_cannot_go_on_is_forgotten_and_counts_for_nobody(ca
     known, requests = known_tenants(), accepted_requests()
     bad = [
         left("ann", "full"),
+        left("ann", "strange"),
         left("ann", "words", (1, 99)),
         left("ann", "long", (1,) * 40),
         left("ann", "past", num_past=10),
@@ -108,9 +111,11 @@ async def test_a_request_that_cannot_go_on_is_forgotten_and_counts_for_nobody(ca
     journal: Any = FakeJournal(*bad, left("ann", "good"))
     with caplog.at_level(logging.INFO):
         await recover_requests(journal, requests, known, MODEL, LINGER_S)
-    assert journal.forgotten == ["full", "words", "long", "past", "seedless"]
+    assert journal.forgotten == ["full", "strange", "words", "long", "past", "seedless"]
     assert known._by_name["ann"].num_running == requests.num_running == 1
-    assert "6 requests of the journal, 1 of them go on" in caplog.text
+    assert "7 requests of the journal, 1 of them go on" in caplog.text
+    assert "ZeroDivisionError" in caplog.text
+    assert caplog.text.count("Traceback") == 1
     requests.close()
 
 

@@ -150,3 +150,21 @@ async def test_shards_that_cannot_be_judged_end_nothing():
     shards.is_ready_for = is_ready_for
     async with running(cluster, shards):
         await becomes(lambda: len(asked) == 3)
+
+
+async def test_a_request_that_cannot_be_begun_leaves_nothing_behind():
+    """One of its completions was begun already."""
+    cluster = FakeCluster(FakePipeline())
+    replica = await cluster.open(answered=True)
+    add = replica.add
+
+    def add_one(state, sequence, **others):
+        if sequence.index:
+            raise ZeroDivisionError("a bug")
+        add(state, sequence, **others)
+
+    replica.add = add_one
+    with pytest.raises(ZeroDivisionError):
+        cluster.submit(request("a", n=3))
+    assert replica.num_sequences == 0
+    assert not replica.scheduler.has_work()
