@@ -33,8 +33,8 @@ def calling_tenant() -> Tenant:
 class AuthInterceptor(grpc.aio.ServerInterceptor):
     """In front of every service of the router, also of those that are added later.
 
-    It refuses every call but a health check that brings no known key. Where there are no keys, everyone is the same
-    tenant.
+    It refuses every call but a health check that brings no known key; nobody counts those that it refuses. Where there
+    are no keys, everyone is the same tenant.
     """
 
     def __init__(self, tenants: Tenants) -> None:

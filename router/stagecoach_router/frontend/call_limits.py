@@ -2,7 +2,8 @@
 
 gRPC has a limit of calls, but whom it refuses it does not tell when to come back, and who comes first has them all. It
 reads a request before anything of ours is asked, waits for it as long as the sender likes, and for an answer to be
-taken as long as the caller likes. So here every call is counted, whatever it calls, as one of its caller's.
+taken as long as the caller likes. So here every call that is let in is counted, whatever it calls, as one of its
+caller's. One that is refused is counted by nobody: gRPC keeps it until its status has left, or its connection ended.
 """
 
 from __future__ import annotations
@@ -88,11 +89,6 @@ class CallLimits(grpc.aio.ServerInterceptor):
         self._checks = _Sort(OpenCalls("open health checks", MAX_HEALTH_CHECKS), check_turns)
         self._watches = _Sort(OpenCalls("open health watches", MAX_HEALTH_WATCHES), turns)
         self._streams = _Sort(OpenCalls("open streams of requests", MAX_REQUEST_STREAMS), turns)
-
-    @property
-    def num_calls(self) -> int:
-        """How many calls are open that are not of the sorts that are counted apart."""
-        return len(self._usual.calls)
 
     async def intercept_service(
         self, continuation: Find, handler_call_details: grpc.HandlerCallDetails

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import weakref
 
 from stagecoach_router.tenants.fair_share import FairShare
@@ -36,12 +35,11 @@ class OpenCalls:
         self._shares.take(caller, retry_after_s=retry_after_s)
         task = asyncio.current_task()
         assert task is not None, "a call is a task"
-        loop, thread_id = task.get_loop(), threading.get_ident()
+        loop = task.get_loop()
 
         def leave() -> None:
-            if threading.get_ident() == thread_id:
-                self._shares.give_back(caller)
-            elif not loop.is_closed():  # the garbage collector came by in another thread
+            # Not at once: the garbage collector comes by in any thread, and in the midst of what is changed here.
+            if not loop.is_closed():
                 loop.call_soon_threadsafe(self._shares.give_back, caller)
 
         weakref.finalize(task, leave).atexit = False

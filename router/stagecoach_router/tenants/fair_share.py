@@ -8,9 +8,6 @@ of nearly all of the pool; the more there are, the smaller everyone's part; and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from stagecoach.errors import Overloaded
 
 # One caller may take 8/9 of a pool, two 8/17 each, n of them 8/(8 n + 1). Of a pool of up to 8, one may take all.
@@ -34,11 +31,6 @@ class FairShare:
     def most_for_one(self) -> int:
         """How much a caller may take where nobody else holds anything."""
         return min(self.size, -(-ALPHA * self.size // (ALPHA + 1)))
-
-    @property
-    def num_callers(self) -> int:
-        """How many hold something."""
-        return len(self._held)
 
     def held_by(self, caller: str) -> int:
         """How much a caller holds."""
@@ -86,12 +78,3 @@ class FairShare:
             self._held[caller] = left
         else:
             self._held.pop(caller, None)
-
-    @contextmanager
-    def holding(self, caller: str, amount: int = 1, *, retry_after_s: float = 0.0) -> Iterator[None]:
-        """Holds so much within the `with` statement. Raises Overloaded, as `take` does."""
-        self.take(caller, amount, retry_after_s=retry_after_s)
-        try:
-            yield
-        finally:
-            self.give_back(caller, amount)
