@@ -41,7 +41,7 @@ class Client:
     `max_retries` is how often a call is tried again if the server was not there or had no room, and nothing has come
     back yet. Each attempt has the same request id, so nothing is computed twice. With the default, a cluster that is
     starting gets about 15 s. A stream that breaks later goes on where it was, without a gap or a repeat, as long as the
-    router still knows the request or has it in its journal, and is back within 30 s. A stream whose connection ends
+    router still knows the request or has it in its journal, and is back within 45 s. A stream whose connection ends
     before its first token waits for the router as long. With 0, a failure is always the answer.
 
     `api_key` is sent with every call, for a router that wants one; None takes it from STAGECOACH_API_KEY, if that is

@@ -12,8 +12,10 @@ FIRST_DELAY_S = 0.1
 MAX_DELAY_S = 2.0
 # The longest wait that a server may ask for. One that asks for more is reported to the caller instead.
 MAX_RETRY_AFTER_S = 10.0
-# How long a stream that broke is tried to go on with. A router that restarts is back by then.
-MAX_BREAK_S = 30.0
+# How long a stream that broke is tried to go on with. A router that restarts is back by then; and one to which the
+# connection broke on our side alone has found that out, so that the calls that were lost take no places any more: that
+# takes it the 30 s of gRPC's keepalive (stagecoach.rpc.channel).
+MAX_BREAK_S = 45.0
 FIRST_REATTACH_DELAY_S = 0.05
 MAX_REATTACH_DELAY_S = 1.0
 _SHORTEST_TIMEOUT_S = 0.001

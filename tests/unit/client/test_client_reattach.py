@@ -20,6 +20,7 @@ from stagecoach.errors import (
     connection_ended,
     to_trailing_metadata,
 )
+from stagecoach.rpc.channel import KEEPALIVE_INTERVAL_S, KEEPALIVE_TIMEOUT_S
 from stagecoach.v1 import inference_pb2 as pb
 from stagecoach_client import farewell as farewell_module
 from stagecoach_client.farewell import Farewell, farewell_to
@@ -321,6 +322,18 @@ def test_a_server_that_does_not_come_back_is_given_up_in_time() -> None:
     with pytest.raises(Unavailable, match="Connection refused"):
         stream.collect()
     assert MAX_BREAK_S - 2 < clock.now_s <= MAX_BREAK_S
+
+
+def test_the_calls_that_a_router_has_not_seen_break_are_waited_for() -> None:
+    """They keep their places until its keepalive finds that their caller is gone."""
+    clock = Clock()
+    found_s = KEEPALIVE_INTERVAL_S + KEEPALIVE_TIMEOUT_S + 5.0
+    attempts = Attempts(1000.0, 1, clock=clock, dice=lambda: 1.0)
+    assert attempts.reattach_delay_s(Unavailable("connection lost")) is not None
+    while clock.now_s < found_s:
+        delay_s = attempts.reattach_delay_s(Overloaded("too many calls of this caller"))
+        assert delay_s is not None
+        clock.now_s += delay_s
 
 
 def test_an_address_where_nobody_was_is_given_up_soon() -> None:
