@@ -24,7 +24,7 @@ from stagecoach.errors.status import abort
 from stagecoach.rpc.addresses import host_of
 from stagecoach_router.frontend.auth_interceptor import HEALTH_CHECK, Find, calling_tenant
 from stagecoach_router.frontend.callers import caller_of
-from stagecoach_router.frontend.known_probers import MAX_HOSTS, KnownProbers
+from stagecoach_router.frontend.known_probers import MAX_CALLS, KnownProbers
 from stagecoach_router.frontend.open_calls import OpenCalls
 from stagecoach_router.frontend.reading_turns import READ_TIMEOUT_S, RETRY_AFTER_S, ReadingTurns
 from stagecoach_router.frontend.request_shape import shape_checking
@@ -82,7 +82,7 @@ class CallLimits(grpc.aio.ServerInterceptor):
         turns = ReadingTurns(QUICK_TURNS, SLOW_TURNS, read_timeout_s=read_timeout_s)
         check_timeout_s = min(read_timeout_s, CHECK_READ_TIMEOUT_S)
         check_turns = ReadingTurns(QUICK_CHECK_TURNS, SLOW_CHECK_TURNS, read_timeout_s=check_timeout_s)
-        own_turns = ReadingTurns(MAX_HOSTS + 1, MAX_HOSTS + 1, read_timeout_s=check_timeout_s)
+        own_turns = ReadingTurns(MAX_CALLS, SLOW_CHECK_TURNS, read_timeout_s=check_timeout_s)
         self._probers = KnownProbers()
         self._own_checks = _Sort(self._probers.calls, own_turns)
         self._usual = _Sort(OpenCalls("open calls", max_calls + num_places()), turns)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 
-from stagecoach_router.frontend.known_probers import KnownProbers
+from stagecoach_router.frontend.known_probers import PLACES_EACH, KnownProbers
 
 KEEP_S = 10.0
 
@@ -15,7 +15,7 @@ async def check(probers: KnownProbers, host: str, until: asyncio.Event) -> None:
     await until.wait()
 
 
-async def test_each_known_host_has_one_place_and_a_stranger_none() -> None:
+async def test_each_known_host_has_its_places_and_a_stranger_none() -> None:
     probers, done = KnownProbers(3, KEEP_S), asyncio.Event()
     hosts = ("a", "b", "c")
     assert not probers.has_place_for("a"), "it has not been answered yet"
@@ -25,9 +25,10 @@ async def test_each_known_host_has_one_place_and_a_stranger_none() -> None:
     assert not probers.has_place_for("stranger")
     calls = []
     for host in hosts:
-        assert probers.has_place_for(host)
-        calls.append(asyncio.create_task(check(probers, host, done)))
-        await asyncio.sleep(0)
+        for _ in range(PLACES_EACH):
+            assert probers.has_place_for(host)
+            calls.append(asyncio.create_task(check(probers, host, done)))
+            await asyncio.sleep(0)
         assert not probers.has_place_for(host), "the next one has to go where strangers go"
     done.set()
     await asyncio.wait(calls)
