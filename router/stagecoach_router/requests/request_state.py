@@ -119,7 +119,8 @@ class RequestState:
         """Adds a delta, and wakes the readers."""
         if delta.finish_reason is FinishReason.LENGTH and not self.request.names_limit:
             num_tokens = self.completions[delta.index].num_tokens
-            self.request = self.request.with_end(CutShort(delta.index, num_tokens, delta.sampled is not None))
+            if num_tokens != self.request.params.max_tokens:  # else a replay of its tokens finds that end
+                self.request = self.request.with_end(CutShort(delta.index, num_tokens, delta.sampled is not None))
         self._log.append(delta)
         if self.tap is None:
             self.show(1)

@@ -126,6 +126,25 @@ async def test_an_end_without_a_token_is_read_after_the_tokens_and_is_in_the_fil
     assert [sampled.token_id for sampled in entry.past[0]] == [1, 2]
 
 
+@pytest.mark.parametrize(("num_tokens", "ends"), [(5, (CutShort(0, 5, with_token=True),)), (9, ())])
+async def test_an_end_at_a_limit_that_came_down_is_in_the_file_with_its_token(
+    path: Path, num_tokens: int, ends: tuple[CutShort, ...]
+) -> None:
+    """One at the limit that it began with is found by a replay of its tokens."""
+    journal, state = await opened(path), accepted_request()
+    state.request = replace(REQUEST, names_limit=False)
+    journal.begin(state)
+    for token_id in range(num_tokens):
+        state.completions[0].num_tokens += 1
+        state.put(delta(token_id, last=token_id == num_tokens - 1))
+    await journal.close()
+    store = JournalStore(path)
+    [entry] = store.load()
+    store.close()
+    assert entry.request.cut_short == ends
+    assert len(entry.past[0]) == num_tokens
+
+
 def fail(*arguments: object) -> None:
     raise sqlite3.OperationalError("disk I/O error")
 
