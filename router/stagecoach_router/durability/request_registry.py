@@ -193,7 +193,8 @@ class RequestRegistry:
             return
         if self._log is not None:
             self._log.end(state.key)
-        self._forget(self._retained.add(state.key, _cost_tokens(state), time.monotonic()))
+        forgotten = self._retained.add(state.key, _cost_tokens(state), time.monotonic(), state.caller_name)
+        self._forget(forgotten)
 
     def _forget(self, keys: Iterable[RequestKey]) -> None:
         for key in keys:
