@@ -222,15 +222,16 @@ def tokenizer_files(scratch: Path) -> Target:
             del changed["chat_template.jinja"]
         made = router_tokenizer.Tokenizer(ModelFiles(changed))
         template = ChatTemplate.from_files(ModelFiles(changed), process)
-        ids = made.encode("hello \u00e4 <|end|>")
-        made.decode(ids)
+        kinds = router_tokenizer.TextKind
+        ids = made.encode_within("hello \u00e4 <|end|>", CONTEXT_LENGTH, kinds.PROMPT).token_ids or []
         detokenizer = made.detokenizer()
         for token_id in ids:
             detokenizer.feed(token_id)
             made.token_text(token_id)
         detokenizer.flush()
         conversation = template.render([{"role": "user", "content": "hi"}], ANYONE)
-        made.encode(loop.run_until_complete(asyncio.wait_for(conversation, WAIT_S)), router_tokenizer.TextKind.CHAT)
+        text = loop.run_until_complete(asyncio.wait_for(conversation, WAIT_S))
+        made.encode_within(text, CONTEXT_LENGTH, kinds.CHAT)
 
     keys = (
         "decoder type ByteLevel Metaspace Sequence decoders Replace Fuse Strip pattern String content Regex (a+)+$ id"

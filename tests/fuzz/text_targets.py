@@ -51,9 +51,9 @@ def _byte_tokens() -> Tokenizer:
 
 def large_text(scratch: Path) -> Target:
     """The first byte says which tokenizer, and whether the rest is a text, a conversation or tokens, over and over."""
+    libraries = [_byte_level(), _byte_tokens()]
     made = [
-        router_tokenizer.Tokenizer(ModelFiles({"tokenizer.json": library().to_str().encode()}))
-        for library in (_byte_level, _byte_tokens)
+        router_tokenizer.Tokenizer(ModelFiles({"tokenizer.json": library.to_str().encode()})) for library in libraries
     ]
     config = json.dumps({"chat_template": CHAT_TEMPLATE}).encode()
     loop, process = asyncio.new_event_loop(), TemplateProcess()
@@ -66,7 +66,7 @@ def large_text(scratch: Path) -> Target:
         tokenizer, kind = made[first % 2], first // 2 % 3
         piece = data[1:].decode("utf-8", "replace") or "x"
         if kind == 2:
-            _detokenize(tokenizer, data[1:] or b"x")
+            _detokenize(tokenizer, libraries[first % 2], data[1:] or b"x")
             return
         text = piece * (MAX_CHARACTERS // len(piece))
         if kind == 1:
@@ -93,7 +93,7 @@ def _encode(tokenizer: router_tokenizer.Tokenizer, text: str) -> None:
     assert len(encoded.token_ids) == encoded.num_tokens <= MAX_TOKENS
 
 
-def _detokenize(tokenizer: router_tokenizer.Tokenizer, data: bytes) -> None:
+def _detokenize(tokenizer: router_tokenizer.Tokenizer, library: Tokenizer, data: bytes) -> None:
     """Each byte of `data` is a token, over and over: first of a prompt, and then of an answer."""
     token_ids = [byte * 3 for byte in data]
     prompt = tuple((token_ids * (MAX_PROMPT_TOKENS // len(token_ids)))[:MAX_PROMPT_TOKENS])
@@ -104,4 +104,4 @@ def _detokenize(tokenizer: router_tokenizer.Tokenizer, data: bytes) -> None:
     known = [token_id for token_id in answer if token_id < tokenizer.num_known_ids]
     detokenizer = tokenizer.detokenizer()
     text = "".join(map(detokenizer.feed, answer)) + detokenizer.flush()
-    assert text == tokenizer.decode(known)
+    assert text == library.decode(known)

@@ -60,7 +60,6 @@ class Tokenizer:
         config = files.json("config.json")
         self.num_known_ids: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self.vocab_size: int = _positive(config.get("vocab_size"), default=self.num_known_ids)
-        self.bos_token_id: int | None = self._token_id(named.get("bos_token"))
         self.eos_token_ids: frozenset[int] = frozenset(
             [
                 *_ids(files.json("generation_config.json").get("eos_token_id")),
@@ -69,18 +68,12 @@ class Tokenizer:
             ]
         )
 
-    def encode(self, text: str, kind: TextKind = TextKind.PROMPT) -> list[int]:
-        """All tokens of a text. Raises InvalidArgument for what is no text.
-
-        As with transformers, `add_bos_token` in tokenizer_config.json has no say where there is a tokenizer.json.
-        """
-        token_ids: list[int] = self._encode(text, kind).ids
-        return token_ids
-
     def encode_within(self, text: str, max_tokens: int, kind: TextKind) -> Encoded:
-        """The same, unless there are more than `max_tokens`: a list of a million takes some 30 ms to make.
+        """All tokens of a text, unless there are more than `max_tokens`: a list of a million takes some 30 ms to make.
 
-        Nothing else of Python runs in that time, while it does where the library encodes. Raises InvalidArgument.
+        Nothing else of Python runs in that time, while it does where the library encodes. As with transformers,
+        `add_bos_token` in tokenizer_config.json has no say where there is a tokenizer.json. Raises InvalidArgument for
+        what is no text.
         """
         encoding = self._encode(text, kind)
         num_tokens = len(encoding)
@@ -104,11 +97,6 @@ class Tokenizer:
                 limit=limit,
                 value=len(text),
             )
-
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of a whole sequence. For tokens that come one by one, see `detokenizer`."""
-        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
-        return text
 
     def token_text(self, token_id: int) -> str:
         """One token as it reads in the midst of text; U+FFFD where it is part of a character, "" for an unknown id."""
