@@ -23,12 +23,12 @@ from stagecoach import errors
 from stagecoach.errors.status import abort
 from stagecoach.rpc.addresses import host_of
 from stagecoach_router.frontend.auth_interceptor import HEALTH_CHECK, Find, calling_tenant
-from stagecoach_router.frontend.callers import caller_of
 from stagecoach_router.frontend.known_probers import MAX_CALLS, KnownProbers
 from stagecoach_router.frontend.open_calls import OpenCalls
 from stagecoach_router.frontend.reading_turns import READ_TIMEOUT_S, RETRY_AFTER_S, ReadingTurns
 from stagecoach_router.frontend.request_shape import shape_checking
 from stagecoach_router.frontend.write_timeouts import TimedContext, WriteTimeouts
+from stagecoach_router.tenants.caller import caller_of
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Context = grpc.aio.ServicerContext[Any, Any]

@@ -21,7 +21,6 @@ from stagecoach.v1 import inference_pb2_grpc, model_pb2
 from stagecoach_router.durability.request_registry import RequestRegistry
 from stagecoach_router.engine.engine import Engine
 from stagecoach_router.frontend.auth_interceptor import calling_tenant
-from stagecoach_router.frontend.callers import caller_of
 from stagecoach_router.frontend.cluster_status import write_status
 from stagecoach_router.frontend.convert import (
     check_answer_size,
@@ -36,7 +35,7 @@ from stagecoach_router.requests.output_stream import OutputReader
 from stagecoach_router.requests.request import check_delivery
 from stagecoach_router.requests.request_state import RequestState
 from stagecoach_router.scheduling.retry_after import FIRST_S
-from stagecoach_router.tenants.caller import Caller
+from stagecoach_router.tenants.caller import Caller, caller_of
 from stagecoach_router.tenants.tenants import Tenant
 from stagecoach_router.text.prompt_encoder import PromptEncoder
 from stagecoach_router.text.tokenizer import Tokenizer

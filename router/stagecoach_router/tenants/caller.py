@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from stagecoach.rpc.addresses import host_of
 from stagecoach_router.tenants.tenants import Tenant
 
 
@@ -13,3 +14,8 @@ class Caller:
 
     name: str
     tenant: Tenant
+
+
+def caller_of(tenant: Tenant, peer: str) -> str:
+    """The name of whoever calls: the tenant's, or the host of its connection where everybody is one tenant."""
+    return tenant.name or host_of(peer)

@@ -6,7 +6,7 @@ import pytest
 
 from stagecoach.rpc.addresses import host_of
 from stagecoach.security.api_keys import Grant
-from stagecoach_router.frontend.callers import caller_of
+from stagecoach_router.tenants.caller import caller_of
 from stagecoach_router.tenants.tenants import Tenant
 
 
