@@ -168,8 +168,7 @@ class JournalStore:
             self._db.executescript(f"BEGIN;{_SCHEMA}INSERT INTO meta VALUES ('format', '{FORMAT}');COMMIT;")
         execute("BEGIN IMMEDIATE")  # takes the lock now
         execute("COMMIT")
-        # Of the model that this was the journal of when it was opened; "": of none yet.
-        self.former_fingerprint = str(dict(execute("SELECT name, value FROM meta")).get("model", ""))
+        self.former_fingerprint = str(dict(execute("SELECT * FROM meta")).get("model", ""))  # "": of no model yet
 
     def _check_schema(self, theirs: _Schema) -> None:
         with closing(sqlite3.connect(":memory:")) as new:
