@@ -217,10 +217,8 @@ class JournalStore:
 
         Raises ConfigError for a damaged file.
         """
-        select = (
-            "SELECT owner, request_id, digest, content, cache_salt FROM requests "
-            "WHERE finished_s IS NULL OR finished_s >= ? ORDER BY rowid"
-        )
+        which = "finished_s IS NULL OR finished_s >= ?"
+        select = f"SELECT owner, request_id, digest, content, cache_salt FROM requests WHERE {which} ORDER BY rowid"
         # A cursor that is left open would keep the file locked.
         with self._reading(), closing(self._db.execute(select, (finished_since_s,))) as rows:
             return [self._read(*row) for row in rows]
