@@ -34,7 +34,7 @@ MAX_CONNECTIONS = 6
 MAX_ACTS = 40
 MAX_REPEATS = 300
 # Calls it opens in a second, on the average. A router looks at some 3,000. More in the long run is a flood, in which
-# gRPC cancels calls where 8,192 wait unseen, whosever they are (docs/security.md).
+# gRPC cancels calls where 4,096 wait unseen, whosever they are (docs/security.md).
 MAX_OPENS_PER_S = 1000
 
 

@@ -25,12 +25,12 @@ DEFAULT_CONNECT_TIMEOUT_S = 5.0
 HANDSHAKE_TIMEOUT_S = 10.0
 # A connection without a call is closed after so long. Its channel makes another one when it needs it.
 MAX_IDLE_S = 300.0
-# How many calls may wait for the event loop to look at them, which takes it some 0.3 ms each. Beyond its own limit of
-# 1,000, gRPC cancels calls without saying why.
-MAX_UNSEEN_CALLS = 8192
+# How many calls may wait for the event loop to look at them, which takes it some 0.3 ms each, and in a flood 2 ms. Each
+# takes some 190 KB of gRPC's. Beyond its own limit of 1,000, gRPC cancels calls without saying why.
+MAX_UNSEEN_CALLS = 4096
 # How many calls one connection may have open: fewer than may wait unseen, so that it cannot take all of these places,
 # and more than callers send at once before they know of the limit.
-MAX_STREAMS = MAX_UNSEEN_CALLS // 2
+MAX_STREAMS = MAX_UNSEEN_CALLS * 3 // 4
 # The same for a server whose callers are routers and shards, of which each has a few calls.
 MAX_PEER_STREAMS = 256
 # The pause between two attempts to connect. It is short at first, because every call fails at once during it.
