@@ -68,9 +68,10 @@ def test_who_logs_does_not_wait_for_a_reader() -> None:
         handler.flush()
     reader.join(TIMEOUT_S)
     lines = b"".join(read).decode().lstrip("x").splitlines()
-    assert lines[0] == "INFO 0"
-    assert lines[1].endswith("lines of the log could not be written)")
-    assert lines[2] == "INFO 1"
+    written = [line for line in lines if line.startswith("INFO")]
+    told = [line for line in lines if line.endswith("lines of the log could not be written)")]
+    assert written[:2] == ["INFO 0", "INFO 1"]
+    assert len(written) + sum(int(line.strip("(").split()[0]) for line in told) == 5000
 
 
 def test_a_log_that_cannot_be_written_is_no_error() -> None:
