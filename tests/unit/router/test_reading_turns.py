@@ -19,11 +19,16 @@ class Sender:
 
     def __init__(self) -> None:
         self.is_read = asyncio.Event()
+        self.is_being_read = False
         self.sent = asyncio.Event()
 
     async def read(self) -> bytes:
         self.is_read.set()
-        await self.sent.wait()
+        self.is_being_read = True
+        try:
+            await self.sent.wait()
+        finally:
+            self.is_being_read = False
         return b"request"
 
     def read_in_turn(self, turns: ReadingTurns, caller: str) -> asyncio.Task[Any]:
@@ -57,7 +62,7 @@ async def num_turns(turns: ReadingTurns) -> int:
     """How many turns are free for somebody who holds none."""
     senders, tasks = begin(turns, "nobody", 100)
     await settle()
-    num = sum(sender.is_read.is_set() for sender in senders)
+    num = sum(sender.is_being_read for sender in senders)
     await cancel(tasks)
     return num
 
@@ -145,5 +150,9 @@ async def test_of_calls_that_come_and_go_at_random_no_turn_is_lost() -> None:
         if number % 5 == 0:
             tasks[number // 2].cancel()
         await asyncio.sleep(0)
-    await asyncio.gather(*tasks, return_exceptions=True)
-    assert await num_turns(turns) == 5
+    ends = await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(isinstance(end, (bytes, asyncio.CancelledError, Overloaded, DeadlineExceeded)) for end in ends), (
+        "nobody gives a turn back twice, which is an AssertionError"
+    )
+    # Where counting takes longer than `quick_s`, some have become slow, and others have their quick turns.
+    assert 5 <= await num_turns(turns) <= 5 + 2
