@@ -79,6 +79,13 @@ def test_a_log_that_cannot_be_written_is_no_error() -> None:
         logger, handler = logger_to(full.fileno())
         logger.error("nobody will know")
         handler.flush()
+        reading, writing = os.pipe()
+        os.dup2(writing, full.fileno())  # it can be written again, and whoever writes is still there
+        os.close(writing)
+        logger.error("later")
+        handler.flush()
+    with open(reading) as log:
+        assert log.read().splitlines() == ["(1 lines of the log could not be written)", "ERROR later"]
 
 
 @pytest.mark.parametrize("end", ["", "raise SystemExit(3)", "raise ConfigError('no')"])
